@@ -1,0 +1,155 @@
+# microGPT. `make deps train_gpt && ./train_gpt` is all that is needed; `make help` lists the rest.
+
+CXX      ?= g++
+MARCH    ?= native
+# The kernels' instruction set. A program runs on machines that have it and says so on others (host/cpu_check.cpp).
+ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=$(MARCH))
+
+# -O3 for the kernels' loops; -O2 would not unroll them. No -ffast-math: results would depend on the compiler's mood.
+# -fno-math-errno, -fno-trapping-math: sqrt sets no errno and comparisons raise no traps, so that loops with them become
+#   vector code. Neither changes a result.
+WARNINGS     := -Wall -Wextra -Wshadow
+COMMON       := -std=c++20 -g $(WARNINGS) -MMD -MP
+HOST_FLAGS   := -O2
+KERNEL_FLAGS := -O3 $(ARCH_FLAG) -fno-math-errno -fno-trapping-math
+ifeq ($(shell uname -s),Darwin)  # Apple's clang has OpenMP, Homebrew has its library
+  BREW   := $(firstword $(wildcard /opt/homebrew /usr/local))
+  OPENMP := -Xpreprocessor -fopenmp -I$(BREW)/opt/libomp/include
+  LIBS   := -L$(BREW)/opt/libomp/lib -lomp -L$(BREW)/lib -lzip
+  COMMON += -I$(BREW)/include
+else
+  OPENMP := -fopenmp
+  LIBS   := -fopenmp -lzip
+endif
+
+# One folder for each kind of build: `make SANITIZE=address,undefined test` does not touch the program's objects.
+# CANARIES leaves gaps between the tensors of a buffer, which are checked after every step.
+BUILD := build/$(notdir $(CXX))$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))
+comma := ,
+ifdef SANITIZE
+  COMMON += -fsanitize=$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS
+  LIBS   += -fsanitize=$(SANITIZE)
+endif
+
+HOST_OBJECTS := $(patsubst host/%.cpp,%.o,$(wildcard host/*.cpp))
+TESTS        := $(patsubst test/%.cpp,%.o,$(wildcard test/*.cpp))
+
+# When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
+AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
+
+.PHONY: all deps data test test-pytorch bench bench-pytorch clean help
+.DELETE_ON_ERROR:
+
+all: train_gpt train_gpt_cpu data_prep
+
+help:
+	@echo 'make deps           install the packages (apt or Homebrew); does nothing when all are there'
+	@echo 'make train_gpt      the trainer, and the text and its tokens in data/'
+	@echo 'make train_gpt_cpu  the CPU trainer alone'
+	@echo 'make data_prep      the program that turns a text into tokens'
+	@echo 'make data           data/input.txt, and its tokens: the file that is there, or Tiny Shakespeare'
+	@echo 'make test           all tests; SANITIZE=address,undefined for a build that checks every access'
+	@echo 'make test-pytorch   the exported model against PyTorch (PYTHON=python3, which needs torch)'
+	@echo "make bench          each layer's time and share of the machine's peak"
+	@echo 'make bench-pytorch  the same step by PyTorch, in turn with ours (PYTHON=python3, which needs torch)'
+	@echo 'make clean          remove what was built; data/ and out/ stay'
+	@echo 'CXX=clang++, MARCH=x86-64-v3: another compiler, another instruction set'
+
+deps:
+	@dev/install_deps.sh
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Programs
+
+train_gpt: train_gpt_cpu data/vocab.json
+	@cp -f train_gpt_cpu $@
+	@echo 'train_gpt is the CPU program: $(if $(wildcard train_gpt.cu),nvcc was not found,the CUDA trainer is not part of this tree)'
+
+train_gpt_cpu: $(addprefix $(BUILD)/host/,$(HOST_OBJECTS)) $(BUILD)/train_gpt_cpu.o
+	$(CXX) $^ $(LIBS) -o $@
+
+data_prep: $(addprefix $(BUILD)/host/,$(HOST_OBJECTS)) $(BUILD)/data_prep.o
+	$(CXX) $^ $(LIBS) -o $@
+
+# The host's code, and above all cpu_check.cpp, is built for any processor of the family; only code that holds kernels,
+# and cpu_features.cpp, which records what they were built for, gets the instruction set.
+$(BUILD)/host/%.o: host/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(HOST_FLAGS) $(OPENMP) -c $< -o $@
+
+$(BUILD)/data_prep.o: data_prep.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(HOST_FLAGS) $(OPENMP) -c $< -o $@
+
+$(BUILD)/host/cpu_features.o: HOST_FLAGS := $(KERNEL_FLAGS)
+
+$(BUILD)/train_gpt_cpu.o: train_gpt_cpu.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
+
+# OpenMP is looked for once, with a message that helps.
+$(BUILD)/openmp: | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	@printf '#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n' > $@.cpp
+	@$(CXX) $(OPENMP) $@.cpp $(filter-out -lzip,$(LIBS)) -o $@ 2> $@.log || { cat $@.log; \
+	  echo; echo 'error: $(CXX) cannot build programs with OpenMP.'; \
+	  echo 'Install it: apt-get install g++ (or libomp-dev, for clang++), on a Mac: brew install libomp'; exit 1; }
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The text. A text that is there is never replaced, and neither are tokens made from another one by ./data_prep.
+
+data: data/vocab.json
+
+ifeq ($(wildcard data/vocab.json),)
+data/input.txt: | $(AFTER_DEPS)
+	@mkdir -p data
+	@dev/get_text.sh $@
+data/vocab.json: data/input.txt | data_prep
+	./data_prep data/input.txt
+else
+data/vocab.json: $(wildcard data/input.txt) | data_prep
+	$(if $(wildcard data/input.txt),./data_prep data/input.txt)
+endif
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Tests. Their objects are built with canaries, so they have a folder of their own.
+
+test: $(BUILD)/test/run_tests train_gpt_cpu data_prep
+	$(BUILD)/test/run_tests
+
+$(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS)) $(addprefix $(BUILD)/test/host/,$(HOST_OBJECTS))
+	$(CXX) $^ $(LIBS) $$(pkg-config --libs catch2 2>/dev/null) -o $@
+
+$(BUILD)/test/host/%.o: host/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(HOST_FLAGS) $(OPENMP) -DCANARIES -c $< -o $@
+
+$(BUILD)/test/host/cpu_features.o: HOST_FLAGS := $(KERNEL_FLAGS)
+
+$(BUILD)/test/%.o: test/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -DCANARIES -c $< -o $@
+
+PYTHON ?= python3
+test-pytorch: train_gpt_cpu data_prep
+	$(PYTHON) dev/test_pytorch.py
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+bench: $(BUILD)/bench
+	$(BUILD)/bench
+
+bench-pytorch: $(BUILD)/bench
+	$(PYTHON) dev/bench_pytorch.py $(BUILD)/bench
+
+$(BUILD)/bench: $(BUILD)/bench.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+	$(CXX) $^ $(LIBS) -o $@
+
+$(BUILD)/bench.o: dev/bench.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
+
+clean:
+	rm -rf build train_gpt train_gpt_cpu data_prep
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)

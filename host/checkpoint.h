@@ -1,0 +1,50 @@
+// Checkpoints: safetensors files with everything that a model, or a run that goes on, needs. They hold no time, path or
+// thread count, so that equal runs write equal files.
+//   tensors     the parameters under their names in a PyTorch state dict; in ckpt_last AdamW's moments too, under
+//               adamw.m.<name> and adamw.v.<name>
+//   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...), iteration,
+//               best_loss, data (fingerprint of the tokens), checksums
+// defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views
+#pragma once
+#include <map>
+#include <string>
+#include <vector>
+
+#include "safetensors.h"
+#include "tensors.h"
+#include "text.h"
+
+// What a checkpoint says besides its tensors.
+struct CheckpointInfo {
+  ModelShape shape;
+  std::map<std::string, std::string> settings;  // recorded flags by name, host/config.h; the shape's are among them
+  int iteration = 0;     // updates done, and so the number of the next one
+  double best_loss = 0;  // the lowest validation loss so far; infinity: none
+  std::string data;      // fingerprint of the training and validation tokens
+};
+
+// The parameters in a buffer of this layout, as the tensors of a state dict.
+std::vector<TensorView> export_views(const ModelShape& shape, const Layout& layout, const float* params,
+                                     const std::string& prefix = "");
+
+// m and v are AdamW's moments, in the parameters' layout; nullptr: only the weights are saved.
+void save_checkpoint(const std::string& path, const CheckpointInfo& info, const Vocabulary& vocabulary,
+                     const Layout& layout, const float* params, const float* m, const float* v);
+
+// A checkpoint that was opened and checked: every tensor there, of the right shape and type, and unharmed.
+class Checkpoint {
+ public:
+  explicit Checkpoint(const std::string& path);
+  const CheckpointInfo& info() const { return info_; }
+  const Vocabulary& vocabulary() const { return vocabulary_; }
+  void load_params(float* params, const Layout& layout) const;
+  void load_moments(float* m, float* v, const Layout& layout) const;  // fails if only weights were saved
+
+ private:
+  void load(float* to, const Layout& layout, const std::string& prefix) const;
+
+  std::string path_;
+  SafetensorsFile file_;
+  CheckpointInfo info_;
+  Vocabulary vocabulary_;
+};

@@ -1,0 +1,20 @@
+// Compiled with the kernels' flags.
+#include "cpu_features.h"
+
+#ifdef __FMA__
+constexpr bool fma = true;
+#else
+constexpr bool fma = false;
+#endif
+#ifdef __AVX2__
+constexpr bool avx2 = true;
+#else
+constexpr bool avx2 = false;
+#endif
+#ifdef __AVX512F__
+constexpr bool avx512 = true;
+#else
+constexpr bool avx512 = false;
+#endif
+
+extern const CpuFeatures built_for = {fma, avx2, avx512};

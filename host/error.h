@@ -1,0 +1,40 @@
+// Errors that a person can cause or meet: one exception type, one way to raise it, one place to print it.
+// defines: Error, text, fail, run_main
+#pragma once
+#include <cstdio>
+#include <exception>
+#include <new>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+// What went wrong, where, and what to do about it, as one sentence or two. Ends the program with exit code 1.
+struct Error : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// Its arguments, printed one after the other.
+template <class... Parts>
+std::string text(const Parts&... parts) {
+  std::ostringstream out;
+  (out << ... << parts);
+  return out.str();
+}
+
+template <class... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  throw Error(text(parts...));
+}
+
+// Runs a program's body; an error becomes one line on stderr and exit code 1.
+template <class Body>
+int run_main(Body body) {
+  try {
+    return body();
+  } catch (const std::bad_alloc&) {
+    std::fprintf(stderr, "error: out of memory\n");
+  } catch (const std::exception& e) {
+    std::fprintf(stderr, "error: %s\n", e.what());
+  }
+  return 1;
+}

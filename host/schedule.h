@@ -1,0 +1,16 @@
+// The learning rate by step: constant, or linear warm-up and then a cosine down to min_lr, which stays.
+// Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, equation 5, without restarts.
+// defines: learning_rate_at
+#pragma once
+#include <cmath>
+
+#include "config.h"
+
+inline double learning_rate_at(const Config& c, int iteration) {
+  if (iteration < c.warmup_iters) return c.learning_rate * (iteration + 1) / (c.warmup_iters + 1);
+  if (!c.decay_lr) return c.learning_rate;
+  const int end = c.lr_decay_iters ? c.lr_decay_iters : c.max_iters;
+  if (iteration >= end) return c.min_lr;
+  const double share = double(iteration - c.warmup_iters) / (end - c.warmup_iters);
+  return c.min_lr + 0.5 * (1 + std::cos(M_PI * share)) * (c.learning_rate - c.min_lr);
+}

@@ -1,0 +1,141 @@
+#include "tensors.h"
+
+#include <cmath>
+#include <limits>
+
+#include "error.h"
+#include "random.h"
+
+namespace {
+
+constexpr size_t alignment = 64;  // elements
+
+size_t product_of(const std::vector<size_t>& shape) {
+  size_t count = 1;
+  for (const size_t n : shape) count *= n;
+  return count;
+}
+
+std::string replaced(std::string text, const std::string& what, const std::string& by) {
+  const size_t at = text.find(what);
+  return at == std::string::npos ? text : text.replace(at, what.size(), by);
+}
+
+}  // namespace
+
+void Layout::add(std::string name, int layers, std::vector<size_t> shape, Init init, std::string export_name) {
+  TensorSpec spec;
+  spec.slice = product_of(shape);
+  spec.name = std::move(name);
+  spec.layers = layers;
+  spec.shape = std::move(shape);
+  spec.init = init;
+  spec.export_name = std::move(export_name);
+  spec.offset = size_;
+  spec.stride = (spec.slice + canary_gap + alignment - 1) / alignment * alignment;
+  size_ += spec.stride * size_t(layers);
+  count_ += spec.slice * size_t(layers);
+  tensors_.push_back(std::move(spec));
+}
+
+const TensorSpec& Layout::find(const std::string& name) const {
+  for (const TensorSpec& spec : tensors_)
+    if (spec.name == name) return spec;
+  fail("no tensor is named ", name);
+}
+
+Layout parameter_layout(const ModelShape& shape) {
+  const size_t V = shape.V, T = shape.T, C = shape.C;
+  Layout layout;
+#define ADD_ONE(name, init, export_name, ...) layout.add(#name, 1, {__VA_ARGS__}, Init::init, export_name);
+#define ADD_EACH_LAYER(name, init, export_name, ...) \
+  layout.add(#name, shape.L, {__VA_ARGS__}, Init::init, export_name);
+  PARAMETERS(ADD_ONE, ADD_EACH_LAYER)
+  return layout;
+}
+
+size_t ExportTensor::size() const { return product_of(shape); }
+
+std::vector<ExportTensor> export_table(const ModelShape& shape, const Layout& layout) {
+  const size_t C = shape.C, HS = shape.HS();
+  std::vector<ExportTensor> table;
+  const auto whole = [&](const TensorSpec& spec) { table.push_back({spec.export_name, spec.shape, spec.offset}); };
+  bool layers_done = false;
+  for (const TensorSpec& spec : layout.tensors()) {
+    if (spec.export_name.find("{l}") == std::string::npos) {
+      whole(spec);
+      continue;
+    }
+    if (layers_done) continue;
+    layers_done = true;
+    for (int l = 0; l < shape.L; l++)
+      for (const TensorSpec& row : layout.tensors()) {
+        if (row.export_name.find("{l}") == std::string::npos) continue;
+        const std::string name = replaced(row.export_name, "{l}", std::to_string(l));
+        const size_t offset = row.offset + size_t(l) * row.stride;
+        const std::string parts = "{query,key,value}";
+        if (name.find(parts) == std::string::npos) {
+          table.push_back({name, row.shape, offset});
+          continue;
+        }
+        for (int h = 0; h < shape.NH; h++) {  // qkvw (3, NH, HS, C): one (HS, C) matrix for each head and part
+          int part = 0;
+          for (const char* part_name : {"query", "key", "value"}) {
+            const std::string head = replaced(name, "{h}", std::to_string(h));
+            table.push_back({replaced(head, parts, part_name), {HS, C}, offset + (size_t(part) * C + h * HS) * C});
+            part++;
+          }
+        }
+      }
+  }
+  return table;
+}
+
+template <class Real>
+void init_parameters(Real* params, const Layout& layout, uint64_t seed) {
+  for (size_t i = 0; i < layout.size(); i++) params[i] = 0;
+  uint32_t tensor = 0;
+  for (const TensorSpec& spec : layout.tensors()) {
+    for (int l = 0; l < spec.layers; l++) {
+      Real* p = params + spec.offset + size_t(l) * spec.stride;
+      const uint64_t first = uint64_t(l) * ((spec.slice + 3) / 4);
+      if (spec.init == Init::ones)
+        for (size_t i = 0; i < spec.slice; i++) p[i] = 1;
+      if (spec.init != Init::normal) continue;
+      for (size_t i = 0; i < spec.slice; i += 4) {
+        double normal[4];
+        normal4(normal, random4(seed, 0, site::init + tensor, first + i / 4));
+        for (size_t j = 0; j < 4 && i + j < spec.slice; j++) p[i + j] = Real(0.02 * normal[j]);
+      }
+    }
+    tensor++;
+  }
+  plant_canaries(params, layout);
+}
+
+template <class Real>
+void plant_canaries([[maybe_unused]] Real* buffer, [[maybe_unused]] const Layout& layout) {
+  if constexpr (canary_gap > 0)
+    for (const TensorSpec& spec : layout.tensors())
+      for (int l = 0; l < spec.layers; l++)
+        for (size_t i = spec.slice; i < spec.stride; i++)
+          buffer[spec.offset + size_t(l) * spec.stride + i] = std::numeric_limits<Real>::quiet_NaN();
+}
+
+template <class Real>
+void check_canaries([[maybe_unused]] const Real* buffer, [[maybe_unused]] const Layout& layout,
+                    [[maybe_unused]] const char* buffer_name) {
+  if constexpr (canary_gap > 0)
+    for (const TensorSpec& spec : layout.tensors())
+      for (int l = 0; l < spec.layers; l++)
+        for (size_t i = spec.slice; i < spec.stride; i++)
+          if (!std::isnan(buffer[spec.offset + size_t(l) * spec.stride + i]))
+            fail("something was written ", i - spec.slice, " elements behind ", buffer_name, ".", spec.name, ", layer ", l);
+}
+
+#define INSTANTIATE(Real)                                              \
+  template void init_parameters<Real>(Real*, const Layout&, uint64_t); \
+  template void plant_canaries<Real>(Real*, const Layout&);            \
+  template void check_canaries<Real>(const Real*, const Layout&, const char*);
+INSTANTIATE(float)
+INSTANTIATE(double)

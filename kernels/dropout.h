@@ -1,0 +1,72 @@
+// Dropout: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014, section 4.
+// An element is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no change.
+// No mask is stored: forward and backward draw the same random numbers (host/random.h).
+// defines: Dropout, random4_lanes, dropout_draws, dropout_apply
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+
+#include "../host/random.h"
+
+// Where a layer's masks come from.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t step = 0;
+  uint32_t site = 0;           // kind and layer, host/random.h
+  uint32_t threshold = 65536;  // keep iff a 16-bit draw is below it
+  int first_row = 0;           // row of the whole batch at which this one begins: gradient accumulation goes on counting
+
+  bool active() const { return threshold < 65536; }
+};
+
+// random4 for 32 indices in a row, word by word: a loop over lanes that compilers turn into vector code.
+inline void random4_lanes(uint32_t words[4][32], uint64_t seed, uint32_t step, uint32_t site, uint64_t first_index) {
+#pragma omp simd
+  for (int i = 0; i < 32; i++) {
+    const Philox4 r = random4(seed, step, site, first_index + i);
+    words[0][i] = r.word[0];
+    words[1][i] = r.word[1];
+    words[2][i] = r.word[2];
+    words[3][i] = r.word[3];
+  }
+}
+
+// The draws of 32 consecutive counters, eight of 16 bits each: counter i gives draws[8 * i ... 8 * i + 7], the low half
+// of its first word first.
+constexpr int draws_at_once = 256;
+inline void dropout_draws(uint16_t draws[draws_at_once], const Dropout& drop, uint64_t first_counter) {
+  uint32_t words[4][32];
+  random4_lanes(words, drop.seed, drop.step, drop.site, first_counter);
+  for (int i = 0; i < 32; i++)
+    for (int w = 0; w < 4; w++) {
+      draws[8 * i + 2 * w] = uint16_t(words[w][i]);
+      draws[8 * i + 2 * w + 1] = uint16_t(words[w][i] >> 16);
+    }
+}
+
+// out (rows, C) = base + dropout(inp); base may be null (0). Element e of the whole batch has draw e.
+template <class Real>
+void dropout_apply(Real* out, const Real* base, const Real* inp, const Dropout& drop, int B, int T, int C) {
+  const size_t count = size_t(B) * T * C;
+  if (!drop.active()) {
+#pragma omp parallel for simd schedule(static)
+    for (size_t i = 0; i < count; i++) out[i] = base ? base[i] + inp[i] : inp[i];
+    return;
+  }
+  const Real scale = Real(dropout_scale(drop.threshold));
+  const uint64_t first = uint64_t(drop.first_row) * T * C;  // of this batch's elements
+  const uint64_t first_block = first / draws_at_once, last_block = (first + count - 1) / draws_at_once;
+#pragma omp parallel for schedule(static)
+  for (uint64_t block = first_block; block <= last_block; block++) {
+    uint16_t draws[draws_at_once];
+    dropout_draws(draws, drop, block * (draws_at_once / 8));
+    const uint64_t begin = std::max(first, block * draws_at_once);
+    const uint64_t end = std::min(first + count, (block + 1) * draws_at_once);
+    for (uint64_t e = begin; e < end; e++) {
+      const size_t i = e - first;
+      const Real kept = draws[e % draws_at_once] < drop.threshold ? inp[i] * scale : Real(0);
+      out[i] = base ? base[i] + kept : kept;
+    }
+  }
+}

@@ -1,0 +1,315 @@
+// Trains a GPT on the CPU, from its parameters in one buffer to its sampled text. Read it top to bottom: the tensors,
+// forward, backward, update, main. Each layer is one call; its arithmetic stands in kernels/<layer>.h. What is not the
+// model (files, flags, the loop around the steps) is in host/.
+//
+// The contract of every layer function: outputs, inputs, then sizes; activations' gradients are written (=) unless the
+// function says otherwise, parameters' gradients are added (+=), so that accumulation needs nothing special.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <vector>
+
+#include "host/batch.h"       // defines: random_batch
+#include "host/config.h"      // defines: Config, parse_command_line
+#include "host/error.h"       // defines: fail, run_main
+#include "host/memory.h"      // defines: Buffer, MemoryPlan
+#include "host/tensors.h"     // defines: ModelShape, PARAMETERS, Params, Layout
+#include "host/train_loop.h"  // defines: run_command
+#include "kernels/adamw.h"
+#include "kernels/attention.h"
+#include "kernels/crossentropy.h"
+#include "kernels/embedding.h"
+#include "kernels/layernorm.h"
+#include "kernels/matmul.h"
+#include "kernels/relu.h"
+#include "kernels/residual.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tensors. PARAMETERS, the table of what is learned, is in host/tensors.h: both trainers and all files share it.
+// Gradients, and AdamW's m and v, are buffers of the same layout.
+
+// What forward leaves behind for backward, per layer l. C channels, rows = B * T.
+#define ACTIVATIONS(ONE, EACH_LAYER)                                                                              \
+  EACH_LAYER(inp, rows, C)         /* the residual stream where it enters the layer */                            \
+  EACH_LAYER(ln1, rows, C)                                                                                        \
+  EACH_LAYER(ln1_mean, rows)                                                                                      \
+  EACH_LAYER(ln1_rstd, rows)                                                                                      \
+  EACH_LAYER(qkv, rows, 3 * C)     /* queries, keys, values; the cache when text is sampled */                    \
+  EACH_LAYER(att, rows, C)         /* the heads' outputs, side by side */                                         \
+  EACH_LAYER(lse, rows, NH)        /* (B, NH, T): logarithm of the softmax's denominator */                       \
+  EACH_LAYER(mid, rows, C)         /* the residual stream between attention and feed-forward */                   \
+  EACH_LAYER(ln2, rows, C)                                                                                        \
+  EACH_LAYER(ln2_mean, rows)                                                                                      \
+  EACH_LAYER(ln2_rstd, rows)                                                                                      \
+  EACH_LAYER(fc, rows, 4 * C)      /* the hidden layer, after ReLU */                                             \
+  ONE(out, rows, C)                /* the residual stream behind the last layer */                                \
+  ONE(lnf, rows, C)                                                                                               \
+  ONE(lnf_mean, rows)                                                                                             \
+  ONE(lnf_rstd, rows)                                                                                             \
+  ONE(logits, rows, V)                                                                                            \
+  ONE(probs, rows, V)                                                                                             \
+  ONE(losses, rows)                                                                                               \
+  ONE(branch, rows, C)             /* scratch: what a branch adds to the stream, before dropout */
+
+// Gradients of activations: none outlives its layer, so one of each serves all layers.
+#define ACTIVATION_GRADS(ONE, EACH_LAYER) \
+  ONE(dstream, rows, C)                   \
+  ONE(dbranch, rows, C)                   \
+  ONE(dnorm, rows, C)                     \
+  ONE(datt, rows, C)                      \
+  ONE(dqkv, rows, 3 * C)                  \
+  ONE(dfc, rows, 4 * C)                   \
+  ONE(dlogits, rows, V)
+
+DEFINE_POINTERS(Activations, ACTIVATIONS)
+DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
+
+inline Layout activation_layout(const ModelShape& s, size_t rows, bool for_backward) {
+  const size_t V = s.V, C = s.C, NH = s.NH;
+  Layout layout;
+#define ADD_ONE(name, ...) layout.add(#name, 1, {__VA_ARGS__});
+#define ADD_EACH_LAYER(name, ...) layout.add(#name, s.L, {__VA_ARGS__});
+  if (for_backward) {
+    ACTIVATION_GRADS(ADD_ONE, ADD_EACH_LAYER)
+  } else {
+    ACTIVATIONS(ADD_ONE, ADD_EACH_LAYER)
+  }
+#undef ADD_ONE
+#undef ADD_EACH_LAYER
+  return layout;
+}
+
+template <class Real>
+struct GPT {
+  ModelShape shape;
+  int max_B;  // rows of a batch that the activations have room for, of shape.T tokens each
+
+  Layout param_layout = parameter_layout(shape);
+  Layout act_layout = activation_layout(shape, size_t(max_B) * shape.T, false);
+  Layout act_grad_layout = activation_layout(shape, size_t(max_B) * shape.T, true);
+  Buffer<Real> params_memory{param_layout}, acts_memory{act_layout};
+  Buffer<Real> grads_memory, m_memory, v_memory, act_grads_memory;  // only if the model is trained
+  Params<Real> w{params_memory.data(), param_layout};
+  Params<Real> dw;
+  Activations<Real> a{acts_memory.data(), act_layout};
+  ActivationGrads<Real> g;
+
+  GPT(const ModelShape& model_shape, int batch) : shape(model_shape), max_B(batch) {}
+
+  void prepare_training() {
+    grads_memory = Buffer<Real>(param_layout);
+    m_memory = Buffer<Real>(param_layout);
+    v_memory = Buffer<Real>(param_layout);
+    act_grads_memory = Buffer<Real>(act_grad_layout);
+    dw = Params<Real>(grads_memory.data(), param_layout);
+    g = ActivationGrads<Real>(act_grads_memory.data(), act_grad_layout);
+  }
+};
+
+// Where the masks of one kind and layer come from.
+inline Dropout at(Dropout drop, uint32_t kind, int l) {
+  drop.site = kind + uint32_t(l);
+  return drop;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward: logits (B, T, V) of the tokens x (B, T).
+// With first > 0 (B = 1, no dropout) only the positions first ... T - 1 are computed: x and logits hold these alone, and
+// the keys and values of the earlier ones are still in a.qkv. That is how text is sampled token by token.
+
+template <class Real>
+void forward(GPT<Real>& m, const int* x, int B, int T, const Dropout& drop = {}, int first = 0) {
+  const Params<Real>& w = m.w;
+  const Activations<Real>& a = m.a;
+  const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH;
+  const int n = T - first, rows = B * n;
+  const size_t stream = size_t(rows) * C;
+
+  embedding_forward(L ? a.inp[0] : a.out, x, w.wte, w.wpe + size_t(first) * C, B, n, C);
+  for (int l = 0; l < L; l++) {
+    Real* out = l + 1 < L ? a.inp[l + 1] : a.out;
+    Real* qkv = a.qkv[l] + size_t(first) * 3 * C;
+
+    layernorm_forward(a.ln1[l], a.ln1_mean[l], a.ln1_rstd[l], a.inp[l], w.ln1w[l], w.ln1b[l], rows, C);
+    matmul_forward<Real>(qkv, a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C);
+    attention_forward(a.att[l], a.lse[l], a.qkv[l], at(drop, site::attention_dropout, l), B, T, C, NH, first);
+    matmul_forward(a.branch, a.att[l], w.attprojw[l], w.attprojb[l], rows, C, C);
+    residual_forward(a.mid[l], a.inp[l], a.branch, at(drop, site::proj_dropout, l), B, n, C);
+
+    layernorm_forward(a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l], a.mid[l], w.ln2w[l], w.ln2b[l], rows, C);
+    matmul_forward(a.fc[l], a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+    relu_forward(a.fc[l], 4 * stream);
+    matmul_forward(a.branch, a.fc[l], w.fcprojw[l], w.fcprojb[l], rows, 4 * C, C);
+    residual_forward(out, a.mid[l], a.branch, at(drop, site::fc_dropout, l), B, n, C);
+  }
+  layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, a.out, w.lnfw, w.lnfb, rows, C);
+  matmul_forward(a.logits, a.lnf, w.headw, w.headb, rows, C, V);
+}
+
+// The sum of the losses of the targets y (B, T), after forward; in double, in the order of the rows.
+template <class Real>
+double loss_sum(GPT<Real>& m, const int* y, int B, int T) {
+  crossentropy_forward(m.a.losses, m.a.probs, m.a.logits, y, B * T, m.shape.V);
+  double sum = 0;
+  for (int r = 0; r < B * T; r++) sum += m.a.losses[r];
+  return sum;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward: adds to every parameter's gradient that of dloss * (sum of the losses), after forward and loss_sum. It is
+// forward read from bottom to top.
+
+template <class Real>
+void backward(GPT<Real>& m, const int* x, const int* y, int B, int T, double dloss, const Dropout& drop = {}) {
+  const Params<Real>&w = m.w, &dw = m.dw;
+  const Activations<Real>& a = m.a;
+  const ActivationGrads<Real>& g = m.g;
+  const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
+  const size_t stream = size_t(rows) * C;
+
+  crossentropy_backward(g.dlogits, a.probs, y, Real(dloss), rows, V);
+  matmul_backward(g.dnorm, dw.headw, dw.headb, g.dlogits, a.lnf, w.headw, rows, C, V);
+  std::fill(g.dstream, g.dstream + stream, Real(0));
+  layernorm_backward(g.dstream, dw.lnfw, dw.lnfb, g.dnorm, a.out, a.lnf_mean, a.lnf_rstd, w.lnfw, rows, C);
+
+  for (int l = L - 1; l >= 0; l--) {
+    residual_backward(g.dbranch, g.dstream, at(drop, site::fc_dropout, l), B, T, C);
+    matmul_backward(g.dfc, dw.fcprojw[l], dw.fcprojb[l], g.dbranch, a.fc[l], w.fcprojw[l], rows, 4 * C, C);
+    relu_backward(g.dfc, a.fc[l], 4 * stream);
+    matmul_backward(g.dnorm, dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], w.fcw[l], rows, C, 4 * C);
+    layernorm_backward(g.dstream, dw.ln2w[l], dw.ln2b[l], g.dnorm, a.mid[l], a.ln2_mean[l], a.ln2_rstd[l], w.ln2w[l],
+                       rows, C);
+
+    residual_backward(g.dbranch, g.dstream, at(drop, site::proj_dropout, l), B, T, C);
+    matmul_backward(g.datt, dw.attprojw[l], dw.attprojb[l], g.dbranch, a.att[l], w.attprojw[l], rows, C, C);
+    attention_backward(g.dqkv, g.datt, a.qkv[l], a.att[l], a.lse[l], at(drop, site::attention_dropout, l), B, T, C,
+                       NH);
+    matmul_backward<Real>(g.dnorm, dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], w.qkvw[l], rows, C, 3 * C);
+    layernorm_backward(g.dstream, dw.ln1w[l], dw.ln1b[l], g.dnorm, a.inp[l], a.ln1_mean[l], a.ln1_rstd[l], w.ln1w[l],
+                       rows, C);
+  }
+  embedding_backward(dw.wte, dw.wpe, g.dstream, x, B, T, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Update: clip the gradient's norm if asked to, then AdamW over the whole buffer at once.
+
+template <class Real>
+void zero_gradients(GPT<Real>& m) {
+  std::fill(m.grads_memory.data(), m.grads_memory.data() + m.param_layout.size(), Real(0));
+  plant_canaries(m.grads_memory.data(), m.param_layout);
+}
+
+template <class Real>
+void check_all_canaries(const GPT<Real>& m) {
+  check_canaries(m.params_memory.data(), m.param_layout, "params");
+  check_canaries(m.grads_memory.data(), m.param_layout, "grads");
+  check_canaries(m.acts_memory.data(), m.act_layout, "activations");
+  check_canaries(m.act_grads_memory.data(), m.act_grad_layout, "activation gradients");
+}
+
+template <class Real>
+void update(GPT<Real>& m, AdamW optimizer, double grad_clip) {
+  optimizer.gradient_scale = 1;
+  if (grad_clip > 0) {
+    std::vector<double> squares;  // by tensor and layer, added in this order
+    for (const TensorSpec& spec : m.param_layout.tensors())
+      for (int l = 0; l < spec.layers; l++)
+        squares.push_back(gradient_norm_squared(m.grads_memory.data() + spec.offset + l * spec.stride, spec.slice));
+    double norm = 0;
+    for (const double s : squares) norm += s;
+    norm = std::sqrt(norm);
+    if (norm > grad_clip) optimizer.gradient_scale = grad_clip / norm;
+  }
+  adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.grads_memory.data(),
+               m.param_layout.size(), optimizer);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model as the training loop sees it (host/train_loop.h).
+
+class CpuModel {
+ public:
+  CpuModel(const Config& config, const ModelShape& shape, bool training)
+      : config_(config), gpt_(shape, config.batch_size), x_(size_t(config.batch_size) * shape.T), y_(x_.size()) {
+    if (training) gpt_.prepare_training();
+  }
+
+  static MemoryPlan plan(const Config& config, const ModelShape& shape, bool training) {
+    const size_t rows = size_t(config.batch_size) * shape.T;
+    const double params = 4.0 * parameter_layout(shape).size();
+    MemoryPlan plan;
+    plan.add("parameters", params);
+    if (training) plan.add("their gradients", params);
+    if (training) plan.add("AdamW's m and v", 2 * params);
+    plan.add("activations", 4.0 * activation_layout(shape, rows, false).size());
+    if (training) plan.add("their gradients", 4.0 * activation_layout(shape, rows, true).size());
+    return plan;
+  }
+
+  const ModelShape& shape() const { return gpt_.shape; }
+  const Layout& layout() const { return gpt_.param_layout; }
+  float* params() { return gpt_.params_memory.data(); }
+  float* m() { return gpt_.m_memory.data(); }
+  float* v() { return gpt_.v_memory.data(); }
+  int threads() const { return omp_get_max_threads(); }
+
+  // One update on the mean gradient of gradient_accumulation_steps batches; returns their mean loss.
+  float train_step(const Tokens& tokens, int iteration, double learning_rate) {
+    const int B = config_.batch_size, T = shape().T, steps = config_.gradient_accumulation_steps;
+    const double dloss = 1.0 / (double(B) * T * steps);
+    double loss = 0;
+    zero_gradients(gpt_);
+    for (int step = 0; step < steps; step++) {
+      const int first_row = step * B;
+      const Dropout drop = {config_.seed, uint32_t(iteration), 0, dropout_threshold(config_.dropout), first_row};
+      random_batch(x_.data(), y_.data(), tokens, config_.seed, iteration, site::batch, first_row, B, T);
+      forward(gpt_, x_.data(), B, T, drop);
+      loss += ::loss_sum(gpt_, y_.data(), B, T) * dloss;
+      backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
+    }
+    update(gpt_, {learning_rate, config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1}, config_.grad_clip);
+    check_all_canaries(gpt_);
+    return float(loss);
+  }
+
+  double loss_sum(const int* x, const int* y, int B, int T) {
+    forward(gpt_, x, B, T);
+    return ::loss_sum(gpt_, y, B, T);
+  }
+
+  const float* next_logits(const int* context, int n, int known) {
+    forward(gpt_, context + known, 1, n, {}, known);
+    return gpt_.a.logits + size_t(n - known - 1) * shape().V;
+  }
+
+ private:
+  Config config_;
+  GPT<float> gpt_;
+  std::vector<int> x_, y_;  // (B, T)
+};
+
+#ifndef MICROGPT_NO_MAIN
+int main(int argc, char** argv) {
+  return run_main([&] {
+    Config config = parse_command_line(argc, argv);
+    if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
+    if (config.device == "cuda") fail("--device cuda: this program was built without CUDA, since nvcc was not found");
+    if (config.dtype != "auto" && config.dtype != "float32")
+      fail("--dtype ", config.dtype, " needs a GPU; on the CPU all arithmetic is float32");
+    config.dtype = "float32";
+    if (config.threads) omp_set_num_threads(config.threads);
+    if (config.command == "train") {
+      if (config.device == "auto") std::fprintf(stderr, "on the CPU: this program was built without CUDA\n");
+      if (config.preset == "auto")
+        std::fprintf(stderr, "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
+      apply_preset(config, config.preset == "auto" ? "small" : config.preset);
+    }
+    config.device = "cpu";
+    return run_command<CpuModel>(config);
+  });
+}
+#endif

@@ -128,7 +128,11 @@ $(BUILD)/test/host/cpu_features.o: HOST_FLAGS := $(KERNEL_FLAGS)
 
 $(BUILD)/test/%.o: test/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -DCANARIES -c $< -o $@
+	$(CXX) $(COMMON) $(TEST_FLAGS) $(OPENMP) -DCANARIES -c $< -o $@
+
+# Those that call kernels are compiled as the trainers are, the others quickly.
+TEST_FLAGS := -O0
+$(addprefix $(BUILD)/test/test_,layers.o model.o fixture.o random.o): TEST_FLAGS := $(KERNEL_FLAGS)
 
 PYTHON ?= python3
 test-pytorch: train_gpt_cpu data_prep

@@ -161,7 +161,7 @@ std::string nearest(const std::string& word, const Names& names) {
 
 [[noreturn]] void refuse_unknown(const std::string& argument, const std::string& command) {
   if (argument.rfind("--", 0) != 0) fail("'", argument, "' is not a flag; flags begin with --, see --help");
-  const std::string name = argument.substr(2, argument.find('=') - 2);
+  const std::string name = argument.substr(2);
   std::vector<std::string> names = {"help"};
   for (const Flag& flag : flags()) {
     if (flag.name == name) {
@@ -186,6 +186,14 @@ Config parse_command_line(int argc, char** argv) {
       fail("'", config.command, "' is not a command (train, sample, eval, export); the nearest is ",
            nearest(config.command, command_names));
     arguments.erase(arguments.begin());
+  }
+
+  for (size_t i = 0; i < arguments.size(); i++) {  // --flag=value as two arguments, so that a value may be empty
+    const size_t equals = arguments[i].find('=');
+    if (arguments[i].rfind("--", 0) != 0 || equals == std::string::npos) continue;
+    arguments.insert(arguments.begin() + long(i) + 1, arguments[i].substr(equals + 1));
+    arguments[i].resize(equals);
+    i++;
   }
 
   CLI::App app;

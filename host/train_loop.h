@@ -243,6 +243,7 @@ int train(Config config) {
     save_last();
     std::fprintf(stderr, "\nstopped before iteration %d and saved; --init_from resume goes on\n", info.iteration);
   }
+  if (std::ferror(stdout)) fail("not all lines could be written to standard output; everything in ", config.out_dir, " is whole");
   return stop_signal() ? 128 + stop_signal() : 0;
 }
 

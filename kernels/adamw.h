@@ -5,6 +5,8 @@
 #include <cmath>
 #include <cstddef>
 
+#include "simd.h"
+
 struct AdamW {
   double learning_rate, beta1, beta2, eps, weight_decay;
   int step;               // counted from 1
@@ -18,7 +20,7 @@ void adamw_update(Real* params, Real* m, Real* v, const Real* grads, size_t coun
   const Real decay = Real(1 - o.learning_rate * o.weight_decay), eps = Real(o.eps), scale = Real(o.gradient_scale);
   const Real step_size = Real(o.learning_rate / (1 - std::pow(o.beta1, o.step)));
   const Real root_correction = Real(1 / std::sqrt(1 - std::pow(o.beta2, o.step)));
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : count > worth_threads)
   for (size_t i = 0; i < count; i++) {
     const Real g = grads[i] * scale;
     m[i] = beta1 * m[i] + rest1 * g;

@@ -132,7 +132,7 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
   constexpr int W = lanes<Real>;
   const int HS = C / NH, TP = padded<Real>(T), ld = TP + W;
   const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     const int b = bh / NH, h = bh % NH;
     const Real *Q = qkv + size_t(b) * T * 3 * C + h * HS, *K = Q + C, *V = K + C;
@@ -191,7 +191,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
   const int HS = C / NH, TP = padded<Real>(T), ld = TP + W;
   const size_t row = size_t(3) * C, by_channel = size_t(HS) * product::NR<Real>;
   const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
-#pragma omp parallel for schedule(dynamic)
+#pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     const int b = bh / NH, h = bh % NH;
     const size_t head = size_t(b) * T * row + h * HS;

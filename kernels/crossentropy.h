@@ -4,10 +4,12 @@
 #include <cmath>
 #include <cstddef>
 
+#include "simd.h"
+
 // losses (rows) = ..., probs (rows, V) = softmax(logits (rows, V)); targets (rows)
 template <class Real>
 void crossentropy_forward(Real* losses, Real* probs, const Real* logits, const int* targets, int rows, int V) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (size_t(rows) * V > worth_threads)
   for (int r = 0; r < rows; r++) {
     const Real* row = logits + size_t(r) * V;
     Real* p = probs + size_t(r) * V;
@@ -22,7 +24,7 @@ void crossentropy_forward(Real* losses, Real* probs, const Real* logits, const i
 // dlogits (rows, V) = (probs - onehot(targets)) * dloss; dloss: the gradient of one row's loss, 1 / rows for their mean
 template <class Real>
 void crossentropy_backward(Real* dlogits, const Real* probs, const int* targets, Real dloss, int rows, int V) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (size_t(rows) * V > worth_threads)
   for (int r = 0; r < rows; r++)
     for (int v = 0; v < V; v++)
       dlogits[size_t(r) * V + v] = (probs[size_t(r) * V + v] - Real(v == targets[r])) * dloss;

@@ -6,8 +6,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "../host/random.h"
+#include "simd.h"
 
 // Where a layer's masks come from.
 struct Dropout {
@@ -39,10 +41,7 @@ inline void dropout_draws(uint16_t draws[draws_at_once], const Dropout& drop, ui
   uint32_t words[4][32];
   random4_lanes(words, drop.seed, drop.step, drop.site, first_counter);
   for (int i = 0; i < 32; i++)
-    for (int w = 0; w < 4; w++) {
-      draws[8 * i + 2 * w] = uint16_t(words[w][i]);
-      draws[8 * i + 2 * w + 1] = uint16_t(words[w][i] >> 16);
-    }
+    for (int w = 0; w < 4; w++) std::memcpy(draws + 8 * i + 2 * w, &words[w][i], 4);  // both halves: little-endian
 }
 
 // out (rows, C) = base + dropout(inp); base may be null (0). Element e of the whole batch has draw e.
@@ -50,23 +49,23 @@ template <class Real>
 void dropout_apply(Real* out, const Real* base, const Real* inp, const Dropout& drop, int B, int T, int C) {
   const size_t count = size_t(B) * T * C;
   if (!drop.active()) {
-#pragma omp parallel for simd schedule(static)
+#pragma omp parallel for simd schedule(static) if (parallel : count > worth_threads)
     for (size_t i = 0; i < count; i++) out[i] = base ? base[i] + inp[i] : inp[i];
     return;
   }
   const Real scale = Real(dropout_scale(drop.threshold));
   const uint64_t first = uint64_t(drop.first_row) * T * C;  // of this batch's elements
   const uint64_t first_block = first / draws_at_once, last_block = (first + count - 1) / draws_at_once;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (count > worth_threads)
   for (uint64_t block = first_block; block <= last_block; block++) {
     uint16_t draws[draws_at_once];
     dropout_draws(draws, drop, block * (draws_at_once / 8));
-    const uint64_t begin = std::max(first, block * draws_at_once);
-    const uint64_t end = std::min(first + count, (block + 1) * draws_at_once);
-    for (uint64_t e = begin; e < end; e++) {
-      const size_t i = e - first;
-      const Real kept = draws[e % draws_at_once] < drop.threshold ? inp[i] * scale : Real(0);
-      out[i] = base ? base[i] + kept : kept;
+    const uint64_t start = block * draws_at_once;
+    const int begin = int(std::max(first, start) - start), end = int(std::min(first + count - start, uint64_t{draws_at_once}));
+    const size_t shift = start - first;  // may wrap around in the first block; shift + begin does not
+    for (int j = begin; j < end; j++) {
+      const Real kept = draws[j] < drop.threshold ? inp[shift + j] * scale : Real(0);
+      out[shift + j] = base ? base[shift + j] + kept : kept;
     }
   }
 }

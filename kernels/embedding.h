@@ -4,10 +4,12 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "simd.h"
+
 // out (B, T, C) = wte[x[b, t]] (V, C) + wpe[t] (T, C)
 template <class Real>
 void embedding_forward(Real* out, const int* x, const Real* wte, const Real* wpe, int B, int T, int C) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (size_t(B) * T * C > worth_threads)
   for (int bt = 0; bt < B * T; bt++) {
     const Real *token = wte + size_t(x[bt]) * C, *position = wpe + size_t(bt % T) * C;
     Real* row = out + size_t(bt) * C;
@@ -20,7 +22,7 @@ void embedding_forward(Real* out, const int* x, const Real* wte, const Real* wpe
 template <class Real>
 void embedding_backward(Real* dwte, Real* dwpe, const Real* dout, const int* x, int B, int T, int C) {
   constexpr int strip = 32;
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (size_t(B) * T * C > worth_threads)
   for (int c0 = 0; c0 < C; c0 += strip) {
     const int c1 = std::min(C, c0 + strip);
     for (int bt = 0; bt < B * T; bt++) {

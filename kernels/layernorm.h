@@ -12,7 +12,7 @@
 template <class Real>
 void layernorm_forward(Real* out, Real* mean, Real* rstd, const Real* inp, const Real* weight, const Real* bias,
                        int rows, int C) {
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (size_t(rows) * C > worth_threads)
   for (int r = 0; r < rows; r++) {
     const Real* x = inp + size_t(r) * C;
     Real* y = out + size_t(r) * C;
@@ -41,7 +41,7 @@ void layernorm_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout
   struct Partials;
   const int chunks = (rows + chunk - 1) / chunk;
   Real* partials = scratch<Partials, Real>(size_t(chunks) * 2 * C);  // (chunks, 2, C)
-#pragma omp parallel
+#pragma omp parallel if (size_t(rows) * C > worth_threads)
   {
 #pragma omp for schedule(static)
     for (int k = 0; k < chunks; k++) {

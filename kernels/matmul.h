@@ -171,7 +171,7 @@ void multiply(Real* c, const Start<Real>& start, const View<Real>& a, const View
   Real* packed_b = scratch<PackedB, Real>(packed_size<Real>(std::min(K, KC), N));
   const int panels = (N + NR<Real> - 1) / NR<Real>, NC = PANELS * NR<Real>;
   const int row_tasks = (M + MC - 1) / MC, tasks = row_tasks * ((N + NC - 1) / NC);
-#pragma omp parallel
+#pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
   for (int k0 = 0; k0 < K; k0 += KC) {
     const int kc = std::min(KC, K - k0);
 #pragma omp for schedule(static)
@@ -214,7 +214,7 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
   product::multiply<Real>(dweight, {dweight, size_t(C)}, {dout, 1, size_t(OC)}, {inp, size_t(C), 1}, OC, C, rows);
   if (dbias) {
     constexpr int strip = 32;  // columns of one task: the sum over rows is never split, so its order is fixed
-#pragma omp parallel for schedule(static)
+#pragma omp parallel for schedule(static) if (size_t(rows) * OC > worth_threads)
     for (int o0 = 0; o0 < OC; o0 += strip) {
       const int width = std::min(strip, OC - o0);
       Real sum[strip] = {};

@@ -1,7 +1,7 @@
 // Vectors of whatever width the target has, in the compiler's vector extensions: one source for AVX-512, AVX2, NEON and
 // plain machines. A vector is only ever a register: memory is loaded and stored through memcpy, so that alignment and
 // aliasing need no thought.
-// defines: lanes, Vec, load, store, broadcast, horizontal_sum, horizontal_max, exp_vec, scratch
+// defines: worth_threads, lanes, Vec, load, store, broadcast, horizontal_sum, horizontal_max, exp_vec, scratch
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -19,6 +19,10 @@ constexpr int vector_bytes = 32;
 #else
 constexpr int vector_bytes = 16;
 #endif
+
+// Waking the other threads costs some microseconds: a loop of fewer elementary operations than this runs on one. Results
+// do not depend on it.
+constexpr size_t worth_threads = 1 << 15;
 
 template <class Real>
 constexpr int lanes = vector_bytes / int(sizeof(Real));

@@ -1,0 +1,188 @@
+#include "files.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <bit>
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+
+#include "error.h"
+
+namespace {
+
+const char* hint(int error) {
+  switch (error) {
+    case ENOSPC:
+    case EDQUOT:
+      return " (the disk is full: free some space or choose a folder on another disk)";
+    case EACCES:
+    case EPERM:
+      return " (check who owns it and what its permissions allow)";
+    case EROFS:
+      return " (choose a folder on a disk that can be written)";
+    case ENOENT:
+      return " (check the path: relative ones start at the folder you are in)";
+    case EISDIR:
+      return " (a folder has this name: move it or choose another name)";
+    case ENOTDIR:
+      return " (a file stands where the path needs a folder)";
+    default:
+      return "";
+  }
+}
+
+// Opens to read, and tells the size. Refuses everything that has no size, a folder first of all.
+int open_regular(const std::string& path, size_t* size) {
+  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (file < 0) fail_errno("open " + path);
+  struct stat info {};
+  if (fstat(file, &info) != 0 || !S_ISREG(info.st_mode)) {
+    close(file);
+    fail("could not open ", path, ": it is ", S_ISDIR(info.st_mode) ? "a folder" : "no regular file");
+  }
+  *size = size_t(info.st_size);
+  return file;
+}
+
+}  // namespace
+
+void fail_errno(const std::string& doing) {
+  const int error = errno;
+  fail("could not ", doing, ": ", std::strerror(error), hint(error));
+}
+
+std::string read_file(const std::string& path) {
+  size_t size = 0;
+  const int file = open_regular(path, &size);
+  std::string content(size, '\0');
+  size_t done = 0;
+  while (done < size) {
+    const ssize_t n = read(file, content.data() + done, size - done);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) {
+      const int error = errno;
+      close(file);
+      errno = error;
+      fail_errno("read " + path);
+    }
+    if (n == 0) break;  // it has shrunk since
+    done += size_t(n);
+  }
+  close(file);
+  content.resize(done);
+  return content;
+}
+
+AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), temporary_(path_ + ".tmp") {
+  file_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
+  if (file_ < 0) fail_errno("write " + temporary_);
+}
+
+AtomicFile::~AtomicFile() {
+  if (file_ < 0) return;
+  close(file_);
+  unlink(temporary_.c_str());
+}
+
+void AtomicFile::write(const void* data, size_t bytes) {
+  const char* next = static_cast<const char*>(data);
+  while (bytes > 0) {
+    // macOS refuses more than 2 GiB at once.
+    const ssize_t n = ::write(file_, next, bytes < (size_t{1} << 30) ? bytes : size_t{1} << 30);
+    if (n < 0 && errno == EINTR) continue;
+    if (n < 0) fail_errno("write " + path_);
+    next += n;
+    bytes -= size_t(n);
+  }
+}
+
+void AtomicFile::commit() {
+  // The order matters: were the file renamed before its bytes are on the disk, a power cut could leave the name with
+  // half of them, and the old file gone.
+  if (fsync(file_) != 0) fail_errno("write " + path_);
+  if (rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno("rename " + temporary_ + " to " + path_);
+  const int renamed = file_;
+  file_ = -1;  // nothing is left for the destructor
+  if (close(renamed) != 0) fail_errno("write " + path_);
+
+  std::string folder = std::filesystem::path(path_).parent_path().string();
+  if (folder.empty()) folder = ".";
+  const int handle = open(folder.c_str(), O_RDONLY | O_CLOEXEC);
+  if (handle < 0) return;  // a folder that can be written but not read: its turn comes with the system's next flush
+  // Some file systems have no such call for folders.
+  const bool flushed = fsync(handle) == 0 || errno == EINVAL || errno == ENOTSUP;
+  const int error = errno;
+  close(handle);
+  errno = error;
+  if (!flushed) fail_errno("write the folder " + folder);
+}
+
+void write_file(const std::string& path, std::string_view content) {
+  AtomicFile file(path);
+  file.write(content.data(), content.size());
+  file.commit();
+}
+
+void make_folder(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  fs::path above;
+  for (const fs::path& part : fs::path(path)) {
+    above /= part;
+    const fs::file_status status = fs::status(above, error);
+    if (fs::exists(status) && !fs::is_directory(status))
+      fail("could not make the folder ", path, ": ", above.string(), " is a file (move it or choose another folder)");
+  }
+  fs::create_directories(path, error);
+  if (error && !fs::is_directory(path)) {
+    errno = error.value();
+    fail_errno("make the folder " + path);
+  }
+}
+
+uint64_t fnv1a(const void* data, size_t bytes, uint64_t state) {
+  const unsigned char* p = static_cast<const unsigned char*>(data);
+  for (size_t i = 0; i < bytes; i++) state = (state ^ p[i]) * 1099511628211ull;
+  return state;
+}
+
+uint64_t checksum(const void* data, size_t bytes) {
+  static_assert(std::endian::native == std::endian::little, "files hold little-endian words");
+  const unsigned char* p = static_cast<const unsigned char*>(data);
+  // With either argument held fixed, a step is a bijection of the other: what differs once, differs to the end. The
+  // word is multiplied before it is added and the sum rotated before it is multiplied, because a product carries
+  // nothing downwards: without that a flip of a high bit is undone by one flip of a certain lower bit in the next word.
+  constexpr uint64_t odd1 = 0x9E3779B97F4A7C15ull, odd2 = 0xD6E8FEB86659FD93ull;
+  const auto step = [](uint64_t state, uint64_t word) { return std::rotl(state + word * odd2, 31) * odd1; };
+  // Four chains, so that the multiplier's latency does not set the pace.
+  uint64_t lane[4] = {1, 2, 3, 4}, word[4];
+  size_t left = bytes;
+  for (; left >= sizeof word; left -= sizeof word, p += sizeof word) {
+    std::memcpy(word, p, sizeof word);
+    for (int i = 0; i < 4; i++) lane[i] = step(lane[i], word[i]);
+  }
+  uint64_t state = bytes;  // data that only grew by zeros is other data
+  for (uint64_t chain : lane) state = step(state, chain);
+  for (; left > 0; left--) state = step(state, *p++);
+  state = (state ^ state >> 32) * odd2;
+  return state ^ state >> 29;
+}
+
+MappedFile::MappedFile(const std::string& path) {
+  const int file = open_regular(path, &size_);
+  void* mapping = size_ == 0 ? nullptr : mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
+  const int error = errno;
+  close(file);
+  errno = error;
+  if (mapping == MAP_FAILED) fail_errno("read " + path);
+  data_ = static_cast<const unsigned char*>(mapping);
+}
+
+MappedFile::~MappedFile() {
+  if (data_ != nullptr) munmap(const_cast<unsigned char*>(data_), size_);
+}

@@ -1,0 +1,58 @@
+// Files, written so that what was there before is lost only once the new one is safe, and read without copies.
+// defines: fail_errno, read_file, AtomicFile, write_file, make_folder, fnv1a, checksum, MappedFile
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <string>
+#include <string_view>
+
+// Raises "could not <doing>: <what errno says> (<what to do about it>)".
+[[noreturn]] void fail_errno(const std::string& doing);
+
+std::string read_file(const std::string& path);
+
+// A file that appears under its name whole or not at all: it grows under a temporary name in the same folder, and
+// commit() flushes it to the disk and renames it. Until then an older file of that name stays as it is, and without
+// commit() the destructor removes the temporary one. Two writers of one path at the same time are not foreseen.
+class AtomicFile {
+ public:
+  explicit AtomicFile(std::string path);
+  ~AtomicFile();
+  AtomicFile(const AtomicFile&) = delete;
+  AtomicFile& operator=(const AtomicFile&) = delete;
+  void write(const void* data, size_t bytes);
+  void commit();
+
+ private:
+  std::string path_, temporary_;
+  int file_ = -1;  // -1: committed
+};
+
+// The same for a file whose content is at hand.
+void write_file(const std::string& path, std::string_view content);
+
+// Makes a folder and those above it; one that exists already is fine.
+void make_folder(const std::string& path);
+
+// FNV-1a with 64 bits: Fowler, Noll, Vo. A state that is passed on continues a hash over several pieces.
+uint64_t fnv1a(const void* data, size_t bytes, uint64_t state = 14695981039346656037ull);
+
+// A checksum at memory speed, for large data. Any single changed byte changes it, for certain; other damage escapes
+// with a probability of about 2^-64. Against accidents, not against forgery. Part of the checkpoints' format: it must
+// not change.
+uint64_t checksum(const void* data, size_t bytes);
+
+// A file's bytes, read only, as if they were in memory. Shrinking the file meanwhile ends the program (SIGBUS).
+class MappedFile {
+ public:
+  explicit MappedFile(const std::string& path);
+  ~MappedFile();
+  MappedFile(const MappedFile&) = delete;
+  MappedFile& operator=(const MappedFile&) = delete;
+  const unsigned char* data() const { return data_; }  // nullptr if the file is empty
+  size_t size() const { return size_; }
+
+ private:
+  const unsigned char* data_ = nullptr;
+  size_t size_ = 0;
+};

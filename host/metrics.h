@@ -1,0 +1,47 @@
+// The record of a run: one JSON object a line, so that it can be followed while it grows and any program reads it.
+//   {"type":"iter","iter":10,"loss":3.1,"lr":0.0003,"time_ms":41.2,"tokens_per_s":397000}
+//   {"type":"eval","iter":500,"train_loss":1.75,"val_loss":1.9}
+//   {"type":"final",...}
+// defines: EvalPoint, IterPoint, Metrics
+#pragma once
+#include <cstdio>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <vector>
+
+struct EvalPoint {
+  int iter = 0;
+  double train = 0, val = 0;
+};
+
+struct IterPoint {
+  int iter = 0;
+  double loss = 0;
+};
+
+class Metrics {
+ public:
+  // Starts a new file if first_iter is 0. Otherwise goes on with the one that is there: lines of earlier iterations
+  // stay as they are, and all others, which the resumed run writes again, are dropped, as is a line torn by a crash.
+  Metrics(const std::string& path, int first_iter);
+  ~Metrics();
+  Metrics(const Metrics&) = delete;
+  Metrics& operator=(const Metrics&) = delete;
+
+  // Each line is with the system when its call returns. A number that is not finite becomes null.
+  void add(const nlohmann::ordered_json& line);
+  void add_iter(int iter, double loss, double lr, double time_ms, double tokens_per_s);
+  void add_eval(int iter, double train_loss, double val_loss);
+
+  // For the plot: all that the file holds, earlier runs' lines included. A loss of null reads as NaN.
+  const std::vector<EvalPoint>& evals() const { return evals_; }
+  const std::vector<IterPoint>& iters() const { return iters_; }
+
+ private:
+  void remember(const nlohmann::ordered_json& line);
+
+  std::string path_;
+  std::FILE* file_ = nullptr;
+  std::vector<EvalPoint> evals_;
+  std::vector<IterPoint> iters_;
+};

@@ -1,0 +1,64 @@
+// host/metrics.h: a run's record, and how a resumed run goes on with it.
+#include "../host/metrics.h"
+
+#include <cmath>
+#include <limits>
+
+#include "../host/error.h"
+#include "../host/files.h"
+#include "test.h"
+
+using Catch::Matchers::Contains;
+
+TEST_CASE("metrics are one JSON object a line", "[metrics]") {
+  const std::string path = test_folder() + "/metrics.jsonl";
+  write_file(path, "of an earlier run\n");
+  Metrics metrics(path, 0);
+  metrics.add_eval(0, 4.25, 4.5);
+  metrics.add_iter(0, 4.125, 3e-4, 12.5, 1000);
+  metrics.add_iter(10, std::numeric_limits<double>::quiet_NaN(), 3e-4, 12.5, 1.0 / 3);
+  metrics.add({{"type", "final"}, {"iter", 10}, {"val_exact", 1.5}});
+  CHECK(read_file(path) ==  // already while the run goes on
+        R"({"type":"eval","iter":0,"train_loss":4.25,"val_loss":4.5}
+{"type":"iter","iter":0,"loss":4.125,"lr":0.0003,"time_ms":12.5,"tokens_per_s":1000.0}
+{"type":"iter","iter":10,"loss":null,"lr":0.0003,"time_ms":12.5,"tokens_per_s":0.3333333333333333}
+{"type":"final","iter":10,"val_exact":1.5}
+)");
+  REQUIRE(metrics.evals().size() == 1);
+  CHECK(metrics.evals()[0].val == 4.5);
+  REQUIRE(metrics.iters().size() == 2);
+  CHECK(metrics.iters()[0].loss == 4.125);
+  CHECK(std::isnan(metrics.iters()[1].loss));
+}
+
+TEST_CASE("a resumed run keeps the lines before its first iteration", "[metrics]") {
+  const std::string path = test_folder() + "/metrics.jsonl";
+  const std::string kept =
+      "{\"type\":\"eval\", \"iter\":0, \"train_loss\":4.0, \"val_loss\":4.5}\n"
+      "{\"type\":\"iter\",\"iter\":10,\"loss\":null}\n"
+      "{\"type\":7,\"iter\":19}\n";
+  const std::string dropped =
+      "{\"type\":\"iter\",\"iter\":20,\"loss\":2.0}\n"
+      "{\"type\":\"final\"}\n"
+      "not JSON\n[1]\n{\"iter\":\"x\"}\n{\"iter\":-1e300}\n\n";
+  write_file(path, dropped + kept + "{\"type\":\"iter\",\"iter\":12,\"lo");  // torn
+  {
+    Metrics metrics(path, 20);
+    CHECK(read_file(path) == kept);
+    REQUIRE(metrics.evals().size() == 1);
+    CHECK(metrics.evals()[0].train == 4.0);
+    REQUIRE(metrics.iters().size() == 1);
+    CHECK(std::isnan(metrics.iters()[0].loss));
+    metrics.add({{"type", "iter"}, {"iter", 20}, {"loss", 2.5}});
+    CHECK(metrics.iters().size() == 2);
+  }
+  CHECK(read_file(path) == kept + "{\"type\":\"iter\",\"iter\":20,\"loss\":2.5}\n");
+  CHECK(Metrics(path, 30).iters().back().loss == 2.5);
+}
+
+TEST_CASE("metrics start without an earlier file, and say where they cannot", "[metrics]") {
+  const std::string folder = test_folder();
+  Metrics metrics(folder + "/metrics.jsonl", 100);
+  CHECK(metrics.evals().empty());
+  CHECK_THROWS_WITH(Metrics(folder + "/none/metrics.jsonl", 0), Contains("/none/metrics.jsonl"));
+}

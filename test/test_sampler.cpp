@@ -1,0 +1,92 @@
+#include <cmath>
+#include <vector>
+
+#include "../host/sampler.h"
+#include "../host/schedule.h"
+#include "test.h"
+
+TEST_CASE("Tokens are drawn with the probabilities of the softmax") {
+  const std::vector<float> logits = {std::log(1.f), std::log(2.f), std::log(5.f)};  // 1/8, 2/8, 5/8
+  const auto choose = [&](double uniform, double temperature = 1, int top_k = 0) {
+    return choose_token(logits.data(), 3, temperature, top_k, uniform);
+  };
+  CHECK(choose(0.124) == 0);
+  CHECK(choose(0.126) == 1);
+  CHECK(choose(0.374) == 1);
+  CHECK(choose(0.376) == 2);
+  CHECK(choose(1 - 1e-12) == 2);
+  // temperature 1/2 squares the weights: 1/30, 4/30, 25/30
+  CHECK(choose(0.9 / 30, 0.5) == 0);
+  CHECK(choose(1.1 / 30, 0.5) == 1);
+  CHECK(choose(5.1 / 30, 0.5) == 2);
+  // the two likeliest: 2/7, 5/7
+  CHECK(choose(0.001, 1, 2) == 1);
+  CHECK(choose(1.9 / 7, 1, 2) == 1);
+  CHECK(choose(2.1 / 7, 1, 2) == 2);
+  CHECK(choose(0.001, 1, 1) == 2);
+  CHECK(choose(0.001, 1, 99) == 0);  // more than there are: all
+  CHECK(choose(0.001, 0) == 2);
+  const std::vector<float> equal = {1, 3, 3};
+  CHECK(choose_token(equal.data(), 3, 0, 0, 0.5) == 1);
+  CHECK(choose_token(equal.data(), 3, 1, 1, 0.99) == 1);
+  const std::vector<float> huge = {1e30f, -1e30f, 0};
+  CHECK(choose_token(huge.data(), 3, 1e-3, 0, 0.999) == 0);
+}
+
+namespace {
+
+// Says what it was asked, and always continues with the sum of its context modulo V.
+struct Recorder {
+  ModelShape shape_ = {10, 4, 1, 1, 1};
+  std::vector<std::vector<int>> asked;
+  std::vector<float> logits = std::vector<float>(10);
+  const ModelShape& shape() const { return shape_; }
+  const float* next_logits(const int* context, int n, int known) {
+    asked.push_back({context, context + n});
+    asked.back().push_back(-known);
+    int sum = 0;
+    for (int i = 0; i < n; i++) sum += context[i];
+    logits.assign(10, 0);
+    logits[sum % 10] = 1;
+    return logits.data();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("Generation rolls a window of the last T tokens and says which of them are known") {
+  Recorder model;
+  std::vector<int> out;
+  generate(model, {1, 2}, {5, 0.0, 0, 1, 0}, [&](int token) { return out.push_back(token), true; });
+  CHECK(out == std::vector<int>{3, 6, 2, 3, 4});  // 1+2, 1+2+3, 1+2+3+6, then 2+3+6+2, 3+6+2+3
+  const std::vector<std::vector<int>> expected = {
+      {1, 2, 0}, {1, 2, 3, -2}, {1, 2, 3, 6, -3}, {2, 3, 6, 2, 0}, {3, 6, 2, 3, 0}};
+  CHECK(model.asked == expected);
+
+  out.clear();
+  generate(model, {1, 2}, {5, 0.0, 0, 1, 0}, [&](int token) { return out.push_back(token), out.size() < 2; });
+  CHECK(out.size() == 2);
+}
+
+TEST_CASE("The learning rate warms up, decays and stays") {
+  Config c;
+  c.learning_rate = 1;
+  c.min_lr = 0.1;
+  c.warmup_iters = 9;
+  c.max_iters = 109;
+  CHECK(learning_rate_at(c, 0) == Approx(0.1));
+  CHECK(learning_rate_at(c, 8) == Approx(0.9));
+  CHECK(learning_rate_at(c, 9) == 1);
+  CHECK(learning_rate_at(c, 100) == 1);
+  c.decay_lr = true;
+  CHECK(learning_rate_at(c, 9) == 1);
+  CHECK(learning_rate_at(c, 59) == Approx(0.55));
+  CHECK(learning_rate_at(c, 34) == Approx(0.1 + 0.45 * (1 + std::sqrt(0.5))));
+  CHECK(learning_rate_at(c, 109) == 0.1);
+  CHECK(learning_rate_at(c, 1000) == 0.1);
+  c.lr_decay_iters = 59;
+  CHECK(learning_rate_at(c, 34) == Approx(0.55));
+  CHECK(learning_rate_at(c, 59) == 0.1);
+  c.warmup_iters = 0;
+  CHECK(learning_rate_at(c, 0) == 1);
+}

@@ -123,14 +123,15 @@ def main():
     if not difference < 1e-5:
         sys.exit(f"the variants are different models: their logits differ by {difference}")
 
-    print(f"{processor()}, {options.threads} threads, PyTorch {torch.__version__}")
+    load = os.getloadavg()[0]  # of others, as a rule: figures from a busy machine say little
+    print(f"{processor()}, {options.threads} threads, PyTorch {torch.__version__}, load before {load:.1f}")
     trainers = [
-        Trainer("eager, head by head", plain_gpt(DROPOUT)),
-        Trainer("eager, fused attention", fused_gpt(DROPOUT)),
-        Trainer("the same under bf16 autocast", fused_gpt(DROPOUT), autocast=True),
+        Trainer("head by head, eager", plain_gpt(DROPOUT)),
+        Trainer("fused attention, eager", fused_gpt(DROPOUT)),
+        Trainer("fused attention, bf16 autocast", fused_gpt(DROPOUT), autocast=True),
     ]
     if not options.no_compile:
-        trainers.insert(2, Trainer("the same, torch.compile", torch.compile(fused_gpt(DROPOUT))))
+        trainers.insert(2, Trainer("fused attention, torch.compile", torch.compile(fused_gpt(DROPOUT))))
     for trainer in list(trainers):
         try:
             for _ in range(2):
@@ -154,9 +155,9 @@ def main():
     rows = [("microGPT, fp32", our_median, min(run[1] for run in ours), max(run[2] for run in ours))]
     rows += [("PyTorch, " + t.name, statistics.median(t.seconds), min(t.seconds), max(t.seconds)) for t in trainers]
     print(f"a step of {B} x {T} tokens, dropout {DROPOUT}, in {options.rounds} rounds")
-    print(f"{'':39}{'median':>9}{'fastest':>10}{'slowest':>10}{'tokens/s':>10}   ours is")
+    print(f"{'':41}{'median':>9}{'fastest':>10}{'slowest':>10}{'tokens/s':>10}   ours is")
     for name, median, fastest, slowest in rows:
-        print(f"{name:39}{median:7.3f} s{fastest:8.3f} s{slowest:8.3f} s{B * T / median:10.0f}"
+        print(f"{name:41}{median:7.3f} s{fastest:8.3f} s{slowest:8.3f} s{B * T / median:10.0f}"
               f"   {median / our_median:.2f} times as fast")
     return 0
 

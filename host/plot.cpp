@@ -1,0 +1,267 @@
+#include "plot.h"
+
+#include <spawn.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+#include "error.h"
+#include "files.h"
+
+extern char** environ;
+
+namespace {
+
+// A gnuplot string. Within single quotes gnuplot expands nothing, neither escapes nor `commands`; an apostrophe becomes
+// the typographic one, since gnuplot does not understand a doubled one everywhere.
+std::string quoted(const std::string& s) {
+  std::string out = "'";
+  for (char c : s) {
+    if (static_cast<unsigned char>(c) < ' ') c = ' ';  // a line's end would end the command
+    if (c == '\'')
+      out += "’";
+    else
+      out += c;
+  }
+  return out + "'";
+}
+
+std::string decimals(double value, int digits = 3) {
+  char buffer[64];
+  std::snprintf(buffer, sizeof buffer, "%.*f", digits, value);
+  return buffer;
+}
+
+struct Range {
+  double low = INFINITY, high = -INFINITY;
+  void include(double value) {
+    if (!std::isfinite(value)) return;
+    low = std::min(low, value);
+    high = std::max(high, value);
+  }
+  double span() const { return high - low; }
+  bool contains(double value) const { return low <= value && value <= high; }
+};
+
+int last_iter(const PlotData& data) {
+  int last = 0;
+  for (const EvalPoint& e : data.evals) last = std::max(last, e.iter);
+  for (const IterPoint& i : data.iters) last = std::max(last, i.iter);
+  return last;
+}
+
+// What is worth looking at. An untrained model starts at ln V, far above everything that follows, and falls steeply: if
+// that first moment set the scale, the rest would be squeezed into the lowest third. So it leaves the picture at the
+// top. Baselines widen the range only if they are near.
+Range loss_range(const PlotData& data) {
+  const double settled = data.evals.size() > 2 ? 0.05 * last_iter(data) : 0;
+  Range curves;
+  for (const EvalPoint& e : data.evals)
+    if (e.iter >= settled) curves.include(e.train), curves.include(e.val);
+  for (const IterPoint& i : data.iters)
+    if (i.iter >= settled) curves.include(i.loss);
+  if (curves.low > curves.high)  // nothing finite
+    for (const Baseline& b : data.baselines) curves.include(b.loss);
+  if (curves.low > curves.high) curves = {0, 5};
+
+  Range all = curves;
+  const double near = std::max(0.3 * curves.span(), 0.2);
+  for (const Baseline& b : data.baselines)
+    if (b.loss > curves.low - near && b.loss < curves.high + near) all.include(b.loss);
+  const double margin = std::max(0.07 * all.span(), 0.15);
+  return {all.low - margin, all.high + margin};
+}
+
+// A name and value in the right margin, at the end of the line it belongs to.
+struct Label {
+  std::string words;
+  double height;
+  std::string style;
+};
+
+// Sorts labels from bottom to top and moves those that would overlap, until all are `distance` apart.
+void spread(std::vector<Label>& labels, double distance) {
+  std::sort(labels.begin(), labels.end(), [](const Label& a, const Label& b) { return a.height < b.height; });
+  for (int round = 0; round < 100; round++)  // two neighbours share a push, which may bring on the next: a few rounds
+    for (size_t i = 1; i < labels.size(); i++) {
+      const double push = (distance - (labels[i].height - labels[i - 1].height)) / 2;
+      if (push > 0) labels[i - 1].height -= push, labels[i].height += push;
+    }
+}
+
+std::string script(const PlotData& data) {
+  // Colours of Okabe and Ito (2008), which colour-blind people tell apart.
+  constexpr const char *train_colour = "#0072B2", *val_colour = "#D55E00", *batch_colour = "#B4C0CA", *grey = "#707070";
+  const Range range = loss_range(data);
+  const int last = std::max(last_iter(data), 1);
+
+  std::string s = "set encoding utf8\n";            // the environment says LC_ALL=C, so that numbers have points
+  for (const char* terminal : {"png", "pngcairo"})  // the last one there is remains
+    s += text("if (strstrt(GPVAL_TERMINALS, ' ", terminal, " ') > 0) set terminal ", terminal,
+              " noenhanced size 1200,750 font 'Sans,13' background rgb 'white'\n");
+
+  const auto block = [&](const char* name, const auto& points, auto value) {
+    s += text("$", name, " << END\n");
+    for (const auto& p : points)
+      if (std::isfinite(value(p))) s += text(p.iter, " ", decimals(value(p), 6), "\n");
+    s += "END\n";
+  };
+  block("batches", data.iters, [](const IterPoint& p) { return p.loss; });
+  block("train", data.evals, [](const EvalPoint& p) { return p.train; });
+  block("val", data.evals, [](const EvalPoint& p) { return p.val; });
+
+  // Title and legend stand outside the plot, where no curve can meet them.
+  s += text("set label ", quoted(data.title), " at graph 0, 1.05 left font ',15'\n");
+  s += "set key at graph 1, graph -0.075 right top samplen 2.5 textcolor rgb '#707070' font ',11'\n";
+  s += text("set xrange [0:", last, "]\nset yrange [", decimals(range.low), ":", decimals(range.high), "]\n");
+  s += "set xlabel 'iteration'\nset ylabel 'loss (nats per character)' offset -0.5,0\n";
+  s += "set border 3 lc rgb '#404040'\nset tics nomirror out scale 0.6\n";
+  s += text("set format y '", range.span() > 1 ? "%.1f" : "%.2f", "'\n", last < 10 ? "set xtics 1\n" : "");
+  s += "set grid lc rgb '#E8E8E8' lt 1 lw 1\nset lmargin 9\nset rmargin 18\nset tmargin 4\n";
+
+  // Lines end in their name and value, which no legend has to explain. Baselines out of range are told, not drawn.
+  const std::string small = text("font ',11' tc rgb '", grey, "'");
+  std::vector<Label> labels;
+  std::string above, below;
+  for (const Baseline& b : data.baselines) {
+    if (!std::isfinite(b.loss)) continue;
+    const std::string words = b.name + " " + decimals(b.loss);
+    if (range.contains(b.loss)) {
+      labels.push_back({words, b.loss, small});
+      s += text("set arrow from graph 0, first ", decimals(b.loss, 6), " to graph 1, first ", decimals(b.loss, 6),
+                " nohead back lw 1.2 dt (12,8) lc rgb '", grey, "'\n");
+    } else {
+      std::string& list = b.loss > range.high ? above : below;
+      list += (list.empty() ? "" : ", ") + words;
+    }
+  }
+  const auto label_end = [&](const char* name, double loss, const char* colour) {
+    if (range.contains(loss)) labels.push_back({text(name, " ", decimals(loss)), loss, text("tc rgb '", colour, "'")});
+  };
+  if (!data.evals.empty()) {
+    label_end("train", data.evals.back().train, train_colour);
+    label_end("validation", data.evals.back().val, val_colour);
+  }
+  spread(labels, 0.04 * range.span());
+  for (const Label& l : labels)
+    s += text("set label ", quoted(l.words), " at graph 1.016, first ", decimals(l.height, 6), " left ", l.style, "\n");
+  const auto note = [&](const std::string& what, const std::string& where) {
+    s += text("set label ", quoted(what), " at graph ", where, " right ", small, "\n");
+  };
+  if (!above.empty()) note("above: " + above, "0.995, 0.975");
+  if (!below.empty()) note("below: " + below, "0.995, 0.025");
+
+  const EvalPoint* best = nullptr;
+  for (const EvalPoint& e : data.evals)
+    if (std::isfinite(e.val) && (best == nullptr || e.val < best->val)) best = &e;
+  if (best != nullptr) {
+    const char* side = best->iter < 0.15 * last   ? "left offset 1,-1.4"
+                       : best->iter > 0.85 * last ? "right offset -1,-1.4"
+                                                  : "center offset 0,-1.4";
+    s += "set style textbox opaque noborder fillcolor rgb 'white' margins 0.5,0.3\n";
+    s += text("set label ", quoted(text("best ", decimals(best->val), " at iteration ", best->iter)), " at ",
+              best->iter, ",", decimals(best->val, 6), " ", side, " front boxed tc rgb '", val_colour, "'\n");
+  }
+
+  // What is drawn. A curve without a single point is left out: gnuplot refuses it.
+  std::string curves;
+  const auto curve = [&](const std::string& what) { curves += (curves.empty() ? "plot " : ", \\\n     ") + what; };
+  const auto any = [](const auto& points, auto value) {
+    return std::any_of(points.begin(), points.end(), [&](const auto& p) { return std::isfinite(value(p)); });
+  };
+  if (any(data.iters, [](const IterPoint& p) { return p.loss; }))
+    curve(text("$batches with lines lw 1 lc rgb '", batch_colour, "' title 'each training batch'"));
+  if (any(data.evals, [](const EvalPoint& p) { return p.train; }))
+    curve(text("$train with linespoints lw 2.5 pt 7 ps 0.9 lc rgb '", train_colour, "' notitle"));
+  if (best != nullptr) {
+    curve(text("$val with linespoints lw 2.5 pt 7 ps 0.9 lc rgb '", val_colour, "' notitle"));
+    curve(text("'+' using (", best->iter, "):(", decimals(best->val, 6),
+               ") every ::::0 with points pt 6 ps 2.2 lw 2.5 lc rgb '", val_colour, "' notitle"));
+  }
+  if (curves.empty()) curve("NaN notitle");
+  return s + curves + "\n";
+}
+
+struct Close {
+  void operator()(std::FILE* file) const { std::fclose(file); }
+};
+using TemporaryFile = std::unique_ptr<std::FILE, Close>;  // without a name, gone when closed
+
+TemporaryFile temporary_file() {
+  TemporaryFile file(std::tmpfile());
+  if (file == nullptr) fail_errno("make a temporary file");
+  return file;
+}
+
+std::string content(std::FILE* file) {
+  std::string all(65536, '\0');
+  std::rewind(file);
+  size_t size = 0;
+  while (const size_t n = std::fread(all.data() + size, 1, all.size() - size, file)) {
+    size += n;
+    if (size == all.size()) all.resize(2 * size);
+  }
+  all.resize(size);
+  return all;
+}
+
+// Runs gnuplot on a script and returns the picture, which it writes to its standard output: so neither a shell nor
+// gnuplot ever sees a path. Files instead of pipes: a gnuplot that dies early cannot kill us by SIGPIPE.
+std::string run_gnuplot(const std::string& commands) {
+  const TemporaryFile in = temporary_file(), out = temporary_file(), messages = temporary_file();
+  if (std::fwrite(commands.data(), 1, commands.size(), in.get()) != commands.size() || std::fflush(in.get()) != 0)
+    fail_errno("write a temporary file");
+  std::rewind(in.get());
+
+  std::vector<char*> environment;
+  std::string locale = "LC_ALL=C";
+  for (char** e = environ; *e != nullptr; e++)
+    if (std::strncmp(*e, "LC_ALL=", 7) != 0) environment.push_back(*e);
+  environment.push_back(locale.data());
+  environment.push_back(nullptr);
+
+  std::string name = "gnuplot";
+  char* arguments[] = {name.data(), nullptr};
+  posix_spawn_file_actions_t files;
+  posix_spawn_file_actions_init(&files);
+  posix_spawn_file_actions_adddup2(&files, fileno(in.get()), STDIN_FILENO);
+  posix_spawn_file_actions_adddup2(&files, fileno(out.get()), STDOUT_FILENO);
+  posix_spawn_file_actions_adddup2(&files, fileno(messages.get()), STDERR_FILENO);
+  pid_t child = 0;
+  const int error = posix_spawnp(&child, name.c_str(), &files, nullptr, arguments, environment.data());
+  posix_spawn_file_actions_destroy(&files);
+  if (error == ENOENT) fail("gnuplot is not installed");
+  if (error != 0) fail("gnuplot does not start: ", std::strerror(error));
+  int status = 0;
+  while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
+
+  const std::string picture = content(out.get());
+  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0 || picture.rfind("\x89PNG", 0) != 0) {
+    std::string said = content(messages.get());
+    std::replace(said.begin(), said.end(), '\n', ' ');
+    fail("gnuplot failed: ", said.empty() ? "no message" : said);
+  }
+  return picture;
+}
+
+}  // namespace
+
+bool draw_plot(const std::string& png_path, const PlotData& data) {
+  std::string picture;
+  try {
+    picture = run_gnuplot(script(data));
+  } catch (const Error& e) {
+    static bool warned = false;
+    if (!warned) std::fprintf(stderr, "warning: no picture %s: %s\n", png_path.c_str(), e.what());
+    warned = true;
+    return false;
+  }
+  write_file(png_path, picture);
+  return true;
+}

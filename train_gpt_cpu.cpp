@@ -32,27 +32,28 @@
 // Gradients, and AdamW's m and v, are buffers of the same layout.
 
 // What forward leaves behind for backward, per layer l. C channels, rows = B * T.
-#define ACTIVATIONS(ONE, EACH_LAYER)                                                                              \
-  EACH_LAYER(inp, rows, C)         /* the residual stream where it enters the layer */                            \
-  EACH_LAYER(ln1, rows, C)                                                                                        \
-  EACH_LAYER(ln1_mean, rows)                                                                                      \
-  EACH_LAYER(ln1_rstd, rows)                                                                                      \
-  EACH_LAYER(qkv, rows, 3 * C)     /* queries, keys, values; the cache when text is sampled */                    \
-  EACH_LAYER(att, rows, C)         /* the heads' outputs, side by side */                                         \
-  EACH_LAYER(lse, rows, NH)        /* (B, NH, T): logarithm of the softmax's denominator */                       \
-  EACH_LAYER(mid, rows, C)         /* the residual stream between attention and feed-forward */                   \
-  EACH_LAYER(ln2, rows, C)                                                                                        \
-  EACH_LAYER(ln2_mean, rows)                                                                                      \
-  EACH_LAYER(ln2_rstd, rows)                                                                                      \
-  EACH_LAYER(fc, rows, 4 * C)      /* the hidden layer, after ReLU */                                             \
-  ONE(out, rows, C)                /* the residual stream behind the last layer */                                \
-  ONE(lnf, rows, C)                                                                                               \
-  ONE(lnf_mean, rows)                                                                                             \
-  ONE(lnf_rstd, rows)                                                                                             \
-  ONE(logits, rows, V)                                                                                            \
-  ONE(probs, rows, V)                                                                                             \
-  ONE(losses, rows)                                                                                               \
-  ONE(branch, rows, C)             /* scratch: what a branch adds to the stream, before dropout */
+// clang-format off
+#define ACTIVATIONS(ONE, EACH_LAYER)                                                          \
+  EACH_LAYER(inp,      rows, C)      /* the residual stream where it enters the layer */      \
+  EACH_LAYER(ln1,      rows, C)                                                               \
+  EACH_LAYER(ln1_mean, rows)                                                                  \
+  EACH_LAYER(ln1_rstd, rows)                                                                  \
+  EACH_LAYER(qkv,      rows, 3 * C)  /* queries, keys, values: the cache in sampling */       \
+  EACH_LAYER(att,      rows, C)      /* the heads' outputs, side by side */                   \
+  EACH_LAYER(lse,      rows, NH)     /* (B, NH, T): log of the softmax's denominator */       \
+  EACH_LAYER(mid,      rows, C)      /* the stream between attention and feed-forward */      \
+  EACH_LAYER(ln2,      rows, C)                                                               \
+  EACH_LAYER(ln2_mean, rows)                                                                  \
+  EACH_LAYER(ln2_rstd, rows)                                                                  \
+  EACH_LAYER(fc,       rows, 4 * C)  /* the hidden layer, after ReLU */                       \
+  ONE(out,             rows, C)      /* the stream behind the last layer */                   \
+  ONE(lnf,             rows, C)                                                               \
+  ONE(lnf_mean,        rows)                                                                  \
+  ONE(lnf_rstd,        rows)                                                                  \
+  ONE(logits,          rows, V)                                                               \
+  ONE(probs,           rows, V)                                                               \
+  ONE(losses,          rows)                                                                  \
+  ONE(branch,          rows, C)      /* scratch: what a branch adds, before dropout */
 
 // Gradients of activations: none outlives its layer, so one of each serves all layers.
 #define ACTIVATION_GRADS(ONE, EACH_LAYER) \
@@ -63,6 +64,7 @@
   ONE(dqkv, rows, 3 * C)                  \
   ONE(dfc, rows, 4 * C)                   \
   ONE(dlogits, rows, V)
+// clang-format on
 
 DEFINE_POINTERS(Activations, ACTIVATIONS)
 DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
@@ -117,8 +119,8 @@ inline Dropout at(Dropout drop, uint32_t kind, int l) {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward: logits (B, T, V) of the tokens x (B, T).
-// With first > 0 (B = 1, no dropout) only the positions first ... T - 1 are computed: x and logits hold these alone, and
-// the keys and values of the earlier ones are still in a.qkv. That is how text is sampled token by token.
+// With first > 0 (B = 1, no dropout) only the positions first ... T - 1 are computed: x and logits hold these alone,
+// and the keys and values of the earlier ones are still in a.qkv. That is how text is sampled token by token.
 
 template <class Real>
 void forward(GPT<Real>& m, const int* x, int B, int T, const Dropout& drop = {}, int first = 0) {
@@ -185,8 +187,7 @@ void backward(GPT<Real>& m, const int* x, const int* y, int B, int T, double dlo
 
     residual_backward(g.dbranch, g.dstream, at(drop, site::proj_dropout, l), B, T, C);
     matmul_backward(g.datt, dw.attprojw[l], dw.attprojb[l], g.dbranch, a.att[l], w.attprojw[l], rows, C, C);
-    attention_backward(g.dqkv, g.datt, a.qkv[l], a.att[l], a.lse[l], at(drop, site::attention_dropout, l), B, T, C,
-                       NH);
+    attention_backward(g.dqkv, g.datt, a.qkv[l], a.att[l], a.lse[l], at(drop, site::attention_dropout, l), B, T, C, NH);
     matmul_backward<Real>(g.dnorm, dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], w.qkvw[l], rows, C, 3 * C);
     layernorm_backward(g.dstream, dw.ln1w[l], dw.ln1b[l], g.dnorm, a.inp[l], a.ln1_mean[l], a.ln1_rstd[l], w.ln1w[l],
                        rows, C);
@@ -271,7 +272,8 @@ class CpuModel {
       loss += ::loss_sum(gpt_, y_.data(), B, T) * dloss;
       backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
     }
-    update(gpt_, {learning_rate, config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1}, config_.grad_clip);
+    update(gpt_, {learning_rate, config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1},
+           config_.grad_clip);
     check_all_canaries(gpt_);
     return float(loss);
   }
@@ -305,7 +307,8 @@ int main(int argc, char** argv) {
     if (config.command == "train") {
       if (config.device == "auto") std::fprintf(stderr, "on the CPU: this program was built without CUDA\n");
       if (config.preset == "auto")
-        std::fprintf(stderr, "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
+        std::fprintf(stderr,
+                     "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
       apply_preset(config, config.preset == "auto" ? "small" : config.preset);
     }
     config.device = "cpu";

@@ -29,8 +29,8 @@ Times measure(int runs, Work work) {
   return {seconds[seconds.size() / 2], seconds.front(), seconds.back()};
 }
 
-// The fused-multiply-add peak of all threads, in GFLOP/s: in registers, with as many independent chains as the product's
-// tile has. The fastest run counts: nothing is faster than the peak.
+// The fused-multiply-add peak of all threads, in GFLOP/s: in registers, with as many independent chains as the
+// product's tile has. The fastest run counts: nothing is faster than the peak.
 double fma_peak() {
   constexpr int chains = product::MR, rounds = 10'000'000 / chains;
   const int threads = omp_get_max_threads();
@@ -79,8 +79,8 @@ void print_flops(const std::string& what, const Times& t, double flops) {
 
 void print_bytes(const std::string& what, const Times& t, double bytes) {
   const double rate = bytes / t.median / 1e9;
-  std::printf("%-26s median %8.2f ms (%.2f .. %.2f)  %6.1f GB/s     %3.0f %% of bandwidth\n", what.c_str(), t.median * 1e3,
-              t.min * 1e3, t.max * 1e3, rate, 100 * rate / bandwidth);
+  std::printf("%-26s median %8.2f ms (%.2f .. %.2f)  %6.1f GB/s     %3.0f %% of bandwidth\n", what.c_str(),
+              t.median * 1e3, t.min * 1e3, t.max * 1e3, rate, 100 * rate / bandwidth);
 }
 
 const ModelShape lecture = {65, 256, 384, 6, 6};
@@ -122,55 +122,76 @@ void bench_layers(int B) {
     const char* name;
     int in, out;
   };
-  for (const Linear& l : {Linear{"qkv", C, 3 * C}, {"attproj", C, C}, {"fc", C, 4 * C}, {"fcproj", 4 * C, C}, {"head", C, V}}) {
+  for (const Linear& l :
+       {Linear{"qkv", C, 3 * C}, {"attproj", C, C}, {"fc", C, 4 * C}, {"fcproj", 4 * C, C}, {"head", C, V}}) {
     const double flops = 2.0 * rows * l.in * l.out;
-    print_flops(text("matmul ", l.name, " forward"), measure(runs, [&] {
-      matmul_forward(wide.data(), inp.data(), weight.data(), bias.data(), rows, l.in, l.out);
-    }), flops);
-    print_flops(text("matmul ", l.name, " backward"), measure(runs, [&] {
-      matmul_backward(wide.data(), dweight.data(), dbias.data(), wide2.data(), inp.data(), weight.data(), rows, l.in, l.out);
-    }), 2 * flops);
+    print_flops(
+        text("matmul ", l.name, " forward"),
+        measure(runs, [&] { matmul_forward(wide.data(), inp.data(), weight.data(), bias.data(), rows, l.in, l.out); }),
+        flops);
+    print_flops(text("matmul ", l.name, " backward"),
+                measure(runs,
+                        [&] {
+                          matmul_backward(wide.data(), dweight.data(), dbias.data(), wide2.data(), inp.data(),
+                                          weight.data(), rows, l.in, l.out);
+                        }),
+                2 * flops);
   }
   const double attention = 4.0 * B * NH * lecture.HS() * T * (T + 1) / 2;
   for (const double p : {0.0, 0.2}) {
     const Dropout drop = {1, 1, site::attention_dropout, dropout_threshold(p), 0};
     const char* with = p > 0 ? ", dropout" : "";
-    print_flops(text("attention forward", with), measure(runs, [&] {
-      attention_forward(wide.data(), stats.data(), inp.data(), drop, B, T, C, NH);
-    }), attention);
-    print_flops(text("attention backward", with), measure(runs, [&] {
-      attention_backward(wide2.data(), inp.data(), inp.data(), wide.data(), stats.data(), drop, B, T, C, NH);
-    }), 2 * attention);
+    print_flops(text("attention forward", with),
+                measure(runs, [&] { attention_forward(wide.data(), stats.data(), inp.data(), drop, B, T, C, NH); }),
+                attention);
+    print_flops(text("attention backward", with),
+                measure(runs,
+                        [&] {
+                          attention_backward(wide2.data(), inp.data(), inp.data(), wide.data(), stats.data(), drop, B,
+                                             T, C, NH);
+                        }),
+                2 * attention);
   }
   const double bytes = sizeof(float) * double(stream);
-  print_bytes("layernorm forward", measure(runs, [&] {
-    layernorm_forward(wide.data(), stats.data(), stats2.data(), inp.data(), bias.data(), bias.data(), rows, C);
-  }), 2 * bytes);
-  print_bytes("layernorm backward", measure(runs, [&] {
-    layernorm_backward(wide.data(), dbias.data(), dbias.data() + C, wide2.data(), inp.data(), stats.data(), stats2.data(),
-                       bias.data(), rows, C);
-  }), 4 * bytes);
+  print_bytes("layernorm forward",
+              measure(runs,
+                      [&] {
+                        layernorm_forward(wide.data(), stats.data(), stats2.data(), inp.data(), bias.data(),
+                                          bias.data(), rows, C);
+                      }),
+              2 * bytes);
+  print_bytes("layernorm backward",
+              measure(runs,
+                      [&] {
+                        layernorm_backward(wide.data(), dbias.data(), dbias.data() + C, wide2.data(), inp.data(),
+                                           stats.data(), stats2.data(), bias.data(), rows, C);
+                      }),
+              4 * bytes);
   for (const double p : {0.0, 0.2}) {
     const Dropout drop = {1, 1, site::proj_dropout, dropout_threshold(p), 0};
     const char* with = p > 0 ? ", dropout" : "";
-    print_bytes(text("residual forward", with), measure(runs, [&] {
-      residual_forward(wide.data(), inp.data(), wide2.data(), drop, B, T, C);
-    }), 3 * bytes);
-    print_bytes(text("residual backward", with), measure(runs, [&] {
-      residual_backward(wide.data(), inp.data(), drop, B, T, C);
-    }), 2 * bytes);
+    print_bytes(text("residual forward", with),
+                measure(runs, [&] { residual_forward(wide.data(), inp.data(), wide2.data(), drop, B, T, C); }),
+                3 * bytes);
+    print_bytes(text("residual backward", with),
+                measure(runs, [&] { residual_backward(wide.data(), inp.data(), drop, B, T, C); }), 2 * bytes);
   }
   print_bytes("relu forward", measure(runs, [&] { relu_forward(wide.data(), 4 * stream); }), 8 * bytes);
-  print_bytes("relu backward", measure(runs, [&] { relu_backward(wide.data(), wide2.data(), 4 * stream); }), 12 * bytes);
+  print_bytes("relu backward", measure(runs, [&] { relu_backward(wide.data(), wide2.data(), 4 * stream); }),
+              12 * bytes);
   std::vector<int> targets(rows);
-  print_bytes("cross-entropy forward", measure(runs, [&] {
-    crossentropy_forward(stats.data(), wide.data(), inp.data(), targets.data(), rows, V);
-  }), 2 * sizeof(float) * double(rows) * V);
+  print_bytes(
+      "cross-entropy forward",
+      measure(runs, [&] { crossentropy_forward(stats.data(), wide.data(), inp.data(), targets.data(), rows, V); }),
+      2 * sizeof(float) * double(rows) * V);
   const size_t n = parameter_layout(lecture).size();
   std::vector<float> p(n), g(n, 0.1f), m(n), v(n);
-  print_bytes("AdamW", measure(runs, [&] {
-    adamw_update(p.data(), m.data(), v.data(), g.data(), n, {1e-4, 0.9, 0.99, 1e-8, 0.01, 1, 1});
-  }), 7.0 * sizeof(float) * double(n));
+  print_bytes("AdamW",
+              measure(runs,
+                      [&] {
+                        adamw_update(p.data(), m.data(), v.data(), g.data(), n, {1e-4, 0.9, 0.99, 1e-8, 0.01, 1, 1});
+                      }),
+              7.0 * sizeof(float) * double(n));
 }
 
 }  // namespace

@@ -7,8 +7,8 @@
 #include "random.h"
 #include "shards.h"
 
-// x (B, T): windows of T tokens whose starts are uniform in [0, n - T); y (B, T): each token's successor. `first_row` is
-// the number of the first window: gradient accumulation, and the batches of one evaluation, go on counting.
+// x (B, T): windows of T tokens whose starts are uniform in [0, n - T); y (B, T): each token's successor. `first_row`
+// is the number of the first window: gradient accumulation, and the batches of one evaluation, go on counting.
 inline void random_batch(int* x, int* y, const Tokens& tokens, uint64_t seed, uint32_t step, uint32_t site,
                          uint64_t first_row, int B, int T) {
   std::vector<int> window(size_t(T) + 1);

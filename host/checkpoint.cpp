@@ -47,7 +47,8 @@ void save_checkpoint(const std::string& path, const CheckpointInfo& info, const 
 Checkpoint::Checkpoint(const std::string& path) : path_(path), file_(path) {
   const auto value = [&](const char* key) -> const std::string& {
     const auto at = file_.metadata().find(key);
-    if (at == file_.metadata().end()) fail(path_, " is not a checkpoint of this program: its metadata has no '", key, "'");
+    if (at == file_.metadata().end())
+      fail(path_, " is not a checkpoint of this program: its metadata has no '", key, "'");
     return at->second;
   };
   const auto number = [&](const char* key, auto& out) {
@@ -98,7 +99,8 @@ void Checkpoint::load(float* to, const Layout& layout, const std::string& prefix
     };
     if (view.dtype != "F32") fail(path_, ": tensor ", view.name, " is ", view.dtype, ", expected F32");
     if (view.shape != tensor.shape)
-      fail(path_, ": tensor ", view.name, " has the shape ", shown_shape(view.shape), ", expected ", shown_shape(tensor.shape));
+      fail(path_, ": tensor ", view.name, " has the shape ", shown_shape(view.shape), ", expected ",
+           shown_shape(tensor.shape));
     std::memcpy(to + tensor.offset, view.data, tensor.size() * sizeof(float));
   }
 }

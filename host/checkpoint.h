@@ -2,7 +2,8 @@
 // thread count, so that equal runs write equal files.
 //   tensors     the parameters under their names in a PyTorch state dict; in ckpt_last AdamW's moments too, under
 //               adamw.m.<name> and adamw.v.<name>
-//   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...), iteration,
+//   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...),
+//   iteration,
 //               best_loss, data (fingerprint of the tokens), checksums
 // defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views
 #pragma once
@@ -18,9 +19,9 @@
 struct CheckpointInfo {
   ModelShape shape;
   std::map<std::string, std::string> settings;  // recorded flags by name, host/config.h; the shape's are among them
-  int iteration = 0;     // updates done, and so the number of the next one
-  double best_loss = 0;  // the lowest validation loss so far; infinity: none
-  std::string data;      // fingerprint of the training and validation tokens
+  int iteration = 0;                            // updates done, and so the number of the next one
+  double best_loss = 0;                         // the lowest validation loss so far; infinity: none
+  std::string data;                             // fingerprint of the training and validation tokens
 };
 
 // The parameters in a buffer of this layout, as the tensors of a state dict.

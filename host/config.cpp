@@ -16,9 +16,9 @@ using Member = std::variant<std::string Config::*, int Config::*, double Config:
 
 constexpr double any = std::numeric_limits<double>::infinity();
 
-// A flag: its name, where its value goes, the commands that take it (t: train, s: sample, e: eval, x: export), the range
-// of a number, the words that a text may be, and what --help says. r: the value is recorded in checkpoints; m: it is, and
-// belongs to the model's shape.
+// A flag: its name, where its value goes, the commands that take it (t: train, s: sample, e: eval, x: export), the
+// range of a number, the words that a text may be, and what --help says. r: the value is recorded in checkpoints; m: it
+// is, and belongs to the model's shape.
 struct Flag {
   std::string name;
   Member member;
@@ -30,7 +30,7 @@ struct Flag {
 
 const std::vector<Flag>& flags() {
   static const std::vector<Flag> table = {
-      {"preset", &Config::preset, "t", 0, 0, {"auto", "lecture", "small"}, "lecture: the course's model; small: minutes on a CPU"},
+      {"preset", &Config::preset, "t", 0, 0, {"auto", "lecture", "small"}, "which defaults"},
       {"data", &Config::data, "te", 0, 0, {}, "folder with the token shards that data_prep wrote"},
       {"out_dir", &Config::out_dir, "tsex", 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"},
       {"init_from", &Config::init_from, "t", 0, 0, {"scratch", "resume"}, "resume: go on with out_dir's ckpt_last"},
@@ -61,7 +61,7 @@ const std::vector<Flag>& flags() {
       {"temperature", &Config::temperature, "s", 0, 100, {}, "0: always the likeliest; 1: as learned; higher: wilder"},
       {"top_k", &Config::top_k, "s", 0, 65535, {}, "choose among the k likeliest; 0: among all"},
       {"device", &Config::device, "tse", 0, 0, {"auto", "cuda", "cpu"}, "cuda never falls back"},
-      {"dtype", &Config::dtype, "tse", 0, 0, {"auto", "float32", "tf32", "bfloat16", "float16"}, "arithmetic of the products"},
+      {"dtype", &Config::dtype, "tse", 0, 0, {"auto", "float32", "tf32", "bfloat16", "float16"}, "of the products"},
       {"threads", &Config::threads, "tse", 0, 1024, {}, "of the CPU; 0: all. Results do not depend on it"},
       {"seed", &Config::seed, "tser", 0, any, {}, "of all random numbers"},
   };
@@ -73,10 +73,11 @@ char command_letter(const std::string& command) { return command == "export" ? '
 
 // The preset `lecture` is Config's own values. `small` is what two CPU cores train in about three minutes.
 const std::vector<std::pair<std::string, std::string>> small_preset = {
-    {"n_layer", "4"},       {"n_head", "4"},      {"n_embd", "128"},    {"block_size", "64"},   {"dropout", "0"},
-    {"batch_size", "32"},   {"max_iters", "2500"}, {"eval_interval", "250"}, {"eval_iters", "20"},
-    {"log_interval", "50"}, {"learning_rate", "3e-3"}, {"decay_lr", "true"}, {"warmup_iters", "100"}, {"min_lr", "3e-4"},
-    {"beta2", "0.99"},      {"weight_decay", "0.1"}, {"grad_clip", "1"},
+    {"n_layer", "4"},        {"n_head", "4"},        {"n_embd", "128"},         {"block_size", "128"},
+    {"dropout", "0"},        {"batch_size", "16"},   {"max_iters", "1800"},     {"eval_interval", "300"},
+    {"eval_iters", "20"},    {"log_interval", "50"}, {"learning_rate", "3e-3"}, {"decay_lr", "true"},
+    {"warmup_iters", "100"}, {"min_lr", "3e-4"},     {"beta2", "0.99"},         {"weight_decay", "0.1"},
+    {"grad_clip", "1"},
 };
 
 template <class Number>
@@ -103,11 +104,13 @@ void set(Config& config, const Flag& flag, const std::string& value) {
     config.*(*member) = value;
   } else if (const auto integer = std::get_if<int Config::*>(&flag.member)) {
     int64_t number;
-    if (!parse_number(value, number) || double(number) < flag.low || double(number) > flag.high) refuse("a whole " + range.substr(2));
+    if (!parse_number(value, number) || double(number) < flag.low || double(number) > flag.high)
+      refuse("a whole " + range.substr(2));
     config.*(*integer) = int(number);
   } else if (const auto real = std::get_if<double Config::*>(&flag.member)) {
     double number;
-    if (!parse_number(value, number) || !std::isfinite(number) || number < flag.low || number > flag.high) refuse(range);
+    if (!parse_number(value, number) || !std::isfinite(number) || number < flag.low || number > flag.high)
+      refuse(range);
     config.*(*real) = number;
   } else if (const auto boolean = std::get_if<bool Config::*>(&flag.member)) {
     std::string word = value;
@@ -167,7 +170,8 @@ std::string nearest(const std::string& word, const Names& names) {
     if (flag.name == name) {
       std::string others;
       for (const char* other : command_names)
-        if (flag.commands.find(command_letter(other)) != std::string::npos) others += (others.empty() ? "" : ", ") + std::string(other);
+        if (flag.commands.find(command_letter(other)) != std::string::npos)
+          others += (others.empty() ? "" : ", ") + std::string(other);
       fail("--", name, " is a flag of ", others, ", not of ", command);
     }
     if (flag.commands.find(command_letter(command)) != std::string::npos) names.push_back(flag.name);
@@ -188,11 +192,14 @@ Config parse_command_line(int argc, char** argv) {
     arguments.erase(arguments.begin());
   }
 
-  for (size_t i = 0; i < arguments.size(); i++) {  // --flag=value as two arguments, so that a value may be empty
+  // --flag=value becomes two arguments, so that a value may be empty; what follows a flag without = is its value.
+  for (size_t i = 0; i < arguments.size(); i++) {
+    if (arguments[i].rfind("--", 0) != 0 || arguments[i] == "--help") continue;
     const size_t equals = arguments[i].find('=');
-    if (arguments[i].rfind("--", 0) != 0 || equals == std::string::npos) continue;
-    arguments.insert(arguments.begin() + long(i) + 1, arguments[i].substr(equals + 1));
-    arguments[i].resize(equals);
+    if (equals != std::string::npos) {
+      arguments.insert(arguments.begin() + long(i) + 1, arguments[i].substr(equals + 1));
+      arguments[i].resize(equals);
+    }
     i++;
   }
 
@@ -203,14 +210,15 @@ Config parse_command_line(int argc, char** argv) {
   std::vector<std::pair<const Flag*, std::string>> values;
   for (const Flag& flag : flags())
     if (flag.commands.find(command_letter(config.command)) != std::string::npos)
-      app.add_option_function<std::string>("--" + flag.name, [&](const std::string& value) { values.push_back({&flag, value}); })
+      app.add_option_function<std::string>("--" + flag.name,
+                                           [&](const std::string& value) {
+                                             values.push_back({&flag, value});
+                                           })
           ->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
   std::reverse(arguments.begin(), arguments.end());  // as CLI11 wants them
   try {
     app.parse(arguments);
-  } catch (const CLI::ParseError& e) {
-    fail(e.what(), "; see --help");
-  }
+  } catch (const CLI::ParseError& e) { fail(e.what(), "; see --help"); }
   if (config.help) return config;
   if (!app.remaining().empty()) refuse_unknown(app.remaining()[0], config.command);
   for (const auto& [flag, value] : values) {

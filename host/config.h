@@ -58,8 +58,8 @@ struct Config {
   std::set<std::string> given;  // the flags that stood on the command line
 };
 
-// Fails on an unknown flag (with the nearest name), a value out of range, or a flag of another command. A preset's values
-// are not in yet: which one is taken depends on the device.
+// Fails on an unknown flag (with the nearest name), a value out of range, or a flag of another command. A preset's
+// values are not in yet: which one is taken depends on the device.
 Config parse_command_line(int argc, char** argv);
 
 // Sets what the preset (lecture or small) says, but for the flags that were given.
@@ -67,7 +67,8 @@ void apply_preset(Config& config, const std::string& preset);
 
 std::string help_text(const std::string& command);
 
-// The flags on which a run's result depends, and their values: what a checkpoint records and a resumed run goes on with.
+// The flags on which a run's result depends, and their values: what a checkpoint records and a resumed run goes on
+// with.
 std::vector<std::string> recorded_flags();
 std::map<std::string, std::string> recorded_settings(const Config& config);
 // Takes over what was recorded. Flags given on the command line stay, and those that differ are returned as

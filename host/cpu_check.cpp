@@ -1,7 +1,7 @@
-// Stops a program on a processor that lacks an instruction set which its kernels were built for, with a sentence instead
-// of an illegal instruction. The check runs before every other constructor and is built for any processor.
-#include <cstring>
+// Stops a program on a processor that lacks an instruction set which its kernels were built for, with a sentence
+// instead of an illegal instruction. The check runs before every other constructor and is built for any processor.
 #include <unistd.h>
+#include <cstring>
 
 #include "cpu_features.h"
 

@@ -31,9 +31,7 @@ template <class Body>
 int run_main(Body body) {
   try {
     return body();
-  } catch (const std::bad_alloc&) {
-    std::fprintf(stderr, "error: out of memory\n");
-  } catch (const std::exception& e) {
+  } catch (const std::bad_alloc&) { std::fprintf(stderr, "error: out of memory\n"); } catch (const std::exception& e) {
     std::fprintf(stderr, "error: %s\n", e.what());
   }
   return 1;

@@ -12,7 +12,8 @@ static std::string megabytes(double bytes) {
 
 std::string MemoryPlan::print() const {
   std::string out = "memory:";
-  for (const Row& row : rows_) out += text(row.what == rows_.front().what ? " " : ", ", row.what, " ", megabytes(row.bytes));
+  for (const Row& row : rows_)
+    out += text(row.what == rows_.front().what ? " " : ", ", row.what, " ", megabytes(row.bytes));
   return out + text("; together ", megabytes(total()));
 }
 

@@ -65,7 +65,8 @@ HOST_DEVICE inline uint64_t below(uint32_t high, uint32_t low, uint64_t n) {
 // A uniform number in (0, 1): never 0, so its logarithm is finite.
 HOST_DEVICE inline double unit_open(uint32_t word) { return (word + 0.5) * 0x1p-32; }
 
-// Four independent N(0, 1) numbers from four words (Box and Muller 1958). Host only: devices round sin and log otherwise.
+// Four independent N(0, 1) numbers from four words (Box and Muller 1958). Host only: devices round sin and log
+// otherwise.
 inline void normal4(double out[4], const Philox4& r) {
   constexpr double two_pi = 6.283185307179586476925;
   for (int i = 0; i < 4; i += 2) {

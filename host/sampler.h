@@ -37,9 +37,10 @@ struct Sampling {
   int sample;  // its number: every sample has random numbers of its own
 };
 
-// Goes on from the tokens of a prompt, which is not empty. model.next_logits(context, n, known) gives the logits (V) that
-// follow the n <= T tokens of context, the first `known` of which, and their positions, are those of the call before: the
-// model still has their keys and values. emit(token) is called for every new token; it returns false to stop.
+// Goes on from the tokens of a prompt, which is not empty. model.next_logits(context, n, known) gives the logits (V)
+// that follow the n <= T tokens of context, the first `known` of which, and their positions, are those of the call
+// before: the model still has their keys and values. emit(token) is called for every new token; it returns false to
+// stop.
 template <class Model, class Emit>
 void generate(Model& model, std::vector<int> tokens, const Sampling& s, Emit emit) {
   const size_t T = model.shape().T;

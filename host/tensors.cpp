@@ -48,8 +48,7 @@ Layout parameter_layout(const ModelShape& shape) {
   const size_t V = shape.V, T = shape.T, C = shape.C;
   Layout layout;
 #define ADD_ONE(name, init, export_name, ...) layout.add(#name, 1, {__VA_ARGS__}, Init::init, export_name);
-#define ADD_EACH_LAYER(name, init, export_name, ...) \
-  layout.add(#name, shape.L, {__VA_ARGS__}, Init::init, export_name);
+#define ADD_EACH_LAYER(name, init, export_name, ...) layout.add(#name, shape.L, {__VA_ARGS__}, Init::init, export_name);
   PARAMETERS(ADD_ONE, ADD_EACH_LAYER)
   return layout;
 }
@@ -130,7 +129,8 @@ void check_canaries([[maybe_unused]] const Real* buffer, [[maybe_unused]] const 
       for (int l = 0; l < spec.layers; l++)
         for (size_t i = spec.slice; i < spec.stride; i++)
           if (!std::isnan(buffer[spec.offset + size_t(l) * spec.stride + i]))
-            fail("something was written ", i - spec.slice, " elements behind ", buffer_name, ".", spec.name, ", layer ", l);
+            fail("something was written ", i - spec.slice, " elements behind ", buffer_name, ".", spec.name, ", layer ",
+                 l);
 }
 
 #define INSTANTIATE(Real)                                              \

@@ -19,23 +19,23 @@ struct ModelShape {
 //   name, initialisation, name in the state dict, shape
 // A linear layer's weight is (out, in), as in PyTorch. qkvw holds the queries' rows first, then the keys', the values',
 // each head by head.
-#define PARAMETERS(ONE, EACH_LAYER)                                                                      \
-  ONE(wte, normal, "token_embedding_table.weight", V, C)                                                 \
-  ONE(wpe, normal, "position_embedding_table.weight", T, C)                                              \
-  EACH_LAYER(ln1w, ones, "blocks.{l}.ln1.weight", C)                                                     \
-  EACH_LAYER(ln1b, zeros, "blocks.{l}.ln1.bias", C)                                                      \
-  EACH_LAYER(qkvw, normal, "blocks.{l}.sa.heads.{h}.{query,key,value}.weight", 3 * C, C)                 \
-  EACH_LAYER(attprojw, normal, "blocks.{l}.sa.proj.weight", C, C)                                        \
-  EACH_LAYER(attprojb, zeros, "blocks.{l}.sa.proj.bias", C)                                              \
-  EACH_LAYER(ln2w, ones, "blocks.{l}.ln2.weight", C)                                                     \
-  EACH_LAYER(ln2b, zeros, "blocks.{l}.ln2.bias", C)                                                      \
-  EACH_LAYER(fcw, normal, "blocks.{l}.ffwd.net.0.weight", 4 * C, C)                                      \
-  EACH_LAYER(fcb, zeros, "blocks.{l}.ffwd.net.0.bias", 4 * C)                                            \
-  EACH_LAYER(fcprojw, normal, "blocks.{l}.ffwd.net.2.weight", C, 4 * C)                                  \
-  EACH_LAYER(fcprojb, zeros, "blocks.{l}.ffwd.net.2.bias", C)                                            \
-  ONE(lnfw, ones, "ln_f.weight", C)                                                                      \
-  ONE(lnfb, zeros, "ln_f.bias", C)                                                                       \
-  ONE(headw, normal, "lm_head.weight", V, C)                                                             \
+#define PARAMETERS(ONE, EACH_LAYER)                                                      \
+  ONE(wte, normal, "token_embedding_table.weight", V, C)                                 \
+  ONE(wpe, normal, "position_embedding_table.weight", T, C)                              \
+  EACH_LAYER(ln1w, ones, "blocks.{l}.ln1.weight", C)                                     \
+  EACH_LAYER(ln1b, zeros, "blocks.{l}.ln1.bias", C)                                      \
+  EACH_LAYER(qkvw, normal, "blocks.{l}.sa.heads.{h}.{query,key,value}.weight", 3 * C, C) \
+  EACH_LAYER(attprojw, normal, "blocks.{l}.sa.proj.weight", C, C)                        \
+  EACH_LAYER(attprojb, zeros, "blocks.{l}.sa.proj.bias", C)                              \
+  EACH_LAYER(ln2w, ones, "blocks.{l}.ln2.weight", C)                                     \
+  EACH_LAYER(ln2b, zeros, "blocks.{l}.ln2.bias", C)                                      \
+  EACH_LAYER(fcw, normal, "blocks.{l}.ffwd.net.0.weight", 4 * C, C)                      \
+  EACH_LAYER(fcb, zeros, "blocks.{l}.ffwd.net.0.bias", 4 * C)                            \
+  EACH_LAYER(fcprojw, normal, "blocks.{l}.ffwd.net.2.weight", C, 4 * C)                  \
+  EACH_LAYER(fcprojb, zeros, "blocks.{l}.ffwd.net.2.bias", C)                            \
+  ONE(lnfw, ones, "ln_f.weight", C)                                                      \
+  ONE(lnfb, zeros, "ln_f.bias", C)                                                       \
+  ONE(headw, normal, "lm_head.weight", V, C)                                             \
   ONE(headb, zeros, "lm_head.bias", V)
 
 enum class Init { none, normal, zeros, ones };  // normal: N(0, 0.02)
@@ -52,12 +52,13 @@ struct TensorSpec {
   size_t stride = 0;  // from slice to slice, in elements
 };
 
-// Places tensors one after the other. Every slice starts on a multiple of 64 elements, so that a bias of V = 65 does not
-// misalign all that follows it; with canaries (debug and test builds, -DCANARIES) a gap of at least 64 elements follows
-// each slice, and what an overrun writes there is found.
+// Places tensors one after the other. Every slice starts on a multiple of 64 elements, so that a bias of V = 65 does
+// not misalign all that follows it; with canaries (debug and test builds, -DCANARIES) a gap of at least 64 elements
+// follows each slice, and what an overrun writes there is found.
 class Layout {
  public:
-  void add(std::string name, int layers, std::vector<size_t> shape, Init init = Init::none, std::string export_name = "");
+  void add(std::string name, int layers, std::vector<size_t> shape, Init init = Init::none,
+           std::string export_name = "");
   const std::vector<TensorSpec>& tensors() const { return tensors_; }
   const TensorSpec& find(const std::string& name) const;
   size_t size() const { return size_; }    // of the buffer, in elements, gaps included
@@ -76,23 +77,25 @@ struct Slices {
   Real* operator[](int l) const { return first + size_t(l) * stride; }
 };
 template <class Real>
-void point(Real*& member, Real* buffer, const TensorSpec& spec) { member = buffer + spec.offset; }
+void point(Real*& member, Real* buffer, const TensorSpec& spec) {
+  member = buffer + spec.offset;
+}
 template <class Real>
-void point(Slices<Real>& member, Real* buffer, const TensorSpec& spec) { member = {buffer + spec.offset, spec.stride}; }
+void point(Slices<Real>& member, Real* buffer, const TensorSpec& spec) {
+  member = {buffer + spec.offset, spec.stride};
+}
 
-// A struct of pointers from a table like PARAMETERS: `DEFINE_POINTERS(Params, PARAMETERS)` has the members wte ... headb
-// and the constructor Params(buffer, layout).
+// A struct of pointers from a table like PARAMETERS: `DEFINE_POINTERS(Params, PARAMETERS)` has the members wte ...
+// headb and the constructor Params(buffer, layout).
 #define POINTER_MEMBER(name, ...) Real* name = nullptr;
 #define SLICES_MEMBER(name, ...) Slices<Real> name;
 #define SET_MEMBER(name, ...) point(name, buffer, layout.find(#name));
-#define DEFINE_POINTERS(Struct, TABLE)              \
-  template <class Real>                             \
-  struct Struct {                                   \
-    TABLE(POINTER_MEMBER, SLICES_MEMBER)            \
-    Struct() = default;                             \
-    Struct(Real* buffer, const Layout& layout) {    \
-      TABLE(SET_MEMBER, SET_MEMBER)                 \
-    }                                               \
+#define DEFINE_POINTERS(Struct, TABLE)                                           \
+  template <class Real>                                                          \
+  struct Struct {                                                                \
+    TABLE(POINTER_MEMBER, SLICES_MEMBER)                                         \
+    Struct() = default;                                                          \
+    Struct(Real* buffer, const Layout& layout) { TABLE(SET_MEMBER, SET_MEMBER) } \
   };
 
 DEFINE_POINTERS(Params, PARAMETERS)

@@ -50,7 +50,8 @@ std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabular
 }
 
 void export_pth(const std::string& path, const ModelShape& shape, const Layout& layout, const float* params) {
-  // The course's model keeps the causal mask of every head as a buffer, so strict loading wants it: one storage for all.
+  // The course's model keeps the causal mask of every head as a buffer, so strict loading wants it: one storage for
+  // all.
   const size_t T = shape.T;
   std::vector<float> tril(T * T);
   for (size_t q = 0; q < T; q++)

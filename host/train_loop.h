@@ -145,8 +145,8 @@ int train(Config config) {
   std::fprintf(stderr, "%s\n", plan.print().c_str());
   Model model(config, shape, true);
   const Layout& layout = model.layout();
-  std::fprintf(stderr, "%zu parameters, %.1f MFLOP a token, %zu threads\n", layout.count(), flops_per_token(shape) / 1e6,
-               size_t(model.threads()));
+  std::fprintf(stderr, "%zu parameters, %.1f MFLOP a token, %zu threads\n", layout.count(),
+               flops_per_token(shape) / 1e6, size_t(model.threads()));
 
   CheckpointInfo info;
   info.shape = shape;
@@ -168,11 +168,14 @@ int train(Config config) {
 
   RunFiles files(config, info.iteration);
   const auto save_last = [&] {
-    save_checkpoint(files.path("ckpt_last.safetensors"), info, data.vocabulary, layout, model.params(), model.m(), model.v());
+    save_checkpoint(files.path("ckpt_last.safetensors"), info, data.vocabulary, layout, model.params(), model.m(),
+                    model.v());
   };
 
   using Clock = std::chrono::steady_clock;
-  const auto seconds_since = [](Clock::time_point t) { return std::chrono::duration<double>(Clock::now() - t).count(); };
+  const auto seconds_since = [](Clock::time_point t) {
+    return std::chrono::duration<double>(Clock::now() - t).count();
+  };
   const Clock::time_point start = Clock::now();
   const double tokens_per_step = double(config.batch_size) * config.gradient_accumulation_steps * shape.T;
   catch_signals();
@@ -191,7 +194,8 @@ int train(Config config) {
         files.metrics().add_eval(iteration, point.train, point.val);
         if (point.val < info.best_loss) {
           info.best_loss = point.val;
-          save_checkpoint(files.path("ckpt_best.safetensors"), info, data.vocabulary, layout, model.params(), nullptr, nullptr);
+          save_checkpoint(files.path("ckpt_best.safetensors"), info, data.vocabulary, layout, model.params(), nullptr,
+                          nullptr);
         }
         save_last();
       }
@@ -209,8 +213,8 @@ int train(Config config) {
       if (iteration % config.log_interval == 0) {
         const double each = step_seconds / steps, rate = tokens_per_step / each;
         bar.clear();
-        std::printf("iter %d: loss %.4f, time %.2fms, %.0f tokens/s, %.1f GFLOP/s\n", iteration, double(loss), each * 1e3,
-                    rate, rate * flops_per_token(shape) / 1e9);
+        std::printf("iter %d: loss %.4f, time %.2fms, %.0f tokens/s, %.1f GFLOP/s\n", iteration, double(loss),
+                    each * 1e3, rate, rate * flops_per_token(shape) / 1e9);
         std::fflush(stdout);
         files.metrics().add_iter(iteration, loss, lr, each * 1e3, rate);
         step_seconds = steps = 0;
@@ -222,7 +226,8 @@ int train(Config config) {
 
     const double val_exact = exact_loss(model, data.val, config.batch_size);
     std::printf("val exact: %.4f\n", val_exact);
-    files.metrics().add({{"type", "final"}, {"iter", info.iteration}, {"val_exact", val_exact}, {"train_seconds", train_seconds}});
+    files.metrics().add(
+        {{"type", "final"}, {"iter", info.iteration}, {"val_exact", val_exact}, {"train_seconds", train_seconds}});
     export_pth(files.path("microGPT_model.pth"), shape, layout, model.params());
     files.plot(text("microGPT, ", layout.count(), " parameters"));
     std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());
@@ -237,13 +242,16 @@ int train(Config config) {
     });
     std::printf("\n");
     write_file(files.path("sample.txt"), sample + "\n");
-    std::fprintf(stderr, "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, training_plot.png, "
-                 "metrics.jsonl, sample.txt\n", config.out_dir.c_str());
+    std::fprintf(stderr,
+                 "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, training_plot.png, "
+                 "metrics.jsonl, sample.txt\n",
+                 config.out_dir.c_str());
   } catch (const Interrupted&) {
     save_last();
     std::fprintf(stderr, "\nstopped before iteration %d and saved; --init_from resume goes on\n", info.iteration);
   }
-  if (std::ferror(stdout)) fail("not all lines could be written to standard output; everything in ", config.out_dir, " is whole");
+  if (std::ferror(stdout))
+    fail("not all lines could be written to standard output; everything in ", config.out_dir, " is whole");
   return stop_signal() ? 128 + stop_signal() : 0;
 }
 
@@ -253,10 +261,7 @@ int train(Config config) {
 // A model with a checkpoint's weights. What the command line does not say is as it was when the checkpoint was trained.
 template <class Model>
 Model load_model(Config& config, const Checkpoint& checkpoint) {
-  const std::set<std::string> given = config.given;
-  const uint64_t seed = config.seed;
   apply_settings(config, checkpoint.info().settings);
-  config.seed = seed;
   Model::plan(config, checkpoint.info().shape, false).require(physical_memory());
   Model model(config, checkpoint.info().shape, false);
   checkpoint.load_params(model.params(), model.layout());
@@ -298,9 +303,7 @@ int eval(Config config) {
     const EvalPoint point = evaluate(model, data, config, checkpoint.info().iteration);
     std::printf("step %d: train loss %.4f, val loss %.4f\n", point.iter, point.train, point.val);
     std::printf("val exact: %.4f\n", exact_loss(model, data.val, config.batch_size));
-  } catch (const Interrupted&) {
-    return 128 + stop_signal();
-  }
+  } catch (const Interrupted&) { return 128 + stop_signal(); }
   return 0;
 }
 

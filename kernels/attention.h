@@ -1,9 +1,9 @@
 // Causal multi-head self-attention with dropout on the weights:
 //   P = softmax(q @ k^T / sqrt(HS), keys up to the query),  out = dropout(P) @ v
-// Vaswani et al., "Attention Is All You Need", 2017, equation 1. No (T, T) matrix outlives its block of queries: backward
-// computes P again from q, k and the logarithm of the softmax's denominator, as in Dao et al., "FlashAttention", 2022,
-// section 3.1.
-// defines: attention_forward, attention_backward, their reference:: loops, attention_draw
+// Vaswani et al., "Attention Is All You Need", 2017, equation 1. No (T, T) matrix outlives its block of queries:
+// backward computes P again from q, k and the logarithm of the softmax's denominator, as in Dao et al.,
+// "FlashAttention", 2022, section 3.1. defines: attention_forward, attention_backward, their reference:: loops,
+// attention_draw
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,9 +14,9 @@
 #include "simd.h"
 
 // The numbering of attention's random draws is that of a tensor core's accumulators (the m16n8 fragment of the PTX
-// manual's mma instructions), so that a GPU thread makes the mask for just the elements which it holds. Blocks of 16 x 16
-// weights are numbered over (batch row and head, query, key); a block has 32 counters, one for each lane of a warp; a
-// lane's four words belong to the four 8 x 8 quarters, and a word's halves to two neighbouring keys.
+// manual's mma instructions), so that a GPU thread makes the mask for just the elements which it holds. Blocks of 16 x
+// 16 weights are numbered over (batch row and head, query, key); a block has 32 counters, one for each lane of a warp;
+// a lane's four words belong to the four 8 x 8 quarters, and a word's halves to two neighbouring keys.
 constexpr int draw_block = 16;
 inline uint64_t attention_counter(uint64_t bh, int q, int kv, int T) {  // the first of the block's 32
   const uint64_t blocks = uint64_t(T + draw_block - 1) / draw_block;
@@ -104,7 +104,9 @@ namespace attention {
 constexpr int QB = 48;  // queries of a block: a multiple of the product's row tile and of draw_block
 
 template <class Real>
-int padded(int T) { return (T + product::NR<Real> - 1) / product::NR<Real> * product::NR<Real>; }
+int padded(int T) {
+  return (T + product::NR<Real> - 1) / product::NR<Real> * product::NR<Real>;
+}
 
 // draws (rows, ld) for the queries q0 ... q0 + rows - 1 and the keys up to the last of them; q0 is a multiple of 16
 inline void block_draws(uint16_t* draws, size_t ld, const Dropout& drop, uint64_t bh, int q0, int rows, int T) {
@@ -123,8 +125,8 @@ inline void block_draws(uint16_t* draws, size_t ld, const Dropout& drop, uint64_
 }  // namespace attention
 
 // out (B, T, C) =, lse (B, NH, T) =; qkv (B, T, 3, NH, HS)
-// With first > 0 (B = 1, no dropout) only the queries first ... T - 1 are computed, out (T - first, C): the earlier rows
-// of qkv serve as cached keys and values. A query's result does not depend on which others are computed with it.
+// With first > 0 (B = 1, no dropout) only the queries first ... T - 1 are computed, out (T - first, C): the earlier
+// rows of qkv serve as cached keys and values. A query's result does not depend on which others are computed with it.
 template <class Real>
 void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& drop, int B, int T, int C, int NH,
                        int first = 0) {
@@ -176,8 +178,8 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
           for (int kv = 0; kv < visible; kv++) p[kv] *= norm;
         std::fill(p + visible, p + keys, Real(0));
       }
-      product::multiply_packed<Real>(out + (size_t(b) * (T - first) + q0 - first) * C + h * HS, C, {}, {P, size_t(ld), 1},
-                                     v_packed, size_t(T) * product::NR<Real>, rows, HS, keys);
+      product::multiply_packed<Real>(out + (size_t(b) * (T - first) + q0 - first) * C + h * HS, C, {},
+                                     {P, size_t(ld), 1}, v_packed, size_t(T) * product::NR<Real>, rows, HS, keys);
     }
   }
 }

@@ -26,6 +26,5 @@ template <class Real>
 void crossentropy_backward(Real* dlogits, const Real* probs, const int* targets, Real dloss, int rows, int V) {
 #pragma omp parallel for schedule(static) if (size_t(rows) * V > worth_threads)
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < V; v++)
-      dlogits[size_t(r) * V + v] = (probs[size_t(r) * V + v] - Real(v == targets[r])) * dloss;
+    for (int v = 0; v < V; v++) dlogits[size_t(r) * V + v] = (probs[size_t(r) * V + v] - Real(v == targets[r])) * dloss;
 }

@@ -1,7 +1,7 @@
-// Dropout: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014, section 4.
-// An element is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no change.
-// No mask is stored: forward and backward draw the same random numbers (host/random.h).
-// defines: Dropout, random4_lanes, dropout_draws, dropout_apply
+// Dropout: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014,
+// section 4. An element is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no
+// change. No mask is stored: forward and backward draw the same random numbers (host/random.h). defines: Dropout,
+// random4_lanes, dropout_draws, dropout_apply
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -17,7 +17,7 @@ struct Dropout {
   uint32_t step = 0;
   uint32_t site = 0;           // kind and layer, host/random.h
   uint32_t threshold = 65536;  // keep iff a 16-bit draw is below it
-  int first_row = 0;           // row of the whole batch at which this one begins: gradient accumulation goes on counting
+  int first_row = 0;  // row of the whole batch at which this one begins: gradient accumulation goes on counting
 
   bool active() const { return threshold < 65536; }
 };
@@ -61,7 +61,8 @@ void dropout_apply(Real* out, const Real* base, const Real* inp, const Dropout& 
     uint16_t draws[draws_at_once];
     dropout_draws(draws, drop, block * (draws_at_once / 8));
     const uint64_t start = block * draws_at_once;
-    const int begin = int(std::max(first, start) - start), end = int(std::min(first + count - start, uint64_t{draws_at_once}));
+    const int begin = int(std::max(first, start) - start),
+              end = int(std::min(first + count - start, uint64_t{draws_at_once}));
     const size_t shift = start - first;  // may wrap around in the first block; shift + begin does not
     for (int j = begin; j < end; j++) {
       const Real kept = draws[j] < drop.threshold ? inp[shift + j] * scale : Real(0);

@@ -35,8 +35,8 @@ void layernorm_forward(Real* out, Real* mean, Real* rstd, const Real* inp, const
 template <class Real>
 void layernorm_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* mean,
                         const Real* rstd, const Real* weight, int rows, int C) {
-  // Each chunk of rows sums its own share of dweight and dbias; the shares are then added in order. The chunks depend on
-  // the number of rows alone, so the sums do not depend on the threads.
+  // Each chunk of rows sums its own share of dweight and dbias; the shares are then added in order. The chunks depend
+  // on the number of rows alone, so the sums do not depend on the threads.
   constexpr int chunk = 64;
   struct Partials;
   const int chunks = (rows + chunk - 1) / chunk;

@@ -22,7 +22,8 @@ void matmul_forward(Real* out, const Real* inp, const Real* weight, const Real* 
     }
 }
 
-// dinp (rows, C) = dout (rows, OC) @ weight (OC, C);  dweight (OC, C) += dout^T @ inp;  dbias (OC) += column sums of dout
+// dinp (rows, C) = dout (rows, OC) @ weight (OC, C);  dweight (OC, C) += dout^T @ inp;  dbias (OC) += column sums of
+// dout
 template <class Real>
 void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* weight,
                      int rows, int C, int OC) {
@@ -63,13 +64,13 @@ constexpr int MR = 6;
 #endif
 constexpr int NV = 2;
 template <class Real>
-constexpr int NR = NV * lanes<Real>;
+constexpr int NR = NV* lanes<Real>;
 
-constexpr int KC = 384;      // a panel of KC x NR floats is 48 KB, a tile of a 18 KB: they stream from the L2 cache
+constexpr int KC = 384;  // a panel of KC x NR floats is 48 KB, a tile of a 18 KB: they stream from the L2 cache
 template <class Real>
 constexpr size_t A_STRIDE = KC + lanes<Real>;
-constexpr int MC = 8 * MR;   // rows of a task
-constexpr int PANELS = 4;    // panels of a task
+constexpr int MC = 8 * MR;  // rows of a task
+constexpr int PANELS = 4;   // panels of a task
 
 // A matrix by its strides: element (i, j) is data[i * row + j * column].
 template <class Real>
@@ -86,7 +87,9 @@ struct Start {
 };
 
 template <class Real>
-size_t packed_size(int K, int N) { return size_t(K) * ((N + NR<Real> - 1) / NR<Real>)*NR<Real>; }
+size_t packed_size(int K, int N) {
+  return size_t(K) * ((N + NR<Real> - 1) / NR<Real>)*NR<Real>;
+}
 
 // panel (K, NR) = columns [n, n + NR) of b (K, N), filled up with zeros
 template <class Real>
@@ -94,7 +97,8 @@ void pack_panel(Real* panel, const View<Real>& b, int K, int n, int N) {
   const int columns = std::min(NR<Real>, N - n);
   if (columns < NR<Real>) std::memset(panel, 0, size_t(K) * NR<Real> * sizeof(Real));
   if (b.column == 1) {
-    for (int k = 0; k < K; k++) std::memcpy(panel + size_t(k) * NR<Real>, b.data + k * b.row + n, columns * sizeof(Real));
+    for (int k = 0; k < K; k++)
+      std::memcpy(panel + size_t(k) * NR<Real>, b.data + k * b.row + n, columns * sizeof(Real));
   } else {
     for (int j = 0; j < columns; j++) {
       const Real* from = b.data + (n + j) * b.column;
@@ -140,7 +144,8 @@ void edge_tile(int rows, int columns, Real* c, size_t ldc, const Start<Real>& st
   if (columns == NR<Real>) return tile<ROWS>(c, ldc, start, a, a_row, a_column, panel, K);
   Real padded[ROWS * NR<Real>] = {};
   if (start.data)
-    for (int i = 0; i < ROWS; i++) std::memcpy(padded + i * NR<Real>, start.data + i * start.row, columns * sizeof(Real));
+    for (int i = 0; i < ROWS; i++)
+      std::memcpy(padded + i * NR<Real>, start.data + i * start.row, columns * sizeof(Real));
   tile<ROWS, Real>(padded, NR<Real>, {padded, NR<Real>}, a, a_row, a_column, panel, K);
   for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Real>, columns * sizeof(Real));
 }
@@ -185,14 +190,15 @@ void multiply(Real* c, const Start<Real>& start, const View<Real>& a, const View
       Real* packed_a = scratch<PackedA, Real>(size_t(MC) * A_STRIDE<Real>);
       const bool by_rows = a.column == 1;
       if (by_rows)
-        for (int i = 0; i < rows; i++) std::memcpy(packed_a + i * A_STRIDE<Real>, from.data + i * from.row, kc * sizeof(Real));
+        for (int i = 0; i < rows; i++)
+          std::memcpy(packed_a + i * A_STRIDE<Real>, from.data + i * from.row, kc * sizeof(Real));
       else
         for (int k = 0; k < kc; k++) std::memcpy(packed_a + k * MC, from.data + k * from.column, rows * sizeof(Real));
       const View<Real> block = by_rows ? View<Real>{packed_a, A_STRIDE<Real>, 1} : View<Real>{packed_a, 1, MC};
       const Start<Real> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
       Real* target = c + size_t(m) * N + n;
-      multiply_packed(target, N, k0 == 0 ? first : Start<Real>{target, size_t(N)}, block,
-                      packed_b + size_t(kc) * n, size_t(kc) * NR<Real>, rows, columns, kc);
+      multiply_packed(target, N, k0 == 0 ? first : Start<Real>{target, size_t(N)}, block, packed_b + size_t(kc) * n,
+                      size_t(kc) * NR<Real>, rows, columns, kc);
     }
   }
 }
@@ -205,8 +211,8 @@ void matmul_forward(Real* out, const Real* inp, const Real* weight, const Real* 
   product::multiply<Real>(out, {bias, 0}, {inp, size_t(C), 1}, {weight, 1, size_t(C)}, rows, OC, C);
 }
 
-// dinp (rows, C) = dout (rows, OC) @ weight (OC, C);  dweight (OC, C) += dout^T @ inp;  dbias (OC) += column sums of dout
-// No gradient wanted of the input: dinp = nullptr; no bias: dbias = nullptr.
+// dinp (rows, C) = dout (rows, OC) @ weight (OC, C);  dweight (OC, C) += dout^T @ inp;  dbias (OC) += column sums of
+// dout No gradient wanted of the input: dinp = nullptr; no bias: dbias = nullptr.
 template <class Real>
 void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* weight,
                      int rows, int C, int OC) {

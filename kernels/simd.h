@@ -20,8 +20,8 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-// Waking the other threads costs some microseconds: a loop of fewer elementary operations than this runs on one. Results
-// do not depend on it.
+// Waking the other threads costs some microseconds: a loop of fewer elementary operations than this runs on one.
+// Results do not depend on it.
 constexpr size_t worth_threads = 1 << 15;
 
 template <class Real>
@@ -41,9 +41,13 @@ inline Vec<Real> load(const Real* from) {
   return v;
 }
 template <class Real>
-inline void store(Real* to, const Vec<Real>& v) { std::memcpy(to, &v, sizeof v); }
+inline void store(Real* to, const Vec<Real>& v) {
+  std::memcpy(to, &v, sizeof v);
+}
 template <class Real>
-inline Vec<Real> broadcast(Real x) { return x - Vec<Real>{}; }
+inline Vec<Real> broadcast(Real x) {
+  return x - Vec<Real>{};
+}
 
 template <class Real>
 inline Real horizontal_sum(const Vec<Real>& v) {

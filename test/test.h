@@ -1,5 +1,5 @@
 // What every test includes: Catch2, whichever version is installed, and a few things to try programs and files with.
-// defines: test_folder, skip, Run, run, program
+// defines: test_folder, skip, Run, run, program, error_of, contains
 #pragma once
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
@@ -8,6 +8,8 @@ using Catch::Approx;
 #include <catch2/catch.hpp>
 #endif
 #include <string>
+
+#include "../host/error.h"
 
 // A fresh, empty folder, which is removed when the tests end.
 std::string test_folder();
@@ -24,3 +26,18 @@ Run run(const std::string& command_line);
 
 // The absolute path of a program that was built: "train_gpt_cpu", "data_prep".
 std::string program(const char* name);
+
+// The message of the Error that body() raises.
+template <class Body>
+std::string error_of(Body body) {
+  try {
+    body();
+  } catch (const Error& e) { return e.what(); }
+  return "no error";
+}
+
+// For CHECKs: whether part is in text; a failure shows both.
+inline bool contains(const std::string& text, const std::string& part) {
+  UNSCOPED_INFO("in \"" << text << "\" for \"" << part << "\"");
+  return text.find(part) != std::string::npos;
+}

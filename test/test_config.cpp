@@ -1,7 +1,6 @@
 #include <vector>
 
 #include "../host/config.h"
-#include "../host/error.h"
 #include "test.h"
 
 namespace {
@@ -14,12 +13,7 @@ Config parse(std::vector<std::string> arguments) {
 }
 
 std::string refusal(const std::vector<std::string>& arguments) {
-  try {
-    parse(arguments);
-  } catch (const Error& e) {
-    return e.what();
-  }
-  return "accepted";
+  return error_of([&] { parse(arguments); });
 }
 
 }  // namespace
@@ -81,7 +75,8 @@ TEST_CASE("What cannot be is refused, with the range or the nearest name") {
   Config c;
   c.n_embd = 100;
   c.n_head = 3;
-  CHECK_THROWS_WITH(model_shape(c, 65), "--n_embd 100 is not a multiple of --n_head 3: every head gets n_embd / n_head channels");
+  CHECK_THROWS_WITH(model_shape(c, 65),
+                    "--n_embd 100 is not a multiple of --n_head 3: every head gets n_embd / n_head channels");
 }
 
 TEST_CASE("A preset sets what was not given") {
@@ -106,7 +101,8 @@ TEST_CASE("What is recorded is read back, and what differs is said or refused") 
   CHECK(resumed.n_layer == 3);
   CHECK(resumed.decay_lr);
   Config other = parse({"--n_layer=4"});
-  CHECK_THROWS_WITH(apply_settings(other, settings), Catch::Contains("--n_layer is 4, but the checkpoint's model has 3"));
+  CHECK_THROWS_WITH(apply_settings(other, settings),
+                    Catch::Contains("--n_layer is 4, but the checkpoint's model has 3"));
 }
 
 TEST_CASE("Help lists every flag of a command with its default") {

@@ -17,11 +17,6 @@
 namespace fs = std::filesystem;
 using namespace std::string_literals;
 
-static bool contains(const std::string& message, const std::string& part) {
-  UNSCOPED_INFO("in \"" << message << "\" for \"" << part << "\"");
-  return message.find(part) != std::string::npos;
-}
-
 static Run data_prep(const std::string& arguments) { return run(program("data_prep") + " " + arguments); }
 
 // The text that a folder's shards hold.

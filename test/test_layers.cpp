@@ -102,10 +102,12 @@ TEST_CASE("matmul: the blocked product is the plain one") {
       check_close(out, expected, rounding(s.C));
     }
     std::vector<float> dinp(s.rows * s.C, float(nan_value)), expected_dinp = dinp;
-    auto dweight = noise<float>(s.OC * s.C, 5), expected_dweight = dweight, dbias = noise<float>(s.OC, 6), expected_dbias = dbias;
-    matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(), weight.data(), s.rows, s.C, s.OC);
-    reference::matmul_backward(expected_dinp.data(), expected_dweight.data(), expected_dbias.data(), dout.data(), inp.data(),
-                               weight.data(), s.rows, s.C, s.OC);
+    auto dweight = noise<float>(s.OC * s.C, 5), expected_dweight = dweight, dbias = noise<float>(s.OC, 6),
+         expected_dbias = dbias;
+    matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(), weight.data(), s.rows, s.C,
+                    s.OC);
+    reference::matmul_backward(expected_dinp.data(), expected_dweight.data(), expected_dbias.data(), dout.data(),
+                               inp.data(), weight.data(), s.rows, s.C, s.OC);
     check_close(dinp, expected_dinp, rounding(s.OC));
     check_close(dweight, expected_dweight, rounding(s.rows));
     check_close(dbias, expected_dbias, rounding(s.rows));
@@ -145,20 +147,22 @@ TEST_CASE("attention: the blocked version is the plain one") {
     int B, T, C, NH;
   };
   // T = 1, 31, whole and broken blocks of queries; head sizes 5, 16, 64, 33
-  for (const Size s : {Size{1, 1, 16, 1}, {2, 31, 15, 3}, {1, 48, 32, 2}, {2, 100, 128, 2}, {1, 150, 33, 1}, {3, 17, 48, 3}})
+  for (const Size s :
+       {Size{1, 1, 16, 1}, {2, 31, 15, 3}, {1, 48, 32, 2}, {2, 100, 128, 2}, {1, 150, 33, 1}, {3, 17, 48, 3}})
     for (const double p : {0.0, 0.2}) {
       INFO("B " << s.B << ", T " << s.T << ", C " << s.C << ", NH " << s.NH << ", p " << p);
       const Dropout drop = {5, 6, site::attention_dropout, dropout_threshold(p), 2};
       const size_t n = size_t(s.B) * s.T * s.C;
       const auto qkv = noise<float>(3 * n, 1, 2), dout = noise<float>(n, 2);
-      std::vector<float> out(n, float(nan_value)), lse(s.B * s.NH * s.T, float(nan_value)), dqkv(3 * n, float(nan_value));
+      std::vector<float> out(n, float(nan_value)), lse(s.B * s.NH * s.T, float(nan_value)),
+          dqkv(3 * n, float(nan_value));
       const std::vector<double> qkv64(qkv.begin(), qkv.end()), dout64(dout.begin(), dout.end());
       std::vector<double> out64(n), lse64(lse.size()), dqkv64(3 * n);
       attention_forward(out.data(), lse.data(), qkv.data(), drop, s.B, s.T, s.C, s.NH);
       reference::attention_forward(out64.data(), lse64.data(), qkv64.data(), drop, s.B, s.T, s.C, s.NH);
       attention_backward(dqkv.data(), dout.data(), qkv.data(), out.data(), lse.data(), drop, s.B, s.T, s.C, s.NH);
-      reference::attention_backward(dqkv64.data(), dout64.data(), qkv64.data(), out64.data(), lse64.data(), drop, s.B, s.T,
-                                    s.C, s.NH);
+      reference::attention_backward(dqkv64.data(), dout64.data(), qkv64.data(), out64.data(), lse64.data(), drop, s.B,
+                                    s.T, s.C, s.NH);
       // float against double; the scores' rounding enters the weights through exp, so the worst seen is about 3e-6
       check_close(out, out64, 1e-5);
       check_close(lse, lse64, 1e-5);
@@ -193,7 +197,8 @@ TEST_CASE("layernorm: values and gradients") {
         for (int c = 0; c < C; c++) m += inp[r * C + c] / C;
         for (int c = 0; c < C; c++) variance += (inp[r * C + c] - m) * (inp[r * C + c] - m) / C;
         for (int c = 0; c < C; c++)
-          CHECK(out[r * C + c] == Approx((inp[r * C + c] - m) / std::sqrt(variance + 1e-5) * weight[c] + bias[c]).margin(1e-12));
+          CHECK(out[r * C + c] ==
+                Approx((inp[r * C + c] - m) / std::sqrt(variance + 1e-5) * weight[c] + bias[c]).margin(1e-12));
       }
       const Doubles before = noise(rows * C, 5), before_w = noise(C, 6), before_b = noise(C, 7);
       Doubles dinp = before, dweight = before_w, dbias = before_b;
@@ -240,7 +245,8 @@ TEST_CASE("residual: values and gradients") {
   const int B = 2, T = 31, C = 13, count = B * T * C;
   for (const double p : {0.0, 0.25}) {
     const Dropout drop = {1, 2, site::proj_dropout, dropout_threshold(p), 1};
-    Doubles inp = noise(count, 1), branch = noise(count, 2), dout = noise(count, 3), out(count, nan_value), dbranch = out;
+    Doubles inp = noise(count, 1), branch = noise(count, 2), dout = noise(count, 3), out(count, nan_value),
+            dbranch = out;
     const auto f = [&] {
       residual_forward(out.data(), inp.data(), branch.data(), drop, B, T, C);
       return dot(out, dout);
@@ -256,7 +262,8 @@ TEST_CASE("cross-entropy: values and gradients") {
   for (const int V : {1, 2, 65}) {
     const int rows = 3;
     std::vector<int> targets = {0, V - 1, V / 2};
-    Doubles logits = noise(rows * V, 1, 4), losses(rows, nan_value), probs(rows * V, nan_value), dlogits(rows * V, nan_value);
+    Doubles logits = noise(rows * V, 1, 4), losses(rows, nan_value), probs(rows * V, nan_value),
+            dlogits(rows * V, nan_value);
     const auto f = [&] {
       crossentropy_forward(losses.data(), probs.data(), logits.data(), targets.data(), rows, V);
       return 0.3 * (losses[0] + losses[1] + losses[2]);

@@ -208,7 +208,8 @@ TEST_CASE("What follows a token does not change its logits") {
   forward(m, x.data(), 1, tiny.T);
   const std::vector<float> after(m.a.logits, m.a.logits + tiny.T * tiny.V);
   CHECK(std::equal(before.begin(), before.begin() + 10 * tiny.V, after.begin()));
-  for (int t = 10; t < tiny.T; t++) CHECK(!std::equal(&before[t * tiny.V], &before[t * tiny.V] + tiny.V, &after[t * tiny.V]));
+  for (int t = 10; t < tiny.T; t++)
+    CHECK(!std::equal(&before[t * tiny.V], &before[t * tiny.V] + tiny.V, &after[t * tiny.V]));
 }
 
 TEST_CASE("Clipping scales the gradient to the norm that is asked for") {

@@ -13,7 +13,8 @@ namespace fs = std::filesystem;
 
 const std::string train_gpt = program("train_gpt_cpu");
 const std::string small_run =
-    " --preset=lecture --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_iters=20 --eval_interval=10 --eval_iters=2"
+    " --preset=lecture --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_iters=20 "
+    "--eval_interval=10 --eval_iters=2"
     " --log_interval=5 --dropout=0.1 --learning_rate=1e-2 --threads=2";
 
 // A folder with data/ made of a text of 2 * 1000 letters: "ab" over and over, 1800 for training.
@@ -39,8 +40,6 @@ std::vector<nlohmann::json> lines_of(const std::string& path) {
   for (std::string line; std::getline(in, line);) lines.push_back(nlohmann::json::parse(line));
   return lines;
 }
-
-bool contains(const std::string& text, const std::string& part) { return text.find(part) != std::string::npos; }
 
 // A command that must be refused: exit code 1, one line on stderr that begins with "error: ", and nothing on stdout.
 void check_refused(const std::string& command, const std::string& part) {
@@ -76,7 +75,7 @@ TEST_CASE("A run trains, samples, saves and says so") {
   CHECK(contains(r.out, sample));
   for (const char* name : {"ckpt_last.safetensors", "ckpt_best.safetensors", "microGPT_model.pth", "training_plot.png"})
     CHECK(fs::file_size(folder + "/out/" + name) > 1000);
-  for (const auto& entry : fs::directory_iterator(folder + "/out")) CHECK(!contains(entry.path(), ".tmp"));
+  for (const auto& entry : fs::directory_iterator(folder + "/out")) CHECK(entry.path().extension() != ".tmp");
 }
 
 TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run is the run") {
@@ -91,7 +90,8 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
 
   // Half the way, then on. The schedule is constant, so its length does not matter; the file records max_iters.
   REQUIRE(train(folder, "--max_iters=11", "/resumed").code == 0);
-  const Run r = run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder + "/resumed");
+  const Run r =
+      run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder + "/resumed");
   INFO(r.err);
   REQUIRE(r.code == 0);
   CHECK(contains(r.err, "going on with another value of max_iters: 11 -> 20"));
@@ -108,9 +108,9 @@ TEST_CASE("Ctrl-C and SIGTERM finish the step and save; the run then goes on to 
   for (const auto& [signal, code] : {std::pair{"INT", 130}, {"TERM", 143}}) {
     const std::string out = std::string("/") + signal;
     // The first evaluation is printed as soon as training begins.
-    const Run r = run(train_gpt + small_run + flags + " --data " + folder + "/data --out_dir " + folder + out + " > " + folder +
-                      "/log & pid=$!; while ! grep -q 'iter 0' " + folder + "/log; do sleep 0.01; done; kill -" + signal +
-                      " $pid; wait $pid");
+    const Run r = run(train_gpt + small_run + flags + " --data " + folder + "/data --out_dir " + folder + out + " > " +
+                      folder + "/log & pid=$!; while ! grep -q 'iter 0' " + folder +
+                      "/log; do sleep 0.01; done; kill -" + signal + " $pid; wait $pid");
     INFO(r.err);
     CHECK(r.code == code);
     CHECK(contains(r.err, "stopped before iteration"));
@@ -129,7 +129,8 @@ TEST_CASE("sample writes the prompt and what follows, nothing else, the same for
   CHECK(r.out.substr(0, 4) == "abab");
   CHECK(r.out == run(train_gpt + " sample --start=abab --max_new_tokens=40" + model).out);
   CHECK(r.out == run(train_gpt + " sample --start=abab --max_new_tokens=40 --checkpoint " + folder +
-                     "/out/ckpt_last.safetensors").out);
+                     "/out/ckpt_last.safetensors")
+                     .out);
   write_file(folder + "/prompt", "abab");
   CHECK(r.out == run(train_gpt + " sample --start=FILE:" + folder + "/prompt --max_new_tokens=40" + model).out);
   const Run greedy = run(train_gpt + " sample --start=a --temperature=0 --max_new_tokens=5 --checkpoint=best" + model);
@@ -237,8 +238,9 @@ TEST_CASE("Tiny Shakespeare: the course's model starts in its band") {
   if (!text) return skip("MICROGPT_TEXT does not name Tiny Shakespeare");
   const std::string folder = test_folder();
   REQUIRE(run(program("data_prep") + " " + text + " --out " + folder + "/data").code == 0);
-  REQUIRE(run(train_gpt + " --preset=lecture --max_iters=1 --batch_size=8 --eval_iters=5 --data " + folder + "/data --out_dir " +
-              folder + "/out").code == 0);
+  REQUIRE(run(train_gpt + " --preset=lecture --max_iters=1 --batch_size=8 --eval_iters=5 --data " + folder +
+              "/data --out_dir " + folder + "/out")
+              .code == 0);
   const auto lines = lines_of(folder + "/out/metrics.jsonl");
   CHECK(lines[0]["train_loss"].get<double>() == Approx(4.23).margin(0.06));
   CHECK(lines[0]["val_loss"].get<double>() == Approx(4.23).margin(0.06));

@@ -15,19 +15,6 @@
 
 namespace fs = std::filesystem;
 
-template <class Body>
-static std::string error_of(Body body) {
-  try {
-    body();
-  } catch (const Error& e) { return e.what(); }
-  return "no error";
-}
-
-static bool contains(const std::string& message, const std::string& part) {
-  UNSCOPED_INFO("in \"" << message << "\" for \"" << part << "\"");
-  return message.find(part) != std::string::npos;
-}
-
 static const Vocabulary& alphabet() {
   static const Vocabulary vocabulary({U'a', U'b', U'c', U'd', U'e', U'f', U'g'});
   return vocabulary;

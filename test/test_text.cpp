@@ -12,19 +12,6 @@
 
 using namespace std::string_literals;
 
-template <class Body>
-static std::string error_of(Body body) {
-  try {
-    body();
-  } catch (const Error& e) { return e.what(); }
-  return "no error";
-}
-
-static bool contains(const std::string& message, const std::string& part) {
-  UNSCOPED_INFO("in \"" << message << "\" for \"" << part << "\"");
-  return message.find(part) != std::string::npos;
-}
-
 // Decodes the text in pieces of `piece` bytes.
 static std::u32string decode(const std::string& bytes, size_t piece = 1 << 20) {
   std::u32string out;

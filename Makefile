@@ -37,7 +37,7 @@ TESTS        := $(patsubst test/%.cpp,%.o,$(wildcard test/*.cpp))
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
-.PHONY: all deps data test test-pytorch bench bench-pytorch clean help
+.PHONY: all deps data test test-pytorch bench bench-pytorch clean help FORCE
 .DELETE_ON_ERROR:
 
 all: train_gpt train_gpt_cpu data_prep
@@ -61,14 +61,15 @@ deps:
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs
 
-train_gpt: train_gpt_cpu data/vocab.json
-	@cp -f train_gpt_cpu $@
+train_gpt: $(BUILD)/train_gpt_cpu data/vocab.json
+	@cp -f $< $@
 	@echo 'train_gpt is the CPU program: $(if $(wildcard train_gpt.cu),nvcc was not found,the CUDA trainer is not part of this tree)'
 
-train_gpt_cpu: $(addprefix $(BUILD)/host/,$(HOST_OBJECTS)) $(BUILD)/train_gpt_cpu.o
-	$(CXX) $^ $(LIBS) -o $@
+# The programs here are those of the last build, whatever compiler it took.
+train_gpt_cpu data_prep: %: $(BUILD)/% FORCE
+	@cmp -s $< $@ || cp -f $< $@
 
-data_prep: $(addprefix $(BUILD)/host/,$(HOST_OBJECTS)) $(BUILD)/data_prep.o
+$(BUILD)/train_gpt_cpu $(BUILD)/data_prep: %: %.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -o $@
 
 # The host's code, and above all cpu_check.cpp, is built for any processor of the family; only code that holds kernels,
@@ -114,8 +115,8 @@ endif
 # ----------------------------------------------------------------------------------------------------------------------
 # Tests. Their objects are built with canaries, so they have a folder of their own.
 
-test: $(BUILD)/test/run_tests train_gpt_cpu data_prep
-	$(BUILD)/test/run_tests
+test: $(BUILD)/test/run_tests $(BUILD)/train_gpt_cpu $(BUILD)/data_prep
+	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
 
 $(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS)) $(addprefix $(BUILD)/test/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) $$(pkg-config --libs catch2 2>/dev/null) -o $@

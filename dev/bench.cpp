@@ -207,7 +207,7 @@ int main(int argc, char** argv) {
   if (!only_step) bench_layers(8);
   std::printf("\n");
   bench_step("lecture", lecture, 8, 0.2, 5);
-  if (!only_step) bench_step("small", {65, 64, 128, 4, 4}, 32, 0, 15);
+  if (!only_step) bench_step("small", {65, 128, 128, 4, 4}, 16, 0, 15);
   std::printf("peak after: %.0f GFLOP/s\n", fma_peak());
   return 0;
 }

@@ -30,10 +30,10 @@ struct Flag {
 
 const std::vector<Flag>& flags() {
   static const std::vector<Flag> table = {
-      {"preset", &Config::preset, "t", 0, 0, {"auto", "lecture", "small"}, "which defaults"},
+      {"preset", &Config::preset, "t", 0, 0, {"auto", "lecture", "small"}, "auto: lecture on a GPU, small on a CPU"},
       {"data", &Config::data, "te", 0, 0, {}, "folder with the token shards that data_prep wrote"},
       {"out_dir", &Config::out_dir, "tsex", 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"},
-      {"init_from", &Config::init_from, "t", 0, 0, {"scratch", "resume"}, "resume: go on with out_dir's ckpt_last"},
+      {"init_from", &Config::init_from, "t", 0, 0, {"scratch", "resume"}, "resume goes on with out_dir's ckpt_last"},
       {"checkpoint", &Config::checkpoint, "sex", 0, 0, {}, "last, best, or a file"},
       {"n_layer", &Config::n_layer, "tm", 1, 1024, {}, "transformer blocks"},
       {"n_head", &Config::n_head, "tm", 1, 1024, {}, "attention heads of a block"},
@@ -60,7 +60,7 @@ const std::vector<Flag>& flags() {
       {"max_new_tokens", &Config::max_new_tokens, "s", 1, 2e9, {}, "characters to add"},
       {"temperature", &Config::temperature, "s", 0, 100, {}, "0: always the likeliest; 1: as learned; higher: wilder"},
       {"top_k", &Config::top_k, "s", 0, 65535, {}, "choose among the k likeliest; 0: among all"},
-      {"device", &Config::device, "tse", 0, 0, {"auto", "cuda", "cpu"}, "cuda never falls back"},
+      {"device", &Config::device, "tse", 0, 0, {"auto", "cuda", "cpu"}, "cuda never falls back to cpu"},
       {"dtype", &Config::dtype, "tse", 0, 0, {"auto", "float32", "tf32", "bfloat16", "float16"}, "of the products"},
       {"threads", &Config::threads, "tse", 0, 1024, {}, "of the CPU; 0: all. Results do not depend on it"},
       {"seed", &Config::seed, "tser", 0, any, {}, "of all random numbers"},
@@ -248,7 +248,8 @@ std::string help_text(const std::string& command) {
     std::string line = text("  --", flag.name, " ", value_of(defaults, flag), small);
     line.resize(std::max<size_t>(line.size() + 2, 46), ' ');
     line += flag.help;
-    for (size_t i = 0; i < flag.choices.size(); i++) line += (i == 0 ? ": " : ", ") + flag.choices[i];
+    for (size_t i = 0; i < flag.choices.size(); i++) line += (i == 0 ? " (" : ", ") + flag.choices[i];
+    if (!flag.choices.empty()) line += ")";
     out += line + "\n";
   }
   return out + "\n  --help with another command shows that command's flags\n";

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <limits>
+#include <nlohmann/json.hpp>
 #include <sstream>
 
 #include "error.h"
@@ -58,6 +59,10 @@ void Metrics::add_iter(int iter, double loss, double lr, double time_ms, double 
 
 void Metrics::add_eval(int iter, double train_loss, double val_loss) {
   add({{"type", "eval"}, {"iter", iter}, {"train_loss", train_loss}, {"val_loss", val_loss}});
+}
+
+void Metrics::add_final(int iter, double val_exact, double train_seconds) {
+  add({{"type", "final"}, {"iter", iter}, {"val_exact", val_exact}, {"train_seconds", train_seconds}});
 }
 
 void Metrics::remember(const Json& line) {

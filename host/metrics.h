@@ -1,11 +1,11 @@
 // The record of a run: one JSON object a line, so that it can be followed while it grows and any program reads it.
 //   {"type":"iter","iter":10,"loss":3.1,"lr":0.0003,"time_ms":41.2,"tokens_per_s":397000}
 //   {"type":"eval","iter":500,"train_loss":1.75,"val_loss":1.9}
-//   {"type":"final",...}
+//   {"type":"final","iter":5000,"val_exact":1.57,"train_seconds":170.2}
 // defines: EvalPoint, IterPoint, Metrics
 #pragma once
 #include <cstdio>
-#include <nlohmann/json.hpp>
+#include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
@@ -32,6 +32,7 @@ class Metrics {
   void add(const nlohmann::ordered_json& line);
   void add_iter(int iter, double loss, double lr, double time_ms, double tokens_per_s);
   void add_eval(int iter, double train_loss, double val_loss);
+  void add_final(int iter, double val_exact, double train_seconds);
 
   // For the plot: all that the file holds, earlier runs' lines included. A loss of null reads as NaN.
   const std::vector<EvalPoint>& evals() const { return evals_; }

@@ -226,8 +226,7 @@ int train(Config config) {
 
     const double val_exact = exact_loss(model, data.val, config.batch_size);
     std::printf("val exact: %.4f\n", val_exact);
-    files.metrics().add(
-        {{"type", "final"}, {"iter", info.iteration}, {"val_exact", val_exact}, {"train_seconds", train_seconds}});
+    files.metrics().add_final(info.iteration, val_exact, train_seconds);
     export_pth(files.path("microGPT_model.pth"), shape, layout, model.params());
     files.plot(text("microGPT, ", layout.count(), " parameters"));
     std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());

@@ -74,7 +74,10 @@ Run run(const std::string& command_line) {
   return {code, content(out), content(err)};
 }
 
-std::string program(const char* name) { return (fs::current_path() / name).string(); }
+std::string program(const char* name) {
+  const char* folder = std::getenv("PROGRAMS");
+  return (fs::absolute(folder ? folder : ".") / name).string();
+}
 
 int main(int argc, char** argv) {
   const int result = Catch::Session().run(argc, argv);

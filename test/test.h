@@ -1,13 +1,16 @@
 // What every test includes: Catch2, whichever version is installed, and a few things to try programs and files with.
 // defines: test_folder, skip, Run, run, program, error_of, contains
 #pragma once
+#include <string>
+
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
 using Catch::Approx;
+using Catch::Matchers::ContainsSubstring;
 #else
 #include <catch2/catch.hpp>
+inline auto ContainsSubstring(const std::string& part) { return Catch::Matchers::Contains(part); }
 #endif
-#include <string>
 
 #include "../host/error.h"
 
@@ -24,7 +27,7 @@ struct Run {
 };
 Run run(const std::string& command_line);
 
-// The absolute path of a program that was built: "train_gpt_cpu", "data_prep".
+// The absolute path of a program that was built, in the folder $PROGRAMS: "train_gpt_cpu", "data_prep".
 std::string program(const char* name);
 
 // The message of the Error that body() raises.

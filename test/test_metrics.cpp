@@ -3,12 +3,11 @@
 
 #include <cmath>
 #include <limits>
+#include <nlohmann/json.hpp>
 
 #include "../host/error.h"
 #include "../host/files.h"
 #include "test.h"
-
-using Catch::Matchers::Contains;
 
 TEST_CASE("metrics are one JSON object a line", "[metrics]") {
   const std::string path = test_folder() + "/metrics.jsonl";
@@ -60,5 +59,5 @@ TEST_CASE("metrics start without an earlier file, and say where they cannot", "[
   const std::string folder = test_folder();
   Metrics metrics(folder + "/metrics.jsonl", 100);
   CHECK(metrics.evals().empty());
-  CHECK_THROWS_WITH(Metrics(folder + "/none/metrics.jsonl", 0), Contains("/none/metrics.jsonl"));
+  CHECK_THROWS_WITH(Metrics(folder + "/none/metrics.jsonl", 0), ContainsSubstring("/none/metrics.jsonl"));
 }

@@ -106,11 +106,11 @@ TEST_CASE("Ctrl-C and SIGTERM finish the step and save; the run then goes on to 
   const std::string flags = " --max_iters=3000 --eval_interval=1000 --log_interval=1000";
   REQUIRE(train(folder, flags, "/whole").code == 0);
   for (const auto& [signal, code] : {std::pair{"INT", 130}, {"TERM", 143}}) {
-    const std::string out = std::string("/") + signal;
+    const std::string out = std::string("/") + signal, log = folder + out + ".log";
     // The first evaluation is printed as soon as training begins.
     const Run r = run(train_gpt + small_run + flags + " --data " + folder + "/data --out_dir " + folder + out + " > " +
-                      folder + "/log & pid=$!; while ! grep -q 'iter 0' " + folder +
-                      "/log; do sleep 0.01; done; kill -" + signal + " $pid; wait $pid");
+                      log + " & pid=$!; while ! grep -q 'iter 0' " + log + "; do sleep 0.01; done; kill -" + signal +
+                      " $pid; wait $pid");
     INFO(r.err);
     CHECK(r.code == code);
     CHECK(contains(r.err, "stopped before iteration"));

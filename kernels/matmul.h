@@ -91,7 +91,8 @@ size_t packed_size(int K, int N) {
   return size_t(K) * ((N + NR<Real> - 1) / NR<Real>)*NR<Real>;
 }
 
-// panel (K, NR) = columns [n, n + NR) of b (K, N), filled up with zeros
+// panel (K, NR) = columns [n, n + NR) of b (K, N), filled up with zeros: what is computed with them is thrown away, but
+// numbers that happened to lie there could be denormal, and slow
 template <class Real>
 void pack_panel(Real* panel, const View<Real>& b, int K, int n, int N) {
   const int columns = std::min(NR<Real>, N - n);

@@ -14,6 +14,9 @@ inline auto ContainsSubstring(const std::string& part) { return Catch::Matchers:
 
 #include "../host/error.h"
 
+// Large arrays and files are compared in double parentheses, CHECK((a == b)): a failure would print them otherwise, which
+// takes Catch2 minutes.
+
 // A fresh, empty folder, which is removed when the tests end.
 std::string test_folder();
 

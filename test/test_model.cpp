@@ -133,12 +133,14 @@ TEST_CASE("The model's gradient is that of its loss, dropout on") {
 }
 
 TEST_CASE("Losses and gradients are bit-identical with 1, 2 and 3 threads") {
-  const int B = 5, T = 20;
+  const ModelShape shape = {65, 64, 96, 2, 3};  // large enough that every layer wakes the other threads
+  const int B = 8, T = shape.T;
+  CHECK(size_t(B) * T * std::min(shape.C, shape.V) > worth_threads);
   const int threads_before = omp_get_max_threads();
   std::vector<std::vector<float>> results;
   for (const int threads : {1, 2, 3}) {
     omp_set_num_threads(threads);
-    GPT<float> m(tiny, B);
+    GPT<float> m(shape, B);
     m.prepare_training();
     init_parameters(m.params_memory.data(), m.param_layout, 1);
     const std::vector<int> x = some_tokens(B * T, 1), y = some_tokens(B * T, 2);
@@ -155,8 +157,8 @@ TEST_CASE("Losses and gradients are bit-identical with 1, 2 and 3 threads") {
     results.push_back(result);
   }
   omp_set_num_threads(threads_before);
-  CHECK(results[0] == results[1]);
-  CHECK(results[0] == results[2]);
+  CHECK((results[0] == results[1]));
+  CHECK((results[0] == results[2]));
   CHECK(results[0][2] < results[0][0]);  // and it learns
 }
 
@@ -193,7 +195,7 @@ TEST_CASE("Logits of cached keys and values are those of the whole text, bit by 
     forward(whole, x.data(), 1, n);
     forward(cached, x.data() + known, 1, n, {}, known);
     const float *a = whole.a.logits + (n - 1) * tiny.V, *b = cached.a.logits + (n - known - 1) * tiny.V;
-    CHECK(std::vector<float>(a, a + tiny.V) == std::vector<float>(b, b + tiny.V));
+    CHECK((std::vector<float>(a, a + tiny.V) == std::vector<float>(b, b + tiny.V)));
     known = n;
   }
 }

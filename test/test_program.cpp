@@ -82,11 +82,11 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   const std::string folder = prepared();
   REQUIRE(train(folder, "--threads=1", "/one").code == 0);
   REQUIRE(train(folder, "--threads=3", "/three").code == 0);
-  CHECK(read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/three/ckpt_last.safetensors"));
-  CHECK(read_file(folder + "/one/ckpt_best.safetensors") == read_file(folder + "/three/ckpt_best.safetensors"));
-  CHECK(read_file(folder + "/one/microGPT_model.pth") == read_file(folder + "/three/microGPT_model.pth"));
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/three/ckpt_last.safetensors")));
+  CHECK((read_file(folder + "/one/ckpt_best.safetensors") == read_file(folder + "/three/ckpt_best.safetensors")));
+  CHECK((read_file(folder + "/one/microGPT_model.pth") == read_file(folder + "/three/microGPT_model.pth")));
   REQUIRE(train(folder, "--seed=2", "/other").code == 0);
-  CHECK(read_file(folder + "/one/ckpt_last.safetensors") != read_file(folder + "/other/ckpt_last.safetensors"));
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") != read_file(folder + "/other/ckpt_last.safetensors")));
 
   // Half the way, then on. The schedule is constant, so its length does not matter; the file records max_iters.
   REQUIRE(train(folder, "--max_iters=11", "/resumed").code == 0);
@@ -95,7 +95,7 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   INFO(r.err);
   REQUIRE(r.code == 0);
   CHECK(contains(r.err, "going on with another value of max_iters: 11 -> 20"));
-  CHECK(read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/resumed/ckpt_last.safetensors"));
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/resumed/ckpt_last.safetensors")));
   const auto one = lines_of(folder + "/one/metrics.jsonl"), resumed = lines_of(folder + "/resumed/metrics.jsonl");
   REQUIRE(!resumed.empty());
   CHECK(one.back()["val_exact"] == resumed.back()["val_exact"]);
@@ -115,7 +115,7 @@ TEST_CASE("Ctrl-C and SIGTERM finish the step and save; the run then goes on to 
     CHECK(r.code == code);
     CHECK(contains(r.err, "stopped before iteration"));
     REQUIRE(run(train_gpt + " --init_from=resume --data " + folder + "/data --out_dir " + folder + out).code == 0);
-    CHECK(read_file(folder + "/whole/ckpt_last.safetensors") == read_file(folder + out + "/ckpt_last.safetensors"));
+    CHECK((read_file(folder + "/whole/ckpt_last.safetensors") == read_file(folder + out + "/ckpt_last.safetensors")));
   }
 }
 
@@ -153,7 +153,7 @@ TEST_CASE("eval and export work on a checkpoint") {
   const std::string pth = read_file(folder + "/out/microGPT_model.pth");
   fs::remove(folder + "/out/microGPT_model.pth");
   CHECK(run(train_gpt + " export" + from).code == 0);
-  CHECK(read_file(folder + "/out/microGPT_model.pth") == pth);
+  CHECK((read_file(folder + "/out/microGPT_model.pth") == pth));
 }
 
 TEST_CASE("Characters beyond ASCII are characters like any other") {
@@ -210,7 +210,7 @@ TEST_CASE("Refusals: checkpoints and prompts") {
   check_refused(train_gpt + " --init_from=resume --max_iters=30 --data " + other + "/data" + out, "another vocabulary");
   check_refused(train_gpt + " --init_from=resume --max_iters=30 --data " + same + "/data" + out, "another text");
   check_refused(train_gpt + " eval --data " + other + "/data" + out, "another vocabulary");
-  CHECK(read_file(last) == kept);
+  CHECK((read_file(last) == kept));
 }
 
 TEST_CASE("A loss that is not finite ends the run and keeps the last good checkpoint") {

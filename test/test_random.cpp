@@ -106,5 +106,5 @@ TEST_CASE("Dropout numbers its elements over the whole batch, whatever part of i
     drop.first_row = b;
     dropout_apply<float>(parts.data() + b * T * C, nullptr, ones.data(), drop, 3, T, C);
   }
-  CHECK(whole == parts);
+  CHECK((whole == parts));
 }

@@ -288,11 +288,17 @@ std::vector<std::string> apply_settings(Config& config, const std::map<std::stri
 }
 
 std::string print_config(const Config& config) {
-  std::string out;
-  for (const Flag& flag : flags())
-    if (flag.commands.find(command_letter(config.command)) != std::string::npos)
-      out += text(out.empty() ? "" : ", ", flag.name, " ", value_of(config, flag));
-  return out;
+  std::string out, line;
+  for (const Flag& flag : flags()) {
+    if (flag.commands.find(command_letter(config.command)) == std::string::npos) continue;
+    const std::string item = text(flag.name, " ", value_of(config, flag));
+    if (line.size() + item.size() > 110) {
+      out += line + ",\n";
+      line.clear();
+    }
+    line += (line.empty() ? "" : ", ") + item;
+  }
+  return out + line;
 }
 
 ModelShape model_shape(const Config& config, int vocabulary_size) {

@@ -75,7 +75,7 @@ std::map<std::string, std::string> recorded_settings(const Config& config);
 // "name: recorded -> given"; for the model's shape that is an Error.
 std::vector<std::string> apply_settings(Config& config, const std::map<std::string, std::string>& settings);
 
-// One line: "n_layer 6, n_head 6, ..." of all flags that matter to the command.
+// "n_layer 6, n_head 6, ..." of all flags that matter to the command, in lines of readable length.
 std::string print_config(const Config& config);
 
 // Refuses what no kernel can compute, such as an n_embd that n_head does not divide.

@@ -107,17 +107,14 @@ double witten_bell_loss(std::span<const int> train, std::span<const int> scored,
 }
 
 std::vector<Baseline> compute_baselines(const Tokens& train, const Tokens& val, int V) {
-  constexpr uint64_t most_train = 2'000'000, most_val = 200'000;
+  constexpr uint64_t most = 2'000'000;
   std::vector<Baseline> baselines = {{"uniform", uniform_loss(V)}};
   if (val.size() < 2) return baselines;  // nothing to score
-  std::vector<int> counted(std::min(train.size(), most_train)), scored(std::min(val.size(), most_val));
+  std::vector<int> counted(std::min(train.size(), most)), scored(std::min(val.size(), most));
   train.copy(train.size() - counted.size(), counted.size(), counted.data());
   val.copy(0, scored.size(), scored.data());
 
-  std::string limits;
-  if (train.size() > most_train) limits = "last 2 M characters";
-  if (val.size() > most_val) limits += text(limits.empty() ? "" : ", ", "first 200 k of val");
-  if (!limits.empty()) limits = " (" + limits + ")";
+  const std::string limits = train.size() > most || val.size() > most ? " of 2 M" : "";
   baselines.push_back({"unigram" + limits, unigram_loss(counted, scored, V)});
   baselines.push_back({"bigram" + limits, bigram_loss(counted, scored, V)});
   baselines.push_back({"5-gram" + limits, witten_bell_loss(counted, scored, V, 5)});

@@ -32,8 +32,8 @@ struct Baseline {
   double loss;
 };
 
-// All of the above, the last with order 5. Of a long text only the last 2 M characters are counted and the first 200 k
-// of the validation split are scored, and the names say so.
+// All of the above, the last with order 5. Of a long text the last 2 M characters to train on are counted and the first
+// 2 M to validate are scored, and the names say so: "5-gram of 2 M".
 std::vector<Baseline> compute_baselines(const Tokens& train, const Tokens& val, int V);
 
 // baselines.json: {"unit": "nats per character", "baselines": [{"name": "uniform", "loss": 4.174}, ...]}

@@ -123,7 +123,7 @@ TEST_CASE("ngram: a long text is counted from its end, and the names say so") {
   CHECK(baselines[0].name == "uniform");
   CHECK(baselines[1].name == "unigram of 2 M");
   CHECK(baselines[3].name == "5-gram of 2 M");
-  CHECK(baselines[1].loss == exactly(std::log(2.0)));
+  CHECK(baselines[1].loss == Approx(std::log(2.0)).epsilon(1e-9));  // the sum of two million terms is rounded
   CHECK(baselines[2].loss < 2e-6);
 
   val.resize(1);

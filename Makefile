@@ -5,6 +5,11 @@ MARCH    ?= native
 # The kernels' instruction set. A program runs on machines that have it and says so on others (host/cpu_check.cpp).
 ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=$(MARCH))
 
+# All processors, unless make is told how many.
+ifeq ($(filter -j%,$(MAKEFLAGS)),)
+  MAKEFLAGS += -j$(shell getconf _NPROCESSORS_ONLN)
+endif
+
 # -O3 for the kernels' loops; -O2 would not unroll them. No -ffast-math: results would depend on the compiler's mood.
 # -fno-math-errno, -fno-trapping-math: sqrt sets no errno and comparisons raise no traps, so that loops with them become
 #   vector code. Neither changes a result.
@@ -24,8 +29,8 @@ endif
 
 # One folder for each kind of build: `make SANITIZE=address,undefined test` does not touch the program's objects.
 # CANARIES leaves gaps between the tensors of a buffer, which are checked after every step.
-BUILD := build/$(notdir $(CXX))$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))
 comma := ,
+BUILD := build/$(notdir $(CXX))$(if $(filter-out native,$(MARCH)),-$(MARCH))$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))
 ifdef SANITIZE
   COMMON += -fsanitize=$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS
   LIBS   += -fsanitize=$(SANITIZE)

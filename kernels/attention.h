@@ -108,14 +108,16 @@ int padded(int T) {
   return (T + product::NR<Real> - 1) / product::NR<Real> * product::NR<Real>;
 }
 
-// draws (rows, ld) for the queries q0 ... q0 + rows - 1 and the keys up to the last of them; q0 is a multiple of 16
-inline void block_draws(uint16_t* draws, size_t ld, const Dropout& drop, uint64_t bh, int q0, int rows, int T) {
+// draws (rows, draws_row(T)) for the queries q0 ... q0 + rows - 1 and the keys up to the last of them; q0 is a multiple
+// of 16. Whole blocks of keys are written, so a row has room for them whatever the width of a vector.
+inline size_t draws_row(int T) { return size_t(T + draw_block - 1) / draw_block * draw_block; }
+inline void block_draws(uint16_t* draws, const Dropout& drop, uint64_t bh, int q0, int rows, int T) {
   for (int q = q0; q < q0 + rows; q += draw_block)
     for (int kv = 0; kv < std::min(q + draw_block, q0 + rows); kv += draw_block) {
       uint32_t words[4][32];
       random4_lanes(words, drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T));
       for (int i = 0; i < std::min(draw_block, q0 + rows - q); i++) {  // four words hold eight neighbouring keys
-        uint16_t* row = draws + (q - q0 + i) * ld + kv;
+        uint16_t* row = draws + (q - q0 + i) * draws_row(T) + kv;
         std::memcpy(row, &words[i / 8][i % 8 * 4], 16);
         std::memcpy(row + 8, &words[2 + i / 8][i % 8 * 4], 16);
       }
@@ -145,14 +147,14 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
     Real* k_packed = scratch<Keys, Real>(product::packed_size<Real>(HS, T));
     Real* v_packed = scratch<Values, Real>(product::packed_size<Real>(T, HS));
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
-    uint16_t* draws = scratch<Draws, uint16_t>(size_t(QB) * ld + draw_block);
+    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
     product::pack_b<Real>(k_packed, {K, 1, size_t(3 * C)}, HS, T);
     product::pack_b<Real>(v_packed, {V, size_t(3 * C), 1}, T, HS);
     for (int q0 = first; q0 < T; q0 += QB) {
       const int rows = std::min(QB, T - q0), keys = q0 + rows;
       product::multiply_packed<Real>(P, ld, {}, {Q + size_t(q0) * 3 * C, size_t(3 * C), 1}, k_packed,
                                      size_t(HS) * product::NR<Real>, rows, padded<Real>(keys), HS);
-      if (drop.active()) block_draws(draws, ld, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
+      if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
       for (int i = 0; i < rows; i++) {
         Real* p = P + size_t(i) * ld;
         const int visible = q0 + i + 1;
@@ -171,7 +173,7 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
         }
         const Real sum = horizontal_sum<Real>(sums), norm = (drop.active() ? kept : Real(1)) / sum;
         lse[size_t(bh) * T + q0 + i] = top + std::log(sum);
-        const uint16_t* draw = draws + size_t(i) * ld;
+        const uint16_t* draw = draws + i * draws_row(T);
         if (drop.active())
           for (int kv = 0; kv < visible; kv++) p[kv] = draw[kv] < drop.threshold ? p[kv] * norm : Real(0);
         else
@@ -213,7 +215,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
     Real* block_packed = scratch<Block, Real>(product::packed_size<Real>(QB, HS));
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
     Real* dP = scratch<Gradients, Real>(size_t(QB) * ld);
-    uint16_t* draws = scratch<Draws, uint16_t>(size_t(QB) * ld + draw_block);
+    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
     product::pack_b<Real>(kt_packed, {K, 1, row}, HS, T);
     product::pack_b<Real>(vt_packed, {V, 1, row}, HS, T);
     product::pack_b<Real>(k_packed, {K, row, 1}, T, HS);
@@ -226,10 +228,10 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
       const Real *Qb = Q + q0 * row, *dOb = dO + size_t(q0) * C, *Ob = O + size_t(q0) * C;
       product::multiply_packed<Real>(P, ld, {}, {Qb, row, 1}, kt_packed, by_channel, rows, columns, HS);
       product::multiply_packed<Real>(dP, ld, {}, {dOb, size_t(C), 1}, vt_packed, by_channel, rows, columns, HS);
-      if (drop.active()) block_draws(draws, ld, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
+      if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
       for (int i = 0; i < rows; i++) {
         Real *p = P + size_t(i) * ld, *dp = dP + size_t(i) * ld;
-        const uint16_t* draw = draws + size_t(i) * ld;
+        const uint16_t* draw = draws + i * draws_row(T);
         const int visible = q0 + i + 1;
         const Real log_sum = lse[size_t(bh) * T + q0 + i];
         Real D = 0;

@@ -163,6 +163,13 @@ TEST_CASE("attention: the blocked version is the plain one") {
       attention_backward(dqkv.data(), dout.data(), qkv.data(), out.data(), lse.data(), drop, s.B, s.T, s.C, s.NH);
       reference::attention_backward(dqkv64.data(), dout64.data(), qkv64.data(), out64.data(), lse64.data(), drop, s.B,
                                     s.T, s.C, s.NH);
+      std::vector<double> blocked(n), blocked_lse(lse.size()), blocked_dqkv(3 * n, nan_value);
+      attention_forward(blocked.data(), blocked_lse.data(), qkv64.data(), drop, s.B, s.T, s.C, s.NH);
+      attention_backward(blocked_dqkv.data(), dout64.data(), qkv64.data(), blocked.data(), blocked_lse.data(), drop,
+                         s.B, s.T, s.C, s.NH);
+      check_close(blocked, out64, 1e-12);
+      check_close(blocked_lse, lse64, 1e-12);
+      check_close(blocked_dqkv, dqkv64, 1e-12);
       // float against double; the scores' rounding enters the weights through exp, so the worst seen is about 3e-6
       check_close(out, out64, 1e-5);
       check_close(lse, lse64, 1e-5);

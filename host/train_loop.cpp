@@ -31,13 +31,13 @@ RunFiles::RunFiles(const Config& config, int first_iteration)
 
 std::string RunFiles::path(const char* name) const { return config_.out_dir + "/" + name; }
 
-void RunFiles::plot(const std::string& title) {
+bool RunFiles::plot(const std::string& title) {
   PlotData data;
   data.evals = metrics_.evals();
   data.iters = metrics_.iters();
   data.baselines = load_baselines(config_.data + "/baselines.json");
   data.title = title;
-  draw_plot(path("training_plot.png"), data);
+  return draw_plot(path("training_plot.png"), data);
 }
 
 std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabulary) {

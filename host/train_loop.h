@@ -51,7 +51,7 @@ class RunFiles {
   RunFiles(const Config& config, int first_iteration);
   Metrics& metrics() { return metrics_; }
   std::string path(const char* name) const;
-  void plot(const std::string& title);
+  bool plot(const std::string& title);  // false: no gnuplot
 
  private:
   Config config_;
@@ -160,7 +160,8 @@ int train(Config config) {
     resumed->load_moments(model.m(), model.v(), layout);
     resumed.reset();
     if (info.iteration >= config.max_iters)
-      fail("this run has done its ", info.iteration, " iterations; raise --max_iters to go on");
+      fail("this run has done its ", info.iteration,
+           " iterations; raise --max_iters to go on, or sample, eval or export it");
     std::fprintf(stderr, "going on at iteration %d\n", info.iteration);
   } else {
     init_parameters(model.params(), layout, config.seed);
@@ -228,7 +229,7 @@ int train(Config config) {
     std::printf("val exact: %.4f\n", val_exact);
     files.metrics().add_final(info.iteration, val_exact, train_seconds);
     export_pth(files.path("microGPT_model.pth"), shape, layout, model.params());
-    files.plot(text("microGPT, ", layout.count(), " parameters"));
+    const bool plotted = files.plot(text("microGPT, ", layout.count(), " parameters"));
     std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());
 
     std::string sample;
@@ -241,10 +242,10 @@ int train(Config config) {
     });
     std::printf("\n");
     write_file(files.path("sample.txt"), sample + "\n");
-    std::fprintf(stderr,
-                 "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, training_plot.png, "
-                 "metrics.jsonl, sample.txt\n",
-                 config.out_dir.c_str());
+    std::fprintf(
+        stderr,
+        "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, %smetrics.jsonl, sample.txt\n",
+        config.out_dir.c_str(), plotted ? "training_plot.png, " : "");
   } catch (const Interrupted&) {
     save_last();
     std::fprintf(stderr, "\nstopped before iteration %d and saved; --init_from resume goes on\n", info.iteration);

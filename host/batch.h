@@ -2,7 +2,6 @@
 // defines: random_batch
 #pragma once
 #include <cstdint>
-#include <vector>
 
 #include "random.h"
 #include "shards.h"
@@ -11,13 +10,10 @@
 // is the number of the first window: gradient accumulation, and the batches of one evaluation, go on counting.
 inline void random_batch(int* x, int* y, const Tokens& tokens, uint64_t seed, uint32_t step, uint32_t site,
                          uint64_t first_row, int B, int T) {
-  std::vector<int> window(size_t(T) + 1);
   for (int b = 0; b < B; b++) {
     const Philox4 r = random4(seed, step, site, first_row + b);
-    tokens.copy(below(r.word[0], r.word[1], tokens.size() - T), window.size(), window.data());
-    for (int t = 0; t < T; t++) {
-      x[size_t(b) * T + t] = window[t];
-      y[size_t(b) * T + t] = window[t + 1];
-    }
+    const uint64_t start = below(r.word[0], r.word[1], tokens.size() - T);
+    tokens.copy(start, T, x + size_t(b) * T);
+    tokens.copy(start + 1, T, y + size_t(b) * T);
   }
 }

@@ -1,6 +1,6 @@
 // AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, in PyTorch's form: the
-// decay is applied to every parameter, and eps is added after the bias-corrected root. defines: AdamW, adamw_update,
-// gradient_norm_squared
+// decay is applied to every parameter, and eps is added after the bias-corrected root.
+// defines: AdamW, adamw_update, gradient_norm_squared
 #pragma once
 #include <cmath>
 #include <cstddef>

@@ -2,8 +2,8 @@
 //   P = softmax(q @ k^T / sqrt(HS), keys up to the query),  out = dropout(P) @ v
 // Vaswani et al., "Attention Is All You Need", 2017, equation 1. No (T, T) matrix outlives its block of queries:
 // backward computes P again from q, k and the logarithm of the softmax's denominator, as in Dao et al.,
-// "FlashAttention", 2022, section 3.1. defines: attention_forward, attention_backward, their reference:: loops,
-// attention_draw
+// "FlashAttention", 2022, section 3.1.
+// defines: attention_forward, attention_backward, their reference:: loops, attention_draw
 #pragma once
 #include <algorithm>
 #include <cmath>

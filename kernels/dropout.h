@@ -1,7 +1,7 @@
 // Dropout: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014,
 // section 4. An element is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no
-// change. No mask is stored: forward and backward draw the same random numbers (host/random.h). defines: Dropout,
-// random4_lanes, dropout_draws, dropout_apply
+// change. No mask is stored: forward and backward draw the same random numbers (host/random.h).
+// defines: Dropout, random4_lanes, dropout_draws, dropout_apply
 #pragma once
 #include <algorithm>
 #include <cstddef>

@@ -64,7 +64,7 @@ constexpr int MR = 6;
 #endif
 constexpr int NV = 2;
 template <class Real>
-constexpr int NR = NV* lanes<Real>;
+constexpr int NR = lanes<Real>* NV;
 
 constexpr int KC = 384;  // a panel of KC x NR floats is 48 KB, a tile of a 18 KB: they stream from the L2 cache
 template <class Real>
@@ -213,7 +213,7 @@ void matmul_forward(Real* out, const Real* inp, const Real* weight, const Real* 
 }
 
 // dinp (rows, C) = dout (rows, OC) @ weight (OC, C);  dweight (OC, C) += dout^T @ inp;  dbias (OC) += column sums of
-// dout No gradient wanted of the input: dinp = nullptr; no bias: dbias = nullptr.
+// dout. No gradient wanted of the input: dinp = nullptr; no bias: dbias = nullptr.
 template <class Real>
 void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* weight,
                      int rows, int C, int OC) {

@@ -13,6 +13,7 @@
 
 #include "host/batch.h"       // defines: random_batch
 #include "host/config.h"      // defines: Config, parse_command_line
+#include "host/data.h"        // defines: Data, Split
 #include "host/error.h"       // defines: fail, run_main
 #include "host/memory.h"      // defines: Buffer, MemoryPlan
 #include "host/tensors.h"     // defines: ModelShape, PARAMETERS, Params, Layout
@@ -25,6 +26,8 @@
 #include "kernels/matmul.h"
 #include "kernels/relu.h"
 #include "kernels/residual.h"
+
+namespace cpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The tensors. PARAMETERS, the table of what is learned, is in host/tensors.h: both trainers and all files share it.
@@ -80,6 +83,8 @@ inline Layout activation_layout(const ModelShape& s, size_t rows, bool for_backw
   }
 #undef ADD_ONE
 #undef ADD_EACH_LAYER
+#undef ACTIVATIONS
+#undef ACTIVATION_GRADS
   return layout;
 }
 
@@ -233,12 +238,16 @@ void update(GPT<Real>& m, AdamW optimizer, double grad_clip) {
 
 class CpuModel {
  public:
-  CpuModel(const Config& config, const ModelShape& shape, bool training)
-      : config_(config), gpt_(shape, config.batch_size), x_(size_t(config.batch_size) * shape.T), y_(x_.size()) {
+  CpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
+      : config_(config),
+        data_(data),
+        gpt_(shape, config.batch_size),
+        x_(size_t(config.batch_size) * shape.T),
+        y_(x_.size()) {
     if (training) gpt_.prepare_training();
   }
 
-  static MemoryPlan plan(const Config& config, const ModelShape& shape, bool training) {
+  static MemoryPlan plan(const Config& config, const ModelShape& shape, const Data*, bool training) {
     const size_t rows = size_t(config.batch_size) * shape.T;
     const double params = 4.0 * parameter_layout(shape).size();
     MemoryPlan plan;
@@ -247,18 +256,66 @@ class CpuModel {
     if (training) plan.add("AdamW's m and v", 2 * params);
     plan.add("activations", 4.0 * activation_layout(shape, rows, false).size());
     if (training) plan.add("their gradients", 4.0 * activation_layout(shape, rows, true).size());
+    if (training) plan.add("a snapshot for checkpoints", 3 * params);
     return plan;
   }
+  static double memory() { return physical_memory(); }
 
   const ModelShape& shape() const { return gpt_.shape; }
   const Layout& layout() const { return gpt_.param_layout; }
-  float* params() { return gpt_.params_memory.data(); }
-  float* m() { return gpt_.m_memory.data(); }
-  float* v() { return gpt_.v_memory.data(); }
-  int threads() const { return omp_get_max_threads(); }
+  std::string describe() const { return text(omp_get_max_threads(), " threads"); }
+  double peak_flops() const { return 0; }
+  int chunk() const { return 1; }
 
+  void restore(const float* params, const float* m, const float* v) {
+    const size_t n = layout().size();
+    std::copy(params, params + n, gpt_.params_memory.data());
+    if (m) std::copy(m, m + n, gpt_.m_memory.data());
+    if (v) std::copy(v, v + n, gpt_.v_memory.data());
+  }
+  void snapshot(float* params, float* m, float* v) const {
+    const size_t n = layout().size();
+    std::copy(gpt_.params_memory.data(), gpt_.params_memory.data() + n, params);
+    if (m) std::copy(gpt_.m_memory.data(), gpt_.m_memory.data() + n, m);
+    if (v) std::copy(gpt_.v_memory.data(), gpt_.v_memory.data() + n, v);
+  }
+  std::map<std::string, std::string> state() const { return {}; }
+  void set_state(const std::map<std::string, std::string>&) {}
+
+  std::vector<float> train_steps(int iteration, int count) {
+    std::vector<float> losses;
+    for (int i = 0; i < count; i++) losses.push_back(train_step(iteration + i));
+    return losses;
+  }
+
+  double random_losses(Split split, int iteration, int first, int count) {
+    const int B = config_.batch_size, T = shape().T;
+    const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
+    double sum = 0;
+    for (int k = first; k < first + count; k++) {
+      random_batch(x_.data(), y_.data(), (*data_)[split], config_.seed, iteration, site, uint64_t(k) * B, B, T);
+      forward(gpt_, x_.data(), B, T);
+      sum += loss_sum(gpt_, y_.data(), B, T) / (double(B) * T);
+    }
+    return sum;
+  }
+
+  double window_losses(Split split, uint64_t at, int B, int n) {
+    (*data_)[split].copy(at, size_t(B) * n, x_.data());
+    (*data_)[split].copy(at + 1, size_t(B) * n, y_.data());
+    forward(gpt_, x_.data(), B, n);
+    return loss_sum(gpt_, y_.data(), B, n);
+  }
+
+  int next_token(const int* context, int n, int known, const Choice& choice) {
+    forward(gpt_, context + known, 1, n, {}, known);
+    const float* logits = gpt_.a.logits + size_t(n - known - 1) * shape().V;
+    return choose_token(logits, shape().V, choice.temperature, choice.top_k, choice.uniform);
+  }
+
+ private:
   // One update on the mean gradient of gradient_accumulation_steps batches; returns their mean loss.
-  float train_step(const Tokens& tokens, int iteration, double learning_rate) {
+  float train_step(int iteration) {
     const int B = config_.batch_size, T = shape().T, steps = config_.gradient_accumulation_steps;
     const double dloss = 1.0 / (double(B) * T * steps);
     double loss = 0;
@@ -266,52 +323,51 @@ class CpuModel {
     for (int step = 0; step < steps; step++) {
       const int first_row = step * B;
       const Dropout drop = {config_.seed, uint32_t(iteration), 0, dropout_threshold(config_.dropout), first_row};
-      random_batch(x_.data(), y_.data(), tokens, config_.seed, iteration, site::batch, first_row, B, T);
+      random_batch(x_.data(), y_.data(), data_->train, config_.seed, iteration, site::batch, first_row, B, T);
       forward(gpt_, x_.data(), B, T, drop);
-      loss += ::loss_sum(gpt_, y_.data(), B, T) * dloss;
+      loss += loss_sum(gpt_, y_.data(), B, T) * dloss;
       backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
     }
-    update(gpt_, {learning_rate, config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1},
+    update(gpt_,
+           {learning_rate_at(config_, iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay,
+            iteration + 1, 1},
            config_.grad_clip);
     check_all_canaries(gpt_);
     return float(loss);
   }
 
-  double loss_sum(const int* x, const int* y, int B, int T) {
-    forward(gpt_, x, B, T);
-    return ::loss_sum(gpt_, y, B, T);
-  }
-
-  const float* next_logits(const int* context, int n, int known) {
-    forward(gpt_, context + known, 1, n, {}, known);
-    return gpt_.a.logits + size_t(n - known - 1) * shape().V;
-  }
-
- private:
   Config config_;
+  const Data* data_;
   GPT<float> gpt_;
   std::vector<int> x_, y_;  // (B, T)
 };
 
+// Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU.
+inline int run(Config config, const std::string& why) {
+  if (config.dtype != "auto" && config.dtype != "float32")
+    fail("--dtype ", config.dtype, " needs a GPU; on the CPU all arithmetic is float32");
+  config.dtype = "float32";
+  if (config.threads) omp_set_num_threads(config.threads);
+  if (config.command == "train") {
+    if (config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
+    if (config.preset == "auto")
+      std::fprintf(stderr, "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
+    apply_preset(config, config.preset == "auto" ? "small" : config.preset);
+  }
+  config.device = "cpu";
+  return run_command<CpuModel>(config);
+}
+
+}  // namespace cpu
+
 #ifndef MICROGPT_NO_MAIN
 int main(int argc, char** argv) {
   return run_main([&] {
-    Config config = parse_command_line(argc, argv);
+    const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
-    if (config.device == "cuda") fail("--device cuda: this program was built without CUDA, since nvcc was not found");
-    if (config.dtype != "auto" && config.dtype != "float32")
-      fail("--dtype ", config.dtype, " needs a GPU; on the CPU all arithmetic is float32");
-    config.dtype = "float32";
-    if (config.threads) omp_set_num_threads(config.threads);
-    if (config.command == "train") {
-      if (config.device == "auto") std::fprintf(stderr, "on the CPU: this program was built without CUDA\n");
-      if (config.preset == "auto")
-        std::fprintf(stderr,
-                     "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
-      apply_preset(config, config.preset == "auto" ? "small" : config.preset);
-    }
-    config.device = "cpu";
-    return run_command<CpuModel>(config);
+    const std::string why = "this program was built without CUDA";
+    if (config.device == "cuda") fail("--device cuda: ", why, "; with nvcc on the path, make train_gpt builds it with");
+    return cpu::run(config, why);
   });
 }
 #endif

@@ -10,6 +10,8 @@
 #include <fstream>
 #include <string>
 
+using namespace cpu;
+
 namespace {
 
 struct Times {

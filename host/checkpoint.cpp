@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <utility>
 
 #include "config.h"
 #include "error.h"
@@ -10,6 +11,7 @@
 namespace {
 
 constexpr const char* format_name = "microGPT checkpoint 1";
+const std::string state_prefix = "state.";
 
 std::string exact(double x) {  // the shortest text that reads back as the same number
   char buffer[32];
@@ -41,6 +43,7 @@ void save_checkpoint(const std::string& path, const CheckpointInfo& info, const 
   metadata["iteration"] = text(info.iteration);
   metadata["best_loss"] = exact(info.best_loss);
   metadata["data"] = info.data;
+  for (const auto& [name, value] : info.state) metadata[state_prefix + name] = value;
   write_safetensors(path, views, metadata);
 }
 
@@ -67,6 +70,8 @@ Checkpoint::Checkpoint(const std::string& path) : path_(path), file_(path) {
   number("iteration", info_.iteration);
   number("best_loss", info_.best_loss);
   info_.data = value("data");
+  for (const auto& [name, state] : file_.metadata())
+    if (name.rfind(state_prefix, 0) == 0) info_.state[name.substr(state_prefix.size())] = state;
   for (const std::string& name : recorded_flags()) info_.settings[name] = value(name.c_str());
 
   // The sizes are believed only as far as the file has bytes for them: the largest tensors alone bound their product.
@@ -112,4 +117,34 @@ void Checkpoint::load_moments(float* m, float* v, const Layout& layout) const {
     fail(path_, " has weights only; a run goes on from ckpt_last, which has AdamW's moments too");
   load(m, layout, "adamw.m.");
   load(v, layout, "adamw.v.");
+}
+
+CheckpointWriter::CheckpointWriter(const Vocabulary& vocabulary, const Layout& layout)
+    : vocabulary_(vocabulary),
+      layout_(layout),
+      snapshot_{Buffer<float>(layout), Buffer<float>(layout), Buffer<float>(layout)} {}
+
+CheckpointWriter::~CheckpointWriter() {
+  if (thread_.joinable()) thread_.join();
+}
+
+void CheckpointWriter::wait() {
+  if (thread_.joinable()) thread_.join();
+  if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
+}
+
+Snapshot& CheckpointWriter::snapshot() {
+  wait();
+  return snapshot_;
+}
+
+void CheckpointWriter::write(const CheckpointInfo& info, const std::string& last, const std::string& best) {
+  wait();
+  thread_ = std::thread([this, info, last, best] {
+    try {
+      if (!best.empty()) save_checkpoint(best, info, vocabulary_, layout_, snapshot_.params.data(), nullptr, nullptr);
+      save_checkpoint(last, info, vocabulary_, layout_, snapshot_.params.data(), snapshot_.m.data(),
+                      snapshot_.v.data());
+    } catch (...) { error_ = std::current_exception(); }
+  });
 }

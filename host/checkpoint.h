@@ -2,15 +2,17 @@
 // thread count, so that equal runs write equal files.
 //   tensors     the parameters under their names in a PyTorch state dict; in ckpt_last AdamW's moments too, under
 //               adamw.m.<name> and adamw.v.<name>
-//   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...),
-//   iteration,
-//               best_loss, data (fingerprint of the tokens), checksums
-// defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views
+//   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...), iteration,
+//               best_loss, data (fingerprint of the tokens), state.<name> of the trainer, checksums
+// defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views, Snapshot, CheckpointWriter
 #pragma once
+#include <exception>
 #include <map>
 #include <string>
+#include <thread>
 #include <vector>
 
+#include "memory.h"
 #include "safetensors.h"
 #include "tensors.h"
 #include "text.h"
@@ -22,6 +24,7 @@ struct CheckpointInfo {
   int iteration = 0;                            // updates done, and so the number of the next one
   double best_loss = 0;                         // the lowest validation loss so far; infinity: none
   std::string data;                             // fingerprint of the training and validation tokens
+  std::map<std::string, std::string> state;     // what else a trainer needs to go on exactly, by name
 };
 
 // The parameters in a buffer of this layout, as the tensors of a state dict.
@@ -48,4 +51,30 @@ class Checkpoint {
   SafetensorsFile file_;
   CheckpointInfo info_;
   Vocabulary vocabulary_;
+};
+
+// A model's weights and moments at one moment, on the host.
+struct Snapshot {
+  Buffer<float> params, m, v;
+};
+
+// Writes checkpoints in a thread of its own, so that training goes on meanwhile; one at a time.
+class CheckpointWriter {
+ public:
+  CheckpointWriter(const Vocabulary& vocabulary, const Layout& layout);
+  ~CheckpointWriter();
+  CheckpointWriter(const CheckpointWriter&) = delete;
+
+  // The buffers to fill before write, once they are free: waits for the write under way, and raises its Error.
+  Snapshot& snapshot();
+  // Begins to write the snapshot with its moments, and to `best`, unless that is empty, without them.
+  void write(const CheckpointInfo& info, const std::string& last, const std::string& best);
+  void wait();  // until all is on disk; raises the Error of a write that failed
+
+ private:
+  const Vocabulary& vocabulary_;
+  Layout layout_;
+  Snapshot snapshot_;
+  std::thread thread_;
+  std::exception_ptr error_;
 };

@@ -1,5 +1,5 @@
 // From logits to text, one token at a time.
-// defines: choose_token, generate
+// defines: choose_token, Choice, Sampling, generate
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -29,17 +29,23 @@ inline int choose_token(const float* logits, int V, double temperature, int top_
   return order[std::min<size_t>(at - cumulated.begin(), order.size() - 1)];
 }
 
+// How a token is drawn, and the random number for it.
+struct Choice {
+  double temperature = 1;
+  int top_k = 0;  // 0: all
+  double uniform = 0.5;
+};
+
 struct Sampling {
   int count;  // tokens to add
-  double temperature;
-  int top_k;
+  Choice choice;
   uint64_t seed;
   int sample;  // its number: every sample has random numbers of its own
 };
 
-// Goes on from the tokens of a prompt, which is not empty. model.next_logits(context, n, known) gives the logits (V)
-// that follow the n <= T tokens of context, the first `known` of which, and their positions, are those of the call
-// before: the model still has their keys and values. emit(token) is called for every new token; it returns false to
+// Goes on from the tokens of a prompt, which is not empty. model.next_token(context, n, known, choice) draws the token
+// that follows the n <= T tokens of context, the first `known` of which, and their positions, are those of the call
+// before: the model may still have their keys and values. emit(token) is called for every new token; it returns false to
 // stop.
 template <class Model, class Emit>
 void generate(Model& model, std::vector<int> tokens, const Sampling& s, Emit emit) {
@@ -47,10 +53,10 @@ void generate(Model& model, std::vector<int> tokens, const Sampling& s, Emit emi
   size_t known = 0;
   for (int i = 0; i < s.count; i++) {
     const size_t n = std::min(tokens.size(), T);
-    const float* logits = model.next_logits(tokens.data() + tokens.size() - n, int(n), int(known));
+    Choice choice = s.choice;
+    choice.uniform = unit_open(random4(s.seed, uint32_t(i), site::sampler, uint64_t(s.sample)).word[0]);
+    const int token = model.next_token(tokens.data() + tokens.size() - n, int(n), int(known), choice);
     known = tokens.size() < T ? n : 0;  // once the window rolls, every token moves to another position
-    const Philox4 r = random4(s.seed, uint32_t(i), site::sampler, uint64_t(s.sample));
-    const int token = choose_token(logits, model.shape().V, s.temperature, s.top_k, unit_open(r.word[0]));
     if (!emit(token)) return;
     tokens.push_back(token);
   }

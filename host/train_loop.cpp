@@ -26,6 +26,14 @@ double flops_per_token(const ModelShape& s) {
   return 3 * 2 * (products + attention);
 }
 
+std::string flops_text(double flops, double peak) {
+  char line[64];
+  const bool tera = flops >= 1e12;
+  const int n = std::snprintf(line, sizeof line, "%.1f %s", flops / (tera ? 1e12 : 1e9), tera ? "TFLOP/s" : "GFLOP/s");
+  if (peak > 0) std::snprintf(line + n, sizeof line - size_t(n), ", %.0f %% of peak", 100 * flops / peak);
+  return line;
+}
+
 RunFiles::RunFiles(const Config& config, int first_iteration)
     : config_(config), metrics_((make_folder(config.out_dir), path("metrics.jsonl")), first_iteration) {}
 

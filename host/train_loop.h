@@ -1,48 +1,47 @@
 // The loop around a model: evaluate, step, log, save; and the commands sample and eval. Written once for every trainer.
-// A Model is what train_gpt_cpu.cpp's CpuModel shows:
-//   Model(config, shape, training)                     allocates; training: also gradients and AdamW's moments
-//   static MemoryPlan plan(config, shape, training)    what that will take
-//   shape(), layout(), params(), m(), v()              the buffers, on the host, for checkpoints
-//   float train_step(tokens, iteration, lr)            one update; the mean loss of its batches
-//   double loss_sum(x, y, B, T)                        the summed losses of a batch, dropout off
-//   const float* next_logits(context, n, known)        see generate in sampler.h
+// A Model is what train_gpt_cpu.cpp's CpuModel and train_gpt.cu's GpuModel show:
+//   Model(config, shape, data, training)          allocates; without data (null) it only samples; training: also
+//                                                 gradients and AdamW's moments
+//   static MemoryPlan plan(config, shape, data, training)  what that will take, static double memory()  what there is
+//   shape(), layout(), describe(), peak_flops()   peak_flops: of the machine, 0 if it was not measured
+//   restore(params, m, v), snapshot(params, m, v) from and to buffers of that layout on the host; m, v: null, or both
+//   state(), set_state(map)                       what else a resumed run needs, for the checkpoint's metadata
+//   int chunk()                                   steps, or batches, that are best asked for at once
+//   std::vector<float> train_steps(iteration, count)          updates; each one's loss, the mean over its batches
+//   double random_losses(split, iteration, first, count)      the sum of the mean losses of random batches, dropout off
+//   double window_losses(split, at, B, n)         the sum of the losses in B windows of n tokens, one after the other
+//   int next_token(context, n, known, choice)     see generate in sampler.h
 // defines: run_command, evaluate, exact_loss
 #pragma once
 #include <chrono>
 #include <cmath>
 #include <cstdio>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "batch.h"
 #include "checkpoint.h"
 #include "config.h"
+#include "data.h"
 #include "error.h"
 #include "memory.h"
 #include "metrics.h"
 #include "progress.h"
 #include "sampler.h"
 #include "schedule.h"
-#include "shards.h"
 #include "signals.h"
-#include "text.h"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What needs no model: train_loop.cpp
 
 struct Interrupted {};  // thrown out of a long task when a signal came
 
-struct Data {
-  Vocabulary vocabulary;
-  Tokens train, val;
-  std::string fingerprint;
-};
-Data open_data(const std::string& folder, const Vocabulary* expected = nullptr);  // expected: the checkpoint's
-
 std::string checkpoint_path(const Config& config);  // --checkpoint last, best, or a file
 double flops_per_token(const ModelShape& shape);    // of a training step: 3 x forward, attention causal
+std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
+inline int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // The files of a run in out_dir: each is written whole or not at all.
 class RunFiles {
@@ -66,52 +65,42 @@ int export_command(const Config& config);
 
 // The mean loss of eval_iters random batches, as the course estimates it.
 template <class Model>
-double random_loss(Model& model, const Tokens& tokens, const Config& config, uint32_t site, int iteration,
-                   ProgressBar& bar, uint64_t& done) {
-  const int B = config.batch_size, T = model.shape().T;
-  std::vector<int> x(size_t(B) * T), y(x.size());
+double random_loss(Model& model, Split split, const Config& config, int iteration, ProgressBar& bar, uint64_t& done) {
   double sum = 0;
-  for (int k = 0; k < config.eval_iters; k++) {
+  for (int k = 0; k < config.eval_iters;) {
     if (stop_signal()) throw Interrupted();
-    random_batch(x.data(), y.data(), tokens, config.seed, iteration, site, uint64_t(k) * B, B, T);
-    sum += model.loss_sum(x.data(), y.data(), B, T) / (double(B) * T);
-    bar.update(++done);
+    const int count = std::min(model.chunk(), config.eval_iters - k);
+    sum += model.random_losses(split, iteration, k, count);
+    k += count;
+    bar.update(done += uint64_t(count));
   }
   return sum / config.eval_iters;
 }
 
 template <class Model>
-EvalPoint evaluate(Model& model, const Data& data, const Config& config, int iteration) {
+EvalPoint evaluate(Model& model, const Config& config, int iteration) {
   ProgressBar bar("evaluate", 2 * uint64_t(config.eval_iters), "batch");
   uint64_t done = 0;
   bar.update(0);
   EvalPoint point;
   point.iter = iteration;
-  point.train = random_loss(model, data.train, config, site::eval_train, iteration, bar, done);
-  point.val = random_loss(model, data.val, config, site::eval_val, iteration, bar, done);
+  point.train = random_loss(model, Split::train, config, iteration, bar, done);
+  point.val = random_loss(model, Split::val, config, iteration, bar, done);
   bar.clear();
   return point;
 }
 
 // Every token of a split but its first is scored once, in windows of T that do not overlap; the last may be shorter.
 template <class Model>
-double exact_loss(Model& model, const Tokens& tokens, int batch_size) {
-  const uint64_t T = model.shape().T, targets = tokens.size() - 1;
+double exact_loss(Model& model, Split split, uint64_t tokens, int batch_size) {
+  const uint64_t T = uint64_t(model.shape().T), targets = tokens - 1;
   ProgressBar bar("exact loss", targets, "char");
-  std::vector<int> window(T + 1), x, y;
   double sum = 0;
   for (uint64_t at = 0; at < targets;) {
     if (stop_signal()) throw Interrupted();
-    const uint64_t full = std::min<uint64_t>((targets - at) / T, batch_size);
+    const uint64_t full = std::min<uint64_t>((targets - at) / T, uint64_t(batch_size));
     const uint64_t B = std::max<uint64_t>(full, 1), n = full ? T : targets - at;
-    x.clear();
-    y.clear();
-    for (uint64_t b = 0; b < B; b++) {
-      tokens.copy(at + b * n, n + 1, window.data());
-      x.insert(x.end(), window.begin(), window.begin() + n);
-      y.insert(y.end(), window.begin() + 1, window.begin() + n + 1);
-    }
-    sum += model.loss_sum(x.data(), y.data(), int(B), int(n));
+    sum += model.window_losses(split, at, int(B), int(n));
     at += B * n;
     bar.update(at);
   }
@@ -139,37 +128,49 @@ int train(Config config) {
          data.fingerprint, "); point --data to that text, or choose another --out_dir for a new run");
 
   std::fprintf(stderr, "%s\n", print_config(config).c_str());
-  const MemoryPlan plan = Model::plan(config, shape, true);
-  plan.require(physical_memory());
+  const MemoryPlan plan = Model::plan(config, shape, &data, true);
+  plan.require(Model::memory());
   std::fprintf(stderr, "%s\n", plan.print().c_str());
-  Model model(config, shape, true);
+  Model model(config, shape, &data, true);
   const Layout& layout = model.layout();
-  std::fprintf(stderr, "%zu parameters, %.1f MFLOP a token, %zu threads\n", layout.count(),
-               flops_per_token(shape) / 1e6, size_t(model.threads()));
+  std::fprintf(stderr, "%zu parameters, %.1f MFLOP a token, %s\n", layout.count(), flops_per_token(shape) / 1e6,
+               model.describe().c_str());
 
   CheckpointInfo info;
   info.shape = shape;
   info.settings = recorded_settings(config);
   info.best_loss = std::numeric_limits<double>::infinity();
   info.data = data.fingerprint;
-  if (resumed) {
-    info.iteration = resumed->info().iteration;
-    info.best_loss = resumed->info().best_loss;
-    resumed->load_params(model.params(), layout);
-    resumed->load_moments(model.m(), model.v(), layout);
-    resumed.reset();
-    if (info.iteration >= config.max_iters)
-      fail("this run has done its ", info.iteration,
-           " iterations; raise --max_iters to go on, or sample, eval or export it");
-    std::fprintf(stderr, "going on at iteration %d\n", info.iteration);
-  } else {
-    init_parameters(model.params(), layout, config.seed);
+  CheckpointWriter writer(data.vocabulary, layout);
+  {
+    Snapshot& start = writer.snapshot();
+    if (resumed) {
+      info.iteration = resumed->info().iteration;
+      info.best_loss = resumed->info().best_loss;
+      if (info.iteration >= config.max_iters)
+        fail("this run has done its ", info.iteration,
+             " iterations; raise --max_iters to go on, or sample, eval or export it");
+      resumed->load_params(start.params.data(), layout);
+      resumed->load_moments(start.m.data(), start.v.data(), layout);
+      model.set_state(resumed->info().state);
+      resumed.reset();
+      std::fprintf(stderr, "going on at iteration %d\n", info.iteration);
+    } else {
+      init_parameters(start.params.data(), layout, config.seed);
+    }
+    model.restore(start.params.data(), start.m.data(), start.v.data());
   }
 
   RunFiles files(config, info.iteration);
-  const auto save_last = [&] {
-    save_checkpoint(files.path("ckpt_last.safetensors"), info, data.vocabulary, layout, model.params(), model.m(),
-                    model.v());
+  const auto take_snapshot = [&]() -> Snapshot& {
+    Snapshot& snapshot = writer.snapshot();
+    model.snapshot(snapshot.params.data(), snapshot.m.data(), snapshot.v.data());
+    info.state = model.state();
+    return snapshot;
+  };
+  const auto save = [&](bool best) {  // in the background, from a snapshot
+    take_snapshot();
+    writer.write(info, files.path("ckpt_last.safetensors"), best ? files.path("ckpt_best.safetensors") : "");
   };
 
   using Clock = std::chrono::steady_clock;
@@ -184,55 +185,61 @@ int train(Config config) {
     bar.update(uint64_t(info.iteration));
     double step_seconds = 0;  // since the last log line
     int steps = 0;
-    for (; info.iteration < config.max_iters; info.iteration++) {
-      const int iteration = info.iteration;
-      if (iteration % config.eval_interval == 0 || iteration == config.max_iters - 1) {
+    while (info.iteration < config.max_iters) {
+      const int iteration = info.iteration, last = config.max_iters - 1;
+      if (iteration % config.eval_interval == 0 || iteration == last) {
         bar.clear();
-        const EvalPoint point = evaluate(model, data, config, iteration);
+        const EvalPoint point = evaluate(model, config, iteration);
         std::printf("step %d: train loss %.4f, val loss %.4f\n", iteration, point.train, point.val);
         std::fflush(stdout);
         files.metrics().add_eval(iteration, point.train, point.val);
-        if (point.val < info.best_loss) {
-          info.best_loss = point.val;
-          save_checkpoint(files.path("ckpt_best.safetensors"), info, data.vocabulary, layout, model.params(), nullptr,
-                          nullptr);
-        }
-        save_last();
+        const bool best = point.val < info.best_loss;
+        if (best) info.best_loss = point.val;
+        save(best);
       }
       if (stop_signal()) throw Interrupted();
 
+      // As many steps as the model likes to do at once, up to the next log line or evaluation.
+      const int64_t next_log = ceil_to(iteration, config.log_interval) + 1;
+      const int64_t next_eval =
+          std::min<int64_t>(ceil_to(iteration + 1, config.eval_interval), std::max(last, iteration + 1));
+      const int count = int(std::min<int64_t>({model.chunk(), next_log - iteration, next_eval - iteration}));
       const Clock::time_point before = Clock::now();
-      const double lr = learning_rate_at(config, iteration);
-      const float loss = model.train_step(data.train, iteration, lr);
-      if (!std::isfinite(loss))
-        fail("the loss of iteration ", iteration, " is not finite (", loss, "): ", files.path("ckpt_last.safetensors"),
-             " is the last good state; a lower --learning_rate or a --grad_clip of 1 may help");
+      const std::vector<float> losses = model.train_steps(iteration, count);
+      for (int i = 0; i < count; i++)
+        if (!std::isfinite(losses[size_t(i)]))
+          fail("the loss of iteration ", iteration + i, " is not finite (", losses[size_t(i)],
+               "): ", files.path("ckpt_last.safetensors"),
+               " is the last good state; a lower --learning_rate or a --grad_clip of 1 may help");
       step_seconds += seconds_since(before);
-      steps++;
-      bar.update(uint64_t(iteration) + 1, text("loss ", std::round(loss * 1e4) / 1e4));
-      if (iteration % config.log_interval == 0) {
-        const double each = step_seconds / steps, rate = tokens_per_step / each;
+      steps += count;
+      info.iteration += count;
+      const int newest = info.iteration - 1;
+      const double loss = losses.back();
+      bar.update(uint64_t(info.iteration), text("loss ", std::round(loss * 1e4) / 1e4));
+      if (newest % config.log_interval == 0) {
+        const double each = step_seconds / steps, rate = tokens_per_step / each, flops = rate * flops_per_token(shape);
         bar.clear();
-        std::printf("iter %d: loss %.4f, time %.2fms, %.0f tokens/s, %.1f GFLOP/s\n", iteration, double(loss),
-                    each * 1e3, rate, rate * flops_per_token(shape) / 1e9);
+        std::printf("iter %d: loss %.4f, time %.2fms, %.0f tokens/s, %s\n", newest, loss, each * 1e3, rate,
+                    flops_text(flops, model.peak_flops()).c_str());
         std::fflush(stdout);
-        files.metrics().add_iter(iteration, loss, lr, each * 1e3, rate);
+        files.metrics().add_iter(newest, losses.back(), learning_rate_at(config, newest), each * 1e3, rate);
         step_seconds = steps = 0;
       }
     }
     bar.finish();
     const double train_seconds = seconds_since(start);
-    save_last();
+    save(false);
 
-    const double val_exact = exact_loss(model, data.val, config.batch_size);
+    const double val_exact = exact_loss(model, Split::val, data.val.size(), config.batch_size);
     std::printf("val exact: %.4f\n", val_exact);
     files.metrics().add_final(info.iteration, val_exact, train_seconds);
-    export_pth(files.path("microGPT_model.pth"), shape, layout, model.params());
+    export_pth(files.path("microGPT_model.pth"), shape, layout, take_snapshot().params.data());
     const bool plotted = files.plot(text("microGPT, ", layout.count(), " parameters"));
     std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());
 
     std::string sample;
-    generate(model, {0}, {500, 1.0, 0, config.seed, 0}, [&](int token) {
+    generate(model, {0}, {500, {1.0, 0}, config.seed, 0}, [&](int token) {
       const std::string piece = data.vocabulary.decode(token);
       sample += piece;
       std::fwrite(piece.data(), 1, piece.size(), stdout);
@@ -246,7 +253,8 @@ int train(Config config) {
         "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, %smetrics.jsonl, sample.txt\n",
         config.out_dir.c_str(), plotted ? "training_plot.png, " : "");
   } catch (const Interrupted&) {
-    save_last();
+    save(false);
+    writer.wait();
     std::fprintf(stderr, "\nstopped before iteration %d and saved; --init_from resume goes on\n", info.iteration);
   }
   if (std::ferror(stdout))
@@ -259,11 +267,14 @@ int train(Config config) {
 
 // A model with a checkpoint's weights. What the command line does not say is as it was when the checkpoint was trained.
 template <class Model>
-Model load_model(Config& config, const Checkpoint& checkpoint) {
+std::unique_ptr<Model> load_model(Config& config, const Checkpoint& checkpoint, const Data* data) {
   apply_settings(config, checkpoint.info().settings);
-  Model::plan(config, checkpoint.info().shape, false).require(physical_memory());
-  Model model(config, checkpoint.info().shape, false);
-  checkpoint.load_params(model.params(), model.layout());
+  const ModelShape& shape = checkpoint.info().shape;
+  Model::plan(config, shape, data, false).require(Model::memory());
+  auto model = std::make_unique<Model>(config, shape, data, false);
+  const Buffer<float> params(model->layout());
+  checkpoint.load_params(params.data(), model->layout());
+  model->restore(params.data(), nullptr, nullptr);
   return model;
 }
 
@@ -274,7 +285,7 @@ int sample(Config config) {
   const bool prompt_given = config.given.count("start");
   config.batch_size = 1;
   config.given.insert("batch_size");
-  Model model = load_model<Model>(config, checkpoint);
+  const auto model = load_model<Model>(config, checkpoint, nullptr);
   const auto print = [&](int token) {
     const std::string piece = checkpoint.vocabulary().decode(token);
     std::fwrite(piece.data(), 1, piece.size(), stdout);
@@ -284,7 +295,7 @@ int sample(Config config) {
     if (k > 0) std::printf("---------------\n");
     if (prompt_given)
       for (const int token : prompt) print(token);
-    generate(model, prompt, {config.max_new_tokens, config.temperature, config.top_k, config.seed, k}, print);
+    generate(*model, prompt, {config.max_new_tokens, {config.temperature, config.top_k}, config.seed, k}, print);
     std::printf("\n");
   }
   return 0;
@@ -294,14 +305,14 @@ template <class Model>
 int eval(Config config) {
   const Checkpoint checkpoint(checkpoint_path(config));
   const Data data = open_data(config.data, &checkpoint.vocabulary());
-  Model model = load_model<Model>(config, checkpoint);
-  data.train.require_window(model.shape().T);
-  data.val.require_window(model.shape().T);
+  data.train.require_window(checkpoint.info().shape.T);
+  data.val.require_window(checkpoint.info().shape.T);
+  const auto model = load_model<Model>(config, checkpoint, &data);
   catch_signals();
   try {
-    const EvalPoint point = evaluate(model, data, config, checkpoint.info().iteration);
+    const EvalPoint point = evaluate(*model, config, checkpoint.info().iteration);
     std::printf("step %d: train loss %.4f, val loss %.4f\n", point.iter, point.train, point.val);
-    std::printf("val exact: %.4f\n", exact_loss(model, data.val, config.batch_size));
+    std::printf("val exact: %.4f\n", exact_loss(*model, Split::val, data.val.size(), config.batch_size));
   } catch (const Interrupted&) { return 128 + stop_signal(); }
   return 0;
 }

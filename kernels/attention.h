@@ -3,7 +3,7 @@
 // Vaswani et al., "Attention Is All You Need", 2017, equation 1. No (T, T) matrix outlives its block of queries:
 // backward computes P again from q, k and the logarithm of the softmax's denominator, as in Dao et al.,
 // "FlashAttention", 2022, section 3.1.
-// defines: attention_forward, attention_backward, their reference:: loops, attention_draw
+// defines: attention_forward, attention_backward, their reference:: loops
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,21 +12,6 @@
 #include "dropout.h"
 #include "matmul.h"
 #include "simd.h"
-
-// The numbering of attention's random draws is that of a tensor core's accumulators (the m16n8 fragment of the PTX
-// manual's mma instructions), so that a GPU thread makes the mask for just the elements which it holds. Blocks of 16 x
-// 16 weights are numbered over (batch row and head, query, key); a block has 32 counters, one for each lane of a warp;
-// a lane's four words belong to the four 8 x 8 quarters, and a word's halves to two neighbouring keys.
-constexpr int draw_block = 16;
-inline uint64_t attention_counter(uint64_t bh, int q, int kv, int T) {  // the first of the block's 32
-  const uint64_t blocks = uint64_t(T + draw_block - 1) / draw_block;
-  return ((bh * blocks + q / draw_block) * blocks + kv / draw_block) * 32;
-}
-inline uint32_t attention_draw(const Dropout& drop, uint64_t bh, int q, int kv, int T) {
-  const int lane = q % 8 * 4 + kv % 8 / 2, word = (kv >> 3 & 1) * 2 + (q >> 3 & 1), half = kv & 1;
-  const Philox4 r = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane);
-  return r.word[word] >> (16 * half) & 0xffff;
-}
 
 namespace reference {
 

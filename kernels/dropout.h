@@ -1,26 +1,15 @@
 // Dropout: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014,
 // section 4. An element is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no
 // change. No mask is stored: forward and backward draw the same random numbers (host/random.h).
-// defines: Dropout, random4_lanes, dropout_draws, dropout_apply
+// defines: random4_lanes, dropout_draws, dropout_apply
 #pragma once
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 
-#include "../host/random.h"
+#include "masks.h"
 #include "simd.h"
-
-// Where a layer's masks come from.
-struct Dropout {
-  uint64_t seed = 0;
-  uint32_t step = 0;
-  uint32_t site = 0;           // kind and layer, host/random.h
-  uint32_t threshold = 65536;  // keep iff a 16-bit draw is below it
-  int first_row = 0;  // row of the whole batch at which this one begins: gradient accumulation goes on counting
-
-  bool active() const { return threshold < 65536; }
-};
 
 // random4 for 32 indices in a row, word by word: a loop over lanes that compilers turn into vector code.
 inline void random4_lanes(uint32_t words[4][32], uint64_t seed, uint32_t step, uint32_t site, uint64_t first_index) {

@@ -13,6 +13,8 @@
 #include "compare.h"
 #include "test.h"
 
+using namespace cpu;
+
 namespace {
 
 const SafetensorsFile& fixture() {

@@ -7,6 +7,8 @@
 #include "compare.h"
 #include "test.h"
 
+using namespace cpu;
+
 namespace {
 
 const ModelShape tiny = {65, 20, 48, 2, 3};  // V, T, C, L, NH

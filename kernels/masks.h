@@ -1,0 +1,37 @@
+// Which random draw decides whether dropout keeps which element: one numbering for the CPU and the GPU, so that their
+// masks are the same bit for bit.
+// defines: Dropout, draw_of, attention_counter, attention_draw
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "../host/random.h"
+
+// Where a layer's masks come from.
+struct Dropout {
+  uint64_t seed = 0;
+  uint32_t step = 0;
+  uint32_t site = 0;           // kind and layer, host/random.h
+  uint32_t threshold = 65536;  // keep iff a 16-bit draw is below it
+  int first_row = 0;  // row of the whole batch at which this one begins: gradient accumulation goes on counting
+
+  HOST_DEVICE bool active() const { return threshold < 65536; }
+};
+
+// Draw i of the eight that one call of the generator gives: the low half of its first word first.
+HOST_DEVICE inline uint32_t draw_of(const Philox4& r, int i) { return r.word[i / 2] >> (16 * (i & 1)) & 0xffff; }
+
+// The numbering of attention's random draws is that of a tensor core's accumulators (the m16n8 fragment of the PTX
+// manual's mma instructions), so that a GPU thread makes the mask for just the elements which it holds. Blocks of 16 x
+// 16 weights are numbered over (batch row and head, query, key); a block has 32 counters, one for each lane of a warp;
+// a lane's four words belong to the four 8 x 8 quarters, and a word's halves to two neighbouring keys.
+constexpr int draw_block = 16;
+HOST_DEVICE inline uint64_t attention_counter(uint64_t bh, int q, int kv, int T) {  // the first of the block's 32
+  const uint64_t blocks = uint64_t(T + draw_block - 1) / draw_block;
+  return ((bh * blocks + q / draw_block) * blocks + kv / draw_block) * 32;
+}
+HOST_DEVICE inline uint32_t attention_draw(const Dropout& drop, uint64_t bh, int q, int kv, int T) {
+  const int lane = q % 8 * 4 + kv % 8 / 2, quarter = (kv >> 3 & 1) * 2 + (q >> 3 & 1), half = kv & 1;
+  const Philox4 r = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane);
+  return r.word[quarter] >> (16 * half) & 0xffff;
+}

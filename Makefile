@@ -38,11 +38,32 @@ endif
 
 HOST_OBJECTS := $(patsubst host/%.cpp,%.o,$(wildcard host/*.cpp))
 TESTS        := $(patsubst test/%.cpp,%.o,$(wildcard test/*.cpp))
+CUDA_TESTS   := $(patsubst test/%.cu,%.o,$(wildcard test/*.cu))
+
+# CUDA. Without nvcc, train_gpt is the CPU program. The code is made for the card at hand; without one, as PTX for two
+# generations, from which the driver makes code for any later card when the program is first started.
+NVCC      ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc))
+CUDA_HOME := $(patsubst %/bin/nvcc,%,$(NVCC))
+ARCH      ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),native,ptx)
+ALL_ARCHS := 75 80 86 89 90 100 120
+ifeq ($(ARCH),native)
+  GENCODE := -arch=native
+else ifeq ($(ARCH),ptx)
+  GENCODE := -gencode arch=compute_75,code=compute_75 -gencode arch=compute_80,code=compute_80
+else ifeq ($(ARCH),all)
+  GENCODE := $(foreach a,$(ALL_ARCHS),-gencode arch=compute_$(a),code=sm_$(a)) -gencode arch=compute_120,code=compute_120
+else
+  GENCODE := -gencode arch=compute_$(ARCH),code=sm_$(ARCH)
+endif
+# -lineinfo lets the profiler show source lines. No --use_fast_math: see above.
+NVCC_FLAGS := -std=c++20 -O3 -lineinfo --expt-relaxed-constexpr -Wext-lambda-captures-this -MMD -MP \
+  -Xcompiler=-Wall,-Wextra,-fopenmp -Xptxas -warn-spills
+CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart_static -lpthread -ldl -lrt
 
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
-.PHONY: all deps data test test-pytorch bench bench-pytorch clean help FORCE
+.PHONY: all deps data test test-race test-pytorch bench bench-pytorch kernel-stats clean help FORCE
 .DELETE_ON_ERROR:
 
 all: train_gpt train_gpt_cpu data_prep
@@ -53,12 +74,16 @@ help:
 	@echo 'make train_gpt_cpu  the CPU trainer alone'
 	@echo 'make data_prep      the program that turns a text into tokens'
 	@echo 'make data           data/input.txt, and its tokens: the file that is there, or Tiny Shakespeare'
-	@echo 'make test           all tests; SANITIZE=address,undefined for a build that checks every access'
+	@echo 'make test           all tests, CUDA kernels on the CPU; SANITIZE=address,undefined checks every access'
+	@echo 'make test DEVICE=cuda  the tests of kernels and GPU trainer on a GPU'
+	@echo 'make test-race      kernels under ThreadSanitizer, and with their threads in shuffled order'
 	@echo 'make test-pytorch   the exported model against PyTorch (PYTHON=python3, which needs torch)'
 	@echo "make bench          each layer's time and share of the machine's peak"
 	@echo 'make bench-pytorch  the same step by PyTorch, in turn with ours (PYTHON=python3, which needs torch)'
+	@echo 'make kernel-stats   registers, spills and shared memory of every kernel (ARCH=90 or all)'
 	@echo 'make clean          remove what was built; data/ and out/ stay'
 	@echo 'CXX=clang++, MARCH=x86-64-v3: another compiler, another instruction set'
+	@echo 'ARCH=90, ARCH=all, NVCC=path (or empty: no CUDA): for which GPUs train_gpt is built; now: $(if $(NVCC),$(ARCH),no nvcc)'
 
 deps:
 	@dev/install_deps.sh
@@ -66,9 +91,26 @@ deps:
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs
 
-train_gpt: $(BUILD)/train_gpt_cpu data/vocab.json
-	@cp -f $< $@
-	@echo 'train_gpt is the CPU program: $(if $(wildcard train_gpt.cu),nvcc was not found,the CUDA trainer is not part of this tree)'
+ifneq ($(NVCC),)
+train_gpt: $(BUILD)/cuda-$(ARCH)/train_gpt data/vocab.json FORCE
+	@cmp -s $< $@ || cp -f $< $@
+else
+train_gpt: $(BUILD)/train_gpt_cpu data/vocab.json FORCE
+	@cmp -s $< $@ || cp -f $< $@
+	@echo 'train_gpt is the CPU program: nvcc was not found'
+endif
+
+# The GPU trainer; the CPU trainer, without its main, is what it falls back to.
+$(BUILD)/cuda-$(ARCH)/train_gpt: %: %.o $(BUILD)/train_gpt_fallback.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
+
+$(BUILD)/cuda-$(ARCH)/%.o: %.cu | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(GENCODE) -c $< -o $@
+
+$(BUILD)/train_gpt_fallback.o: train_gpt_cpu.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -DMICROGPT_NO_MAIN -c $< -o $@
 
 # The programs here are those of the last build, whatever compiler it took.
 train_gpt_cpu data_prep: %: $(BUILD)/% FORCE
@@ -120,11 +162,34 @@ endif
 # ----------------------------------------------------------------------------------------------------------------------
 # Tests. Their objects are built with canaries, so they have a folder of their own.
 
+ifeq ($(DEVICE),cuda)
+test: $(BUILD)/cuda-$(ARCH)/test/run_tests
+	$< '[cuda]'
+else
 test: $(BUILD)/test/run_tests $(BUILD)/train_gpt_cpu $(BUILD)/data_prep
 	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
+endif
 
-$(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS)) $(addprefix $(BUILD)/test/host/,$(HOST_OBJECTS))
-	$(CXX) $^ $(LIBS) $$(pkg-config --libs catch2 2>/dev/null) -o $@
+CATCH2_LIBS = $$(pkg-config --libs catch2 2>/dev/null)
+TEST_HOST  := $(addprefix $(BUILD)/test/host/,$(HOST_OBJECTS))
+$(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) cuda_on_cpu.o) $(TEST_HOST)
+	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
+
+# CUDA on the CPU: the kernels' tests, and through them the whole GPU trainer, by the C++ compiler (dev/cuda_on_cpu).
+CUDA_ON_CPU := -Idev/cuda_on_cpu -O2 -Wno-unknown-pragmas $(CUDA_ON_CPU_SANITIZE)
+$(BUILD)/test/%.o: test/%.cu $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(CUDA_ON_CPU) $(OPENMP) -DCANARIES -x c++ -c $< -o $@
+$(BUILD)/test/cuda_on_cpu.o: dev/cuda_on_cpu/engine.cpp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(filter-out -fsanitize=% -fno-sanitize-recover=%,$(COMMON)) -O2 $(CUDA_ON_CPU_ENGINE) -c $< -o $@
+
+# The same tests on a GPU.
+$(BUILD)/cuda-$(ARCH)/test/run_tests: $(addprefix $(BUILD)/cuda-$(ARCH)/test/,$(CUDA_TESTS)) $(BUILD)/test/main.o $(TEST_HOST)
+	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
+$(BUILD)/cuda-$(ARCH)/test/%.o: test/%.cu | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(NVCC) $(NVCC_FLAGS) $(GENCODE) -DCANARIES -c $< -o $@
 
 $(BUILD)/test/host/%.o: host/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)

@@ -115,12 +115,6 @@ struct GPT {
   }
 };
 
-// Where the masks of one kind and layer come from.
-inline Dropout at(Dropout drop, uint32_t kind, int l) {
-  drop.site = kind + uint32_t(l);
-  return drop;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward: logits (B, T, V) of the tokens x (B, T).
 // With first > 0 (B = 1, no dropout) only the positions first ... T - 1 are computed: x and logits hold these alone,
@@ -141,15 +135,15 @@ void forward(GPT<Real>& m, const int* x, int B, int T, const Dropout& drop = {},
 
     layernorm_forward(a.ln1[l], a.ln1_mean[l], a.ln1_rstd[l], a.inp[l], w.ln1w[l], w.ln1b[l], rows, C);
     matmul_forward<Real>(qkv, a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C);
-    attention_forward(a.att[l], a.lse[l], a.qkv[l], at(drop, site::attention_dropout, l), B, T, C, NH, first);
+    attention_forward(a.att[l], a.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, first);
     matmul_forward(a.branch, a.att[l], w.attprojw[l], w.attprojb[l], rows, C, C);
-    residual_forward(a.mid[l], a.inp[l], a.branch, at(drop, site::proj_dropout, l), B, n, C);
+    residual_forward(a.mid[l], a.inp[l], a.branch, drop.at(site::proj_dropout, l), B, n, C);
 
     layernorm_forward(a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l], a.mid[l], w.ln2w[l], w.ln2b[l], rows, C);
     matmul_forward(a.fc[l], a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
     relu_forward(a.fc[l], 4 * stream);
     matmul_forward(a.branch, a.fc[l], w.fcprojw[l], w.fcprojb[l], rows, 4 * C, C);
-    residual_forward(out, a.mid[l], a.branch, at(drop, site::fc_dropout, l), B, n, C);
+    residual_forward(out, a.mid[l], a.branch, drop.at(site::fc_dropout, l), B, n, C);
   }
   layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, a.out, w.lnfw, w.lnfb, rows, C);
   matmul_forward(a.logits, a.lnf, w.headw, w.headb, rows, C, V);
@@ -182,16 +176,16 @@ void backward(GPT<Real>& m, const int* x, const int* y, int B, int T, double dlo
   layernorm_backward(g.dstream, dw.lnfw, dw.lnfb, g.dnorm, a.out, a.lnf_mean, a.lnf_rstd, w.lnfw, rows, C);
 
   for (int l = L - 1; l >= 0; l--) {
-    residual_backward(g.dbranch, g.dstream, at(drop, site::fc_dropout, l), B, T, C);
+    residual_backward(g.dbranch, g.dstream, drop.at(site::fc_dropout, l), B, T, C);
     matmul_backward(g.dfc, dw.fcprojw[l], dw.fcprojb[l], g.dbranch, a.fc[l], w.fcprojw[l], rows, 4 * C, C);
     relu_backward(g.dfc, a.fc[l], 4 * stream);
     matmul_backward(g.dnorm, dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], w.fcw[l], rows, C, 4 * C);
     layernorm_backward(g.dstream, dw.ln2w[l], dw.ln2b[l], g.dnorm, a.mid[l], a.ln2_mean[l], a.ln2_rstd[l], w.ln2w[l],
                        rows, C);
 
-    residual_backward(g.dbranch, g.dstream, at(drop, site::proj_dropout, l), B, T, C);
+    residual_backward(g.dbranch, g.dstream, drop.at(site::proj_dropout, l), B, T, C);
     matmul_backward(g.datt, dw.attprojw[l], dw.attprojb[l], g.dbranch, a.att[l], w.attprojw[l], rows, C, C);
-    attention_backward(g.dqkv, g.datt, a.qkv[l], a.att[l], a.lse[l], at(drop, site::attention_dropout, l), B, T, C, NH);
+    attention_backward(g.dqkv, g.datt, a.qkv[l], a.att[l], a.lse[l], drop.at(site::attention_dropout, l), B, T, C, NH);
     matmul_backward<Real>(g.dnorm, dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], w.qkvw[l], rows, C, 3 * C);
     layernorm_backward(g.dstream, dw.ln1w[l], dw.ln1b[l], g.dnorm, a.inp[l], a.ln1_mean[l], a.ln1_rstd[l], w.ln1w[l],
                        rows, C);
@@ -259,13 +253,14 @@ class CpuModel {
     if (training) plan.add("a snapshot for checkpoints", 3 * params);
     return plan;
   }
-  static double memory() { return physical_memory(); }
+  static AvailableMemory memory() { return {physical_memory(), "this machine has"}; }
 
   const ModelShape& shape() const { return gpt_.shape; }
   const Layout& layout() const { return gpt_.param_layout; }
   std::string describe() const { return text(omp_get_max_threads(), " threads"); }
   double peak_flops() const { return 0; }
   int chunk() const { return 1; }
+  GPT<float>& gpt() { return gpt_; }
 
   void restore(const float* params, const float* m, const float* v) {
     const size_t n = layout().size();

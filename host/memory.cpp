@@ -17,9 +17,9 @@ std::string MemoryPlan::print() const {
   return out + text("; together ", megabytes(total()));
 }
 
-void MemoryPlan::require(double available_bytes) const {
-  if (total() > available_bytes)
-    fail("this run needs ", megabytes(total()), " of memory, this machine has ", megabytes(available_bytes),
+void MemoryPlan::require(const AvailableMemory& available) const {
+  if (total() > available.bytes)
+    fail("this run needs ", megabytes(total()), " of memory, ", available.where, " ", megabytes(available.bytes),
          "; lower --batch_size (activations) or --n_embd, --n_layer, --block_size (all). ", print());
 }
 

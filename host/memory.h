@@ -1,5 +1,5 @@
 // The trainers' buffers, and the plan of them that is printed before anything is allocated.
-// defines: Buffer, MemoryPlan
+// defines: Buffer, AvailableMemory, MemoryPlan
 #pragma once
 #include <cstdlib>
 #include <memory>
@@ -30,7 +30,12 @@ class Buffer {
   std::unique_ptr<Real, Free> memory_;
 };
 
-// Rows of (what for, bytes). require() refuses a plan that the machine has no memory for, before it is allocated.
+struct AvailableMemory {
+  double bytes;
+  const char* where;  // "this machine has"
+};
+
+// Rows of (what for, bytes). require() refuses a plan that there is no memory for, before it is allocated.
 class MemoryPlan {
  public:
   void add(std::string what, double bytes) { rows_.push_back({std::move(what), bytes}); }
@@ -40,7 +45,7 @@ class MemoryPlan {
     return sum;
   }
   std::string print() const;
-  void require(double available_bytes) const;
+  void require(const AvailableMemory& available) const;
 
  private:
   struct Row {

@@ -2,7 +2,7 @@
 // A Model is what train_gpt_cpu.cpp's CpuModel and train_gpt.cu's GpuModel show:
 //   Model(config, shape, data, training)          allocates; without data (null) it only samples; training: also
 //                                                 gradients and AdamW's moments
-//   static MemoryPlan plan(config, shape, data, training)  what that will take, static double memory()  what there is
+//   static MemoryPlan plan(config, shape, data, training)  what that will take, static AvailableMemory memory()
 //   shape(), layout(), describe(), peak_flops()   peak_flops: of the machine, 0 if it was not measured
 //   restore(params, m, v), snapshot(params, m, v) from and to buffers of that layout on the host; m, v: null, or both
 //   state(), set_state(map)                       what else a resumed run needs, for the checkpoint's metadata

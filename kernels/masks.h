@@ -16,6 +16,11 @@ struct Dropout {
   int first_row = 0;  // row of the whole batch at which this one begins: gradient accumulation goes on counting
 
   HOST_DEVICE bool active() const { return threshold < 65536; }
+  Dropout at(uint32_t kind, int layer) const {
+    Dropout drop = *this;
+    drop.site = kind + uint32_t(layer);
+    return drop;
+  }
 };
 
 // Draw i of the eight that one call of the generator gives: the low half of its first word first.
@@ -31,7 +36,7 @@ HOST_DEVICE inline uint64_t attention_counter(uint64_t bh, int q, int kv, int T)
   return ((bh * blocks + q / draw_block) * blocks + kv / draw_block) * 32;
 }
 HOST_DEVICE inline uint32_t attention_draw(const Dropout& drop, uint64_t bh, int q, int kv, int T) {
-  const int lane = q % 8 * 4 + kv % 8 / 2, quarter = (kv >> 3 & 1) * 2 + (q >> 3 & 1), half = kv & 1;
+  const int lane = q % 8 * 4 + kv % 8 / 2, quarter = (kv >> 3 & 1) * 2 + (q >> 3 & 1);
   const Philox4 r = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane);
-  return r.word[quarter] >> (16 * half) & 0xffff;
+  return r.word[quarter] >> (16 * (kv & 1)) & 0xffff;
 }

@@ -1,0 +1,1014 @@
+// The engine of CUDA on the CPU; cuda_runtime.h says what it does. Three parts: the threads of a block, device memory,
+// streams.
+// Sanitizers must not follow the jumps between stacks, so this file is compiled without them; CUDA_ON_CPU_ASAN and
+// CUDA_ON_CPU_TSAN say what the rest of the program is built with.
+#include "cuda_runtime.h"
+
+#include <cxxabi.h>
+#include <dlfcn.h>
+#include <pthread.h>
+#include <signal.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <exception>
+#include <map>
+#include <numeric>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef CUDA_ON_CPU_ASAN
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#define ASAN(...) __VA_ARGS__
+#else
+#define ASAN(...)
+#endif
+#ifdef CUDA_ON_CPU_TSAN
+#define TSAN(...) __VA_ARGS__
+extern "C" {
+void* __tsan_get_current_fiber();
+void* __tsan_create_fiber(unsigned flags);
+void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_acquire(void*);
+void __tsan_release(void*);
+void __tsan_read_range(void*, size_t);
+void __tsan_write_range(void*, size_t);
+void __tsan_java_init(uintptr_t heap, uintptr_t size);
+void __tsan_java_alloc(uintptr_t p, uintptr_t size);
+void AnnotateIgnoreReadsBegin(const char* file, int line);
+void AnnotateIgnoreReadsEnd(const char* file, int line);
+void AnnotateIgnoreWritesBegin(const char* file, int line);
+void AnnotateIgnoreWritesEnd(const char* file, int line);
+extern char __data_start[], _end[];  // of the program's variables
+}
+#else
+#define TSAN(...)
+#endif
+
+// The section of shared variables, if the program has any.
+extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
+
+// Pushes the registers that a function must preserve, leaves the stack pointer in *from and goes on where the stack `to`
+// was left. Floating-point modes are not switched: nothing changes them.
+extern "C" void cuda_on_cpu_switch(void** from, void* to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch, @function
+cuda_on_cpu_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+constexpr int saved_words = 6, return_word = 6;  // on a stack that was left: the registers, where to return
+#elif defined(__aarch64__)                       // compiled by nobody yet
+asm(R"(
+.text
+.globl cuda_on_cpu_switch
+.type cuda_on_cpu_switch, %function
+cuda_on_cpu_switch:
+  sub sp, sp, #160
+  stp d8, d9, [sp]
+  stp d10, d11, [sp, #16]
+  stp d12, d13, [sp, #32]
+  stp d14, d15, [sp, #48]
+  stp x19, x20, [sp, #64]
+  stp x21, x22, [sp, #80]
+  stp x23, x24, [sp, #96]
+  stp x25, x26, [sp, #112]
+  stp x27, x28, [sp, #128]
+  stp x29, x30, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp d8, d9, [sp]
+  ldp d10, d11, [sp, #16]
+  ldp d12, d13, [sp, #32]
+  ldp d14, d15, [sp, #48]
+  ldp x19, x20, [sp, #64]
+  ldp x21, x22, [sp, #80]
+  ldp x23, x24, [sp, #96]
+  ldp x25, x26, [sp, #112]
+  ldp x27, x28, [sp, #128]
+  ldp x29, x30, [sp, #144]
+  add sp, sp, #160
+  ret
+.size cuda_on_cpu_switch, .-cuda_on_cpu_switch
+)");
+constexpr int saved_words = 20, return_word = 19;
+#else
+#error "CUDA on the CPU has a switch between stacks for x86-64 and aarch64 only"
+#endif
+
+namespace cuda_on_cpu {
+namespace {
+
+long long environment(const char* name, long long otherwise) {
+  const char* value = getenv(name);
+  return value ? atoll(value) : otherwise;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Chance
+
+uint64_t state_of(int s) { return 0x9e3779b97f4a7c15u * uint64_t(s) ^ 0x2545f4914f6cdd1du; }
+int seed = int(environment("CUDA_ON_CPU_SEED", 0));
+uint64_t random_state = state_of(seed);
+
+// 0 ... n - 1, and 0 for the seed 0 (Marsaglia, "Xorshift RNGs", 2003)
+unsigned draw(unsigned n) {
+  if (!seed) return 0;
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return unsigned(random_state >> 33) % n;
+}
+
+template <class Element>
+void shuffle_order(Element* first, unsigned n) {
+  for (unsigned i = n; seed && i > 1; i--) std::swap(first[i - 1], first[draw(i)]);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The threads of the block that runs
+
+constexpr int max_threads = 1024;
+constexpr size_t default_smem = 48 << 10, max_smem = 227 << 10;
+constexpr size_t stack_bytes = (64 ASAN(*4)) << 10;  // AddressSanitizer's frames are larger
+
+struct Fiber {
+  void* stack_pointer = nullptr;
+  char* stack = nullptr;
+  size_t stack_size = 0;
+  void *asan = nullptr, *tsan = nullptr;  // the sanitizer's notes of this stack
+};
+enum class State { ready, at_barrier, at_collective, returned };
+struct Copy {
+  void* to;
+  const void* from;
+  int group;
+};
+struct Thread : Fiber {
+  uint3 index{};
+  State state = State::returned;
+  Site site{};               // where it waits,
+  unsigned mask = 0;         // and in a collective, for whom
+  std::vector<Copy> copies;  // in the background
+  int group = 0;             // which ends at the next commit
+};
+
+// The lanes that have come to a collective. One that came to another, or with another mask, is not counted and waits for
+// ever; it is reported when no thread can go on.
+struct Warp {
+  unsigned exists = 0, arrived = 0, mask = 0;
+  Combine combine = nullptr;
+  Site site{};
+  void* slots[32]{};
+  unsigned generation = 0;
+};
+
+Thread threads[max_threads], host;  // host: the stack that runs the grid
+Warp warps[max_threads / 32];
+Thread* current = &host;
+int n_threads, n_returned;
+int ready[max_threads], ready_first, n_ready;  // a ring
+struct {
+  int arrived = 0, predicates = 0, result = 0;
+  bool same_site = true;
+  Site site{};
+  unsigned generation = 0;
+} block_barrier;
+
+// Habits of a launch, drawn: the latest thread that became ready is the next, not any; background copies are done early.
+bool depth_first, copy_early;
+
+std::string error;  // of the running kernel, which ends it
+const void* kernel;
+const std::function<void()>* thread_function;
+size_t smem_bytes;
+alignas(1024) char smem[max_smem + 1024];
+
+// For ThreadSanitizer a barrier is a release and an acquire of an address. Each has its own for a long time, so that
+// nothing is ordered that only happens to meet the same address.
+constexpr unsigned n_addresses = 4096;
+[[maybe_unused]] char launch_start, launch_end, barrier_addresses[n_addresses], warp_addresses[32][n_addresses];
+
+void switch_to(Thread& to) {
+  Thread& from = *current;
+  if (&to == &from) return;
+  current = &to;
+  threadIdx = to.index;
+  ASAN(__sanitizer_start_switch_fiber(&from.asan, to.stack, to.stack_size);)
+  TSAN(__tsan_switch_to_fiber(to.tsan, 1);)  // 1: the switch itself orders no accesses
+  cuda_on_cpu_switch(&from.stack_pointer, to.stack_pointer);
+  ASAN(__sanitizer_finish_switch_fiber(from.asan, nullptr, nullptr);)
+}
+
+void make_ready(int thread) {
+  threads[thread].state = State::ready;
+  ready[(ready_first + n_ready++) % max_threads] = thread;
+}
+
+// Whose turn it is: the host's, if no thread can go on.
+Thread& next() {
+  if (n_ready == 0 || !error.empty()) return host;
+  n_ready--;
+  int& first = ready[ready_first % max_threads];
+  if (depth_first) return threads[ready[(ready_first + n_ready) % max_threads]];
+  if (seed) std::swap(first, ready[(ready_first + int(draw(unsigned(n_ready + 1)))) % max_threads]);
+  ready_first++;
+  return threads[first];
+}
+
+// Does the current thread's copies of all groups before `end`.
+void finish_copies(int end) {
+  std::vector<Copy>& copies = current->copies;
+  size_t n = 0;
+  for (; n < copies.size() && copies[n].group < end; n++)
+    if (copies[n].from)
+      memcpy(copies[n].to, copies[n].from, 16);
+    else
+      memset(copies[n].to, 0, 16);
+  copies.erase(copies.begin(), copies.begin() + long(n));
+}
+
+void fiber_main() {
+  ASAN(__sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);)
+  for (;;) {  // once for every block
+    TSAN(__tsan_acquire(&launch_start);)
+    try {
+      (*thread_function)();
+    } catch (const std::exception& e) { fail("exception: %s", e.what()); }
+    finish_copies(current->group + 1);
+    current->state = State::returned;
+    n_returned++;
+    TSAN(__tsan_release(&launch_end);)
+    switch_to(next());
+  }
+}
+
+// A stack that has been left just before the first instruction of fiber_main.
+void make_fiber(Fiber& f) {
+  const size_t page = size_t(sysconf(_SC_PAGESIZE));
+  if (!f.stack) {
+    void* memory =
+        mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::runtime_error("no memory for a thread's stack");
+    mprotect(memory, page, PROT_NONE);  // a stack that overflows ends the program
+    f.stack = static_cast<char*>(memory);
+    f.stack_size = stack_bytes + page;
+    TSAN(f.tsan = __tsan_create_fiber(0);)
+  }
+  void** top = reinterpret_cast<void**>(f.stack + f.stack_size);
+  void** left = top - 4 - saved_words;  // so that the stack is aligned as it is after a call
+  std::fill(left, top, nullptr);        // a debugger finds the end of the stack
+  left[return_word] = reinterpret_cast<void*>(fiber_main);
+  f.stack_pointer = left;
+  f.asan = nullptr;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Reports
+
+std::string format(const char* text, va_list arguments) {
+  char out[1024];
+  vsnprintf(out, sizeof out, text, arguments);
+  return out;
+}
+__attribute__((format(printf, 1, 2))) std::string format(const char* text, ...) {
+  va_list arguments;
+  va_start(arguments, text);
+  std::string out = format(text, arguments);
+  va_end(arguments);
+  return out;
+}
+
+std::string in(uint3 i) { return format("(%u,%u,%u)", i.x, i.y, i.z); }
+std::string in(dim3 i) { return in(uint3{i.x, i.y, i.z}); }
+
+// The kernel that runs, as far as the linker was told names of functions, and the thread whose turn it is.
+std::string place() {
+  Dl_info info{};
+  std::string name = "?";
+  if (dladdr(kernel, &info) && info.dli_saddr == kernel) {
+    char* readable = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, nullptr);
+    name = readable ? readable : info.dli_sname;
+    free(readable);
+    name = name.substr(0, name.find('('));
+  }
+  return "in kernel " + name + ", block " + in(blockIdx) + " of " + in(gridDim) +
+         (current == &host ? ", threads " : ", thread " + in(threadIdx) + " of ") + in(blockDim) +
+         format(", seed %d", seed);
+}
+[[maybe_unused]] void print_place() {
+  if (kernel) fprintf(stderr, "CUDA on the CPU: %s\n", place().c_str());
+}
+
+bool same(const Site& a, const Site& b) { return a.line == b.line && (a.file == b.file || !strcmp(a.file, b.file)); }
+
+std::string divergence() {
+  const auto doing = [](const Thread& t) {
+    if (t.state == State::returned) return std::string("have returned");
+    const std::string where = format(" at %s:%d (%s)", t.site.file, t.site.line, t.site.function);
+    return t.state == State::at_barrier ? "wait in __syncthreads" + where
+                                        : "wait for their warp" + where + format(", mask %08x", t.mask);
+  };
+  std::map<std::string, std::string> who;
+  for (int t = 0, first; t < n_threads;) {
+    const std::string what = doing(threads[t]);
+    for (first = t; t < n_threads && doing(threads[t]) == what;) t++;
+    who[what] += t - first > 1 ? format(" %d-%d", first, t - 1) : format(" %d", first);
+  }
+  std::string out = "divergence: the threads of a block do not meet";
+  for (const auto& [what, whose] : who) out += "\n  threads" + whose + " " + what;
+  return out + "\n  " + place();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Running a grid
+
+// Not by memset: AddressSanitizer's would stop at the gaps between variables.
+void fill_with_ones(char* p, const char* end) {
+  for (; p < end && uintptr_t(p) % 8; p++) *const_cast<volatile char*>(p) = char(0xff);
+  for (; end - p >= 8; p += 8) *reinterpret_cast<volatile uint64_t*>(p) = ~uint64_t(0);
+  for (; p < end; p++) *const_cast<volatile char*>(p) = char(0xff);
+}
+
+#ifdef CUDA_ON_CPU_TSAN
+// Blocks race with each other, but not in shared memory, of which each has its own.
+void forget_accesses(char* p, const char* end) {
+  const uintptr_t first = uintptr_t(p) & ~uintptr_t(7), last = (uintptr_t(end) + 7) & ~uintptr_t(7);
+  if (last > first) __tsan_java_alloc(first, last - first);
+}
+#endif
+
+void run_block(uint3 index) {
+  blockIdx = index;
+  fill_with_ones(__start_cuda_shared, __stop_cuda_shared);
+  fill_with_ones(smem, smem + smem_bytes);
+#ifdef CUDA_ON_CPU_TSAN
+  forget_accesses(__start_cuda_shared, __stop_cuda_shared);
+  forget_accesses(smem, smem + smem_bytes);
+  // Nor does a thread continue one of the last block: each gets the stack, for the sanitizer the thread, of another.
+  static uint64_t state = 1;
+  for (int t = n_threads; t > 1; t--) {
+    state = state * 6364136223846793005u + 1442695040888963407u;
+    std::swap<Fiber>(threads[t - 1], threads[(state >> 33) % unsigned(t)]);
+  }
+#endif
+  n_returned = n_ready = ready_first = 0;
+  const unsigned generation = block_barrier.generation;
+  block_barrier = {};
+  block_barrier.generation = generation + 1;
+  for (int t = 0; t < n_threads; t++) {
+    threads[t].group = 0;
+    make_ready(t);
+  }
+  for (Warp& w : warps) w.arrived = 0, w.generation++;
+  shuffle_order(ready, unsigned(n_threads));
+  switch_to(next());  // comes back when no thread can go on
+  if (error.empty() && n_returned < n_threads) error = divergence();
+}
+
+void run_grid(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& thread) {
+#ifdef CUDA_ON_CPU_ASAN
+  if (!host.stack) {
+    pthread_attr_t attributes;
+    void* stack;
+    pthread_getattr_np(pthread_self(), &attributes);
+    pthread_attr_getstack(&attributes, &stack, &host.stack_size);
+    pthread_attr_destroy(&attributes);
+    host.stack = static_cast<char*>(stack);
+  }
+#endif
+  TSAN(host.tsan = __tsan_get_current_fiber();)
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  kernel = function;
+  thread_function = &thread;
+  smem_bytes = config.dynamicSmemBytes;
+  n_threads = int(blockDim.x * blockDim.y * blockDim.z);
+  depth_first = draw(2);
+  copy_early = draw(2);
+  for (Warp& w : warps) w.exists = 0;
+  for (int t = 0; t < n_threads; t++) {
+    if (!threads[t].stack) make_fiber(threads[t]);
+    warps[t / 32].exists |= 1u << t % 32;
+    const unsigned i = unsigned(t);
+    threads[t].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
+  }
+  ASAN(__asan_poison_memory_region(smem + smem_bytes, sizeof smem - smem_bytes);)
+  TSAN(__tsan_release(&launch_start);)
+  std::vector<unsigned> order(size_t(gridDim.x) * gridDim.y * gridDim.z);
+  std::iota(order.begin(), order.end(), 0u);
+  shuffle_order(order.data(), unsigned(order.size()));
+  for (const unsigned b : order) {
+    run_block({b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y});
+    if (!error.empty()) break;
+  }
+  ASAN(__asan_unpoison_memory_region(smem, sizeof smem);)
+  TSAN(__tsan_acquire(&launch_end);)
+  kernel = nullptr;
+  if (error.empty()) return;
+  for (Thread& t : threads)  // what ran on them is given up
+    if (t.stack) {
+      ASAN(__asan_unpoison_memory_region(t.stack, t.stack_size);)
+      t.copies.clear();
+      make_fiber(t);
+    }
+  throw std::runtime_error(std::exchange(error, ""));
+}
+
+}  // namespace
+
+int set_seed(int value) {
+  random_state = state_of(value);
+  return std::exchange(seed, value);
+}
+
+void fail(const char* text, ...) {
+  va_list arguments;
+  va_start(arguments, text);
+  const std::string message = format(text, arguments);
+  va_end(arguments);
+  if (current == &host) throw std::runtime_error(message);
+  error = message + "\n  " + place();
+  switch_to(host);
+  __builtin_unreachable();
+}
+
+int lane() { return int(current - threads) % 32; }
+void* dynamic_smem() { return smem; }
+
+int barrier(bool predicate, Site site) {
+  auto& b = block_barrier;
+  if (b.arrived++ == 0) b.site = site;
+  b.same_site &= same(b.site, site);
+  b.predicates += predicate;
+  current->state = State::at_barrier;
+  current->site = site;
+  [[maybe_unused]] char* const address = &barrier_addresses[b.generation % n_addresses];
+  TSAN(__tsan_release(address);)
+  if (b.arrived == n_threads && b.same_site) {
+    b.result = std::exchange(b.predicates, 0);
+    b.arrived = 0;
+    b.generation++;
+    for (int t = 0; t < n_threads; t++) make_ready(t);
+  }
+  switch_to(next());
+  TSAN(__tsan_acquire(address);)
+  return b.result;  // the next barrier cannot be over before every thread has come from this one
+}
+
+void collective(unsigned mask, void* slot, Combine combine, Site site, [[maybe_unused]] bool orders_memory) {
+  const int thread = int(current - threads), l = thread % 32, first = thread - l;
+  Warp& w = warps[thread / 32];
+  if (!(mask >> l & 1)) fail("%s:%d: lane %d is not in its own mask %08x", site.file, site.line, l, mask);
+  if (mask & ~w.exists) fail("%s:%d: mask %08x names lanes that the block does not have", site.file, site.line, mask);
+  current->state = State::at_collective;
+  current->site = site;
+  current->mask = mask;
+  [[maybe_unused]] char* const address = &warp_addresses[thread / 32][w.generation % n_addresses];
+  TSAN(if (orders_memory) __tsan_release(address);)
+  if (!w.arrived) {
+    w.mask = mask;
+    w.combine = combine;
+    w.site = site;
+  }
+  if (w.mask == mask && w.combine == combine && same(w.site, site)) {
+    w.slots[l] = slot;
+    w.arrived |= 1u << l;
+    if (w.arrived == mask) {
+      TSAN(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);)
+      combine(w.slots, mask);
+      TSAN(AnnotateIgnoreReadsEnd("", 0); AnnotateIgnoreWritesEnd("", 0);)
+      w.arrived = 0;
+      w.generation++;
+      for (int i = 0; i < 32; i++)
+        if (mask >> i & 1) make_ready(first + i);
+    }
+  }
+  switch_to(next());
+  TSAN(if (orders_memory) __tsan_acquire(address);)
+}
+
+void copy_async(void* to, const void* from, Site site) {
+  const auto within = [&](const char* p, const char* end) { return to >= p && static_cast<char*>(to) + 16 <= end; };
+  if (!within(smem, smem + smem_bytes) && !within(__start_cuda_shared, __stop_cuda_shared))
+    fail("%s:%d: copy_async: %p is not shared memory", site.file, site.line, to);
+  if ((uintptr_t(to) | uintptr_t(from)) % 16)
+    fail("%s:%d: copy_async: %p or %p is not aligned to 16 bytes", site.file, site.line, to, from);
+    // The sanitizers see both accesses here, where the kernel asks for them, and for ThreadSanitizer they last until the
+    // next barrier.
+#ifdef CUDA_ON_CPU_ASAN
+  static volatile size_t size = 16;  // so that the compiler leaves the calls to memcpy, which the sanitizer checks
+  char bytes[16];
+  memcpy(bytes, to, size);
+  if (from) memcpy(bytes, from, size);
+#endif
+  TSAN(__tsan_write_range(to, 16); if (from) __tsan_read_range(const_cast<void*>(from), 16);)
+  current->copies.push_back({to, from, current->group});
+  if (copy_early) finish_copies(current->group + 1);
+}
+void copy_async_commit() { current->group++; }
+void copy_async_wait(int pending) { finish_copies(current->group - pending); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Errors
+
+namespace {
+
+cudaError_t last_error = cudaSuccess;
+std::string details;  // of the latest error
+std::string failure;  // of a kernel, which every call returns until somebody has asked for the details
+
+cudaError_t result(cudaError_t code, const std::string& why = "") {
+  if (code == cudaSuccess) return code;
+  last_error = code;
+  details = why;
+  return code;
+}
+cudaError_t earlier_failure() { return failure.empty() ? cudaSuccess : result(cudaErrorLaunchFailure, failure); }
+
+[[maybe_unused]] const bool at_exit = [] {
+  return atexit([] {
+           if (failure.empty()) return;
+           fprintf(stderr, "CUDA on the CPU: an error that was not asked for: %s\n", failure.c_str());
+           _exit(1);
+         }) == 0;
+}();
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Device memory: a range of addresses that is closed but while work of the device is done. An array ends (but for less
+// than 256 bytes, its alignment) at the end of a page, and the page behind it is never open. When an array is freed,
+// its pages are given back; its addresses come again only when the range has been gone through.
+
+const size_t page = size_t(sysconf(_SC_PAGESIZE)), alignment = 256;
+const size_t memory_bytes = size_t(environment("CUDA_ON_CPU_MEMORY", 16ll << 30)) / page * page;
+const size_t range_bytes = 16 * memory_bytes;  // addresses cost nothing
+char* range = nullptr;
+size_t position = 0, used = 0;
+
+struct Array {
+  char* pages;
+  size_t n_bytes, page_bytes;
+};
+std::map<char*, Array> arrays;  // by their first byte
+
+size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
+
+bool on_device(const void* p) { return p >= range && p < range + range_bytes && range; }
+
+// The array in which p lies, or just behind it.
+const std::pair<char* const, Array>* array_of(const void* p) {
+  auto a = arrays.upper_bound(static_cast<char*>(const_cast<void*>(p)));
+  if (a == arrays.begin()) return nullptr;
+  --a;
+  return p <= a->first + a->second.n_bytes ? &*a : nullptr;
+}
+
+bool is_open = false;
+void open_memory(bool open) {
+  is_open = open;
+  for (const auto& [first, a] : arrays) mprotect(a.pages, a.page_bytes, open ? PROT_READ | PROT_WRITE : PROT_NONE);
+}
+
+// Says in which kernel the program dies, then lets it. Test frameworks install handlers of their own for every test, so
+// this one is put before theirs whenever device memory is used. Sanitizers have their own way, below.
+#if !defined(CUDA_ON_CPU_ASAN) && !defined(CUDA_ON_CPU_TSAN)
+constexpr int fatal_signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
+struct sigaction handlers_before[std::size(fatal_signals)];
+
+void on_signal(int signal, siginfo_t* info, void*) {
+  print_place();
+  if (signal == SIGSEGV && on_device(info->si_addr))
+    fprintf(stderr, "CUDA on the CPU: %p is %s\n", info->si_addr,
+            is_open ? "outside all arrays of device memory" : "device memory, and host code used it");
+  for (size_t i = 0; i < std::size(fatal_signals); i++)
+    if (fatal_signals[i] == signal) sigaction(signal, &handlers_before[i], nullptr);
+  if (signal == SIGABRT) raise(signal);  // the others come again, at the same instruction
+}
+
+void watch_signals() {
+  struct sigaction now, ours{};
+  ours.sa_sigaction = on_signal;
+  ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
+  stack_t stack;
+  if (!sigaltstack(nullptr, &stack) && stack.ss_flags & SS_DISABLE) {  // for a stack that has overflowed
+    static char memory[64 << 10];
+    stack = {memory, 0, sizeof memory};
+    sigaltstack(&stack, nullptr);
+  }
+  for (size_t i = 0; i < std::size(fatal_signals); i++) {
+    sigaction(fatal_signals[i], nullptr, &now);
+    if (now.sa_flags & SA_SIGINFO && now.sa_sigaction == on_signal) continue;
+    handlers_before[i] = now;
+    sigaction(fatal_signals[i], &ours, nullptr);
+  }
+}
+#else
+void watch_signals() {}
+#endif
+
+}  // namespace
+
+cudaError_t allocate(void** p, size_t bytes) {
+  watch_signals();
+  *p = nullptr;
+  if (bytes == 0) return cudaSuccess;
+  if (!range) {
+    void* memory = mmap(nullptr, range_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) return result(cudaErrorMemoryAllocation, "no addresses for device memory (ulimit -v?)");
+    range = static_cast<char*>(memory);
+  }
+  if (bytes > memory_bytes || round_up(bytes, page) > memory_bytes - used)
+    return result(cudaErrorMemoryAllocation, format("out of memory: %zu bytes were asked for, %zu of %zu are free",
+                                                    bytes, memory_bytes - used, memory_bytes));
+  const size_t page_bytes = round_up(bytes, page), with_gap = page_bytes + page;
+  // The next addresses that are free, from where the last were taken.
+  for (bool again = false;;) {
+    if (position + with_gap > range_bytes) {
+      if (again) return result(cudaErrorMemoryAllocation, "device memory is too fragmented");
+      again = true;
+      position = 0;
+    }
+    const auto after = arrays.lower_bound(range + position);
+    if (after == arrays.end() || after->second.pages >= range + position + with_gap) break;
+    position = size_t(after->second.pages + after->second.page_bytes + page - range);
+  }
+  Array a{range + position, bytes, page_bytes};
+  position += with_gap;
+  used += page_bytes;
+  char* const first = a.pages + page_bytes - round_up(bytes, alignment);
+  if (mprotect(a.pages, page_bytes, PROT_READ | PROT_WRITE)) return result(cudaErrorMemoryAllocation, "mprotect");
+  ASAN(__asan_unpoison_memory_region(a.pages, page_bytes);)
+  memset(a.pages, 0xff, page_bytes);
+  ASAN(__asan_poison_memory_region(a.pages, with_gap); __asan_unpoison_memory_region(first, bytes);)
+  if (!is_open) mprotect(a.pages, page_bytes, PROT_NONE);
+  arrays[first] = a;
+  *p = first;
+  return cudaSuccess;
+}
+
+cudaError_t allocate_host(void** p, size_t bytes) {
+  *p = malloc(bytes);
+  if (!*p) return result(cudaErrorMemoryAllocation);
+  memset(*p, 0xff, bytes);
+  return cudaSuccess;
+}
+
+cudaError_t check_argument(const void* p, int index) {
+  if (!p || array_of(p)) return cudaSuccess;
+  return result(cudaErrorInvalidValue,
+                format("kernel argument %d, %p, is %s", index, p,
+                       on_device(p) ? "in no array of device memory: freed, or out of bounds" : "not device memory"));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Streams: queues of work, done when the host waits for one of them.
+
+namespace {
+
+struct Work {
+  std::function<void()> run;
+  CUevent_st* awaited = nullptr;  // not before this event has been recorded `times` times
+  unsigned times = 0;
+  uint64_t number = 0;  // in the order of the calls
+};
+
+}  // namespace
+}  // namespace cuda_on_cpu
+
+struct CUevent_st {
+  unsigned recorded = 0, done = 0;
+  CUgraph_st* graph = nullptr;  // recorded while this was captured
+  std::chrono::steady_clock::time_point time{};
+};
+struct CUgraph_st {
+  std::vector<cuda_on_cpu::Work> works;
+};
+struct CUgraphExec_st {
+  std::vector<cuda_on_cpu::Work> works;
+};
+struct CUstream_st {
+  bool blocking;  // its work and the default stream's wait for each other
+  std::deque<cuda_on_cpu::Work> works{};
+  CUgraph_st* graph = nullptr;  // that it is being captured into
+};
+
+namespace cuda_on_cpu {
+namespace {
+
+CUstream_st default_stream{true};
+std::vector<CUstream_st*> streams = {&default_stream};
+uint64_t n_works = 0;
+CUgraph_st* capturing = nullptr;
+const bool at_once = environment("CUDA_LAUNCH_BLOCKING", 0) != 0;
+std::map<const void*, size_t> smem_limits;  // of kernels that asked for more than 48 KB
+
+CUstream_st& stream_of(cudaStream_t s) { return s ? *s : default_stream; }
+
+// Does queued work until `done`: in the order of the calls, or drawn by seed from the streams that can go on.
+template <class Done>
+cudaError_t run_until(Done done) {
+  if (const cudaError_t e = earlier_failure()) return e;
+  if (capturing) return result(cudaErrorStreamCaptureUnsupported, "waiting or allocating while a stream is captured");
+  if (done()) return cudaSuccess;
+  watch_signals();
+  open_memory(true);
+  try {
+    while (!done()) {
+      std::vector<CUstream_st*> ready_streams;
+      for (CUstream_st* s : streams) {
+        if (s->works.empty()) continue;
+        const Work& w = s->works.front();
+        if (!w.awaited || w.awaited->done >= w.times) ready_streams.push_back(s);
+      }
+      if (ready_streams.empty()) break;
+      std::sort(ready_streams.begin(), ready_streams.end(),
+                [](auto* a, auto* b) { return a->works.front().number < b->works.front().number; });
+      CUstream_st& s = *ready_streams[draw(unsigned(ready_streams.size()))];
+      const Work w = std::move(s.works.front());
+      s.works.pop_front();
+      if (w.run) w.run();
+    }
+  } catch (const std::exception& e) {
+    for (CUstream_st* s : streams) s->works.clear();
+    failure = e.what();
+  }
+  open_memory(false);
+  return earlier_failure();
+}
+
+cudaError_t run_all() {
+  return run_until(
+      [] { return std::all_of(streams.begin(), streams.end(), [](auto* s) { return s->works.empty(); }); });
+}
+cudaError_t run_stream(CUstream_st& stream) {
+  return run_until([&] { return stream.works.empty(); });
+}
+
+cudaError_t add(cudaStream_t handle, Work work) {
+  CUstream_st& s = stream_of(handle);
+  if (const cudaError_t e = earlier_failure()) return e;
+  if (s.graph) {
+    s.graph->works.push_back(std::move(work));
+    return cudaSuccess;
+  }
+  if (&s == &default_stream && capturing) return result(cudaErrorStreamCaptureImplicit);
+  // The default stream's work begins after what blocking streams have to do, and they go on after it.
+  if (&s == &default_stream) {
+    const auto idle = [](const CUstream_st* x) { return x == &default_stream || !x->blocking || x->works.empty(); };
+    if (const cudaError_t e = run_until([&] { return std::all_of(streams.begin(), streams.end(), idle); })) return e;
+  } else if (s.blocking && !default_stream.works.empty()) {
+    if (const cudaError_t e = run_stream(default_stream)) return e;
+  }
+  work.number = n_works++;
+  s.works.push_back(std::move(work));
+  return at_once && !capturing ? run_all() : cudaSuccess;
+}
+
+bool lies_in(const void* p, size_t bytes, bool device) {
+  if (!device) return !on_device(p);
+  const auto* a = array_of(p);
+  return a && static_cast<const char*>(p) + bytes <= a->first + a->second.n_bytes;
+}
+
+}  // namespace
+
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) { return add(stream, {std::move(work)}); }
+
+cudaError_t allow_dynamic_smem(const void* function, int bytes) {
+  if (bytes < 0 || size_t(bytes) > max_smem)
+    return result(cudaErrorInvalidValue, format("%d bytes of dynamic shared memory; there are %zu", bytes, max_smem));
+  smem_limits[function] = std::max(size_t(bytes), default_smem);
+  return cudaSuccess;
+}
+
+cudaError_t launch(const cudaLaunchConfig_t& c, const void* function, std::function<void()> thread) {
+  const size_t n = size_t(c.blockDim.x) * c.blockDim.y * c.blockDim.z;
+  if (n == 0 || n > max_threads || c.blockDim.z > 64 || c.gridDim.x == 0 || c.gridDim.x > 0x7fffffff ||
+      c.gridDim.y == 0 || c.gridDim.y > 65535 || c.gridDim.z == 0 || c.gridDim.z > 65535)
+    return result(cudaErrorInvalidConfiguration, "grid " + in(c.gridDim) + " of blocks " + in(c.blockDim));
+  const auto asked = smem_limits.find(function);
+  const size_t limit = asked == smem_limits.end() ? default_smem : asked->second;
+  if (c.dynamicSmemBytes > limit)
+    return result(cudaErrorInvalidValue,
+                  format("%zu bytes of dynamic shared memory, without cudaFuncSetAttribute for more than %zu",
+                         c.dynamicSmemBytes, limit));
+  return enqueue(c.stream, [c, function, thread = std::move(thread)] { run_grid(c, function, thread); });
+}
+
+}  // namespace cuda_on_cpu
+
+// AddressSanitizer and ThreadSanitizer call these when they report something.
+extern "C" void __asan_on_error() { cuda_on_cpu::print_place(); }
+extern "C" void __tsan_on_report(void*) { cuda_on_cpu::print_place(); }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The runtime's functions
+
+using namespace cuda_on_cpu;
+
+#ifdef CUDA_ON_CPU_TSAN
+[[maybe_unused]] static const bool tsan_heap = [] {  // the addresses for which forget_accesses may be called
+  const uintptr_t first = uintptr_t(__data_start) & ~uintptr_t(7);
+  __tsan_java_init(first, (uintptr_t(_end) - first + 15) & ~uintptr_t(7));
+  return true;
+}();
+#endif
+
+const char* cudaGetErrorName(cudaError_t error_code) {
+  switch (error_code) {
+#define CUDA_ON_CPU_ERROR(name, code, text) \
+  case name:                                \
+    return #name;
+    CUDA_ON_CPU_ERRORS(CUDA_ON_CPU_ERROR)
+#undef CUDA_ON_CPU_ERROR
+  }
+  return "unrecognized error code";
+}
+const char* cudaGetErrorString(cudaError_t error_code) {
+  static std::string shown;
+  if (error_code == last_error && !details.empty()) {
+    if (error_code == cudaErrorLaunchFailure) failure.clear();
+    shown = details;
+    return shown.c_str();
+  }
+  switch (error_code) {
+#define CUDA_ON_CPU_ERROR(name, code, text) \
+  case name:                                \
+    return text;
+    CUDA_ON_CPU_ERRORS(CUDA_ON_CPU_ERROR)
+#undef CUDA_ON_CPU_ERROR
+  }
+  return "unrecognized error code";
+}
+cudaError_t cudaGetLastError() {
+  return std::exchange(last_error, failure.empty() ? cudaSuccess : cudaErrorLaunchFailure);
+}
+cudaError_t cudaPeekAtLastError() { return last_error; }
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = int(environment("CUDA_ON_CPU_DEVICES", 1));
+  return *count > 0 ? cudaSuccess : result(cudaErrorNoDevice);
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice); }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
+  if (device != 0) return result(cudaErrorInvalidDevice);
+  *properties = {"CUDA on the CPU", memory_bytes, default_smem, max_smem, max_smem + 1024, 9, 0, 4, 2048, 50 << 20};
+  return cudaSuccess;
+}
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return run_all(); }
+
+cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {
+  *free = memory_bytes - used;
+  *total = memory_bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void* p) {
+  if (!p) return cudaSuccess;
+  const auto found = arrays.find(static_cast<char*>(p));
+  if (found == arrays.end()) return result(cudaErrorInvalidValue, "cudaFree of what cudaMalloc did not return");
+  const cudaError_t waited = run_all();
+  if (capturing) return waited;
+  const Array a = found->second;
+  mmap(a.pages, a.page_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED, -1, 0);
+  ASAN(__asan_poison_memory_region(a.pages, a.page_bytes);)
+  used -= a.page_bytes;
+  arrays.erase(found);
+  return waited;
+}
+cudaError_t cudaFreeHost(void* p) {
+  const cudaError_t waited = run_all();
+  free(p);
+  return waited;
+}
+
+// As with memory from cudaMallocHost, for which this is so on a GPU too, a copy from or to the host is made when the
+// stream comes to it, not by the call.
+cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
+  if (bytes == 0) return cudaSuccess;
+  const bool to_device =
+      kind == cudaMemcpyDefault ? on_device(to) : kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
+  const bool from_device =
+      kind == cudaMemcpyDefault ? on_device(from) : kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
+  if (!lies_in(to, bytes, to_device))
+    return result(cudaErrorInvalidValue, format("cudaMemcpy to %p, which is not %zu bytes of %s memory", to, bytes,
+                                                to_device ? "device" : "host"));
+  if (!lies_in(from, bytes, from_device))
+    return result(cudaErrorInvalidValue, format("cudaMemcpy from %p, which is not %zu bytes of %s memory", from, bytes,
+                                                from_device ? "device" : "host"));
+  return enqueue(stream, [=] { memmove(to, from, bytes); });
+}
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
+  if (const cudaError_t e = cudaMemcpyAsync(to, from, bytes, kind, nullptr)) return e;
+  return run_stream(default_stream);
+}
+cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream) {
+  if (bytes == 0) return cudaSuccess;
+  if (!lies_in(to, bytes, true))
+    return result(cudaErrorInvalidValue,
+                  format("cudaMemset of %p, which is not %zu bytes of device memory", to, bytes));
+  return enqueue(stream, [=] { memset(to, byte, bytes); });
+}
+cudaError_t cudaMemset(void* to, int byte, size_t bytes) {  // returns before it is done, as on a GPU
+  return cudaMemsetAsync(to, byte, bytes, nullptr);
+}
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
+  streams.push_back(*stream = new CUstream_st{!(flags & cudaStreamNonBlocking)});
+  return cudaSuccess;
+}
+cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return run_stream(stream_of(stream)); }
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  const cudaError_t waited = run_stream(*stream);
+  std::erase(streams, stream);
+  delete stream;
+  return waited;
+}
+
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) { return *event = new CUevent_st, cudaSuccess; }
+cudaError_t cudaEventCreate(cudaEvent_t* event) { return cudaEventCreateWithFlags(event, cudaEventDefault); }
+cudaError_t cudaEventDestroy(cudaEvent_t event) {
+  const cudaError_t waited = run_all();
+  delete event;
+  return waited;
+}
+// A graph keeps the order of the calls, so an event that is recorded into one only says which.
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+  event->graph = stream_of(stream).graph;
+  if (event->graph) return cudaSuccess;
+  const unsigned n = ++event->recorded;
+  return enqueue(stream, [=] {
+    event->done = n;
+    event->time = std::chrono::steady_clock::now();
+  });
+}
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
+  if (event->graph) {  // the stream joins the capture
+    stream_of(stream).graph = event->graph;
+    return cudaSuccess;
+  }
+  return add(stream, {nullptr, event, event->recorded});
+}
+cudaError_t cudaEventSynchronize(cudaEvent_t event) {
+  return run_until([=] { return event->done >= event->recorded; });
+}
+cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
+  if (!start->done || !end->done) return result(cudaErrorInvalidValue, "the event was not recorded");
+  if (start->done < start->recorded || end->done < end->recorded) return result(cudaErrorNotReady);
+  *milliseconds = std::chrono::duration<float, std::milli>(end->time - start->time).count();
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (!stream) return result(cudaErrorStreamCaptureUnsupported, "the default stream cannot be captured");
+  if (capturing) return result(cudaErrorStreamCaptureUnsupported, "a stream is being captured already");
+  stream->graph = capturing = new CUgraph_st;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  if (!capturing || stream_of(stream).graph != capturing)
+    return result(cudaErrorInvalidValue, "the stream is not being captured");
+  *graph = capturing;
+  for (CUstream_st* s : streams) s->graph = nullptr;
+  capturing = nullptr;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
+  return *executable = new CUgraphExec_st{graph->works}, cudaSuccess;
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  for (const Work& w : executable->works)
+    if (const cudaError_t e = add(stream, w)) return e;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }

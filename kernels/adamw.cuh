@@ -1,0 +1,173 @@
+// AdamW (adamw.h), and around it the state that a training step keeps on the device, so that a step can be recorded
+// once and replayed: its launches have the same arguments every time.
+// With float16 the loss is multiplied by a scale that keeps small gradients from vanishing: Micikevicius et al., "Mixed
+// Precision Training", 2018, section 3.2. The scale follows the gradients: an update whose gradients are not finite is
+// left out and the scale halved; after many good ones it is doubled.
+// defines: TrainState, AdamWStep, adamw_step, adamw_update, prepare_update, gradient_norm_partials, initial_state,
+//          end_step, loss_scale_start
+#pragma once
+#include <cmath>
+
+#include "block.cuh"
+#include "device.cuh"
+#include "launch.cuh"
+
+struct TrainState {
+  double loss_sum = 0;           // of all rows of this step's batches
+  int step = 0;                  // the iteration, counted from 0
+  float loss_scale = 1;          // a power of two, so that scaling rounds nothing; 1 without loss scaling
+  int steps_since_overflow = 0;  // or since the scale was doubled
+  int overflow = 0;              // 1: a gradient of this step is not finite, there is no update
+  float gradient_scale = 1;      // of every gradient, from clipping and from loss_scale
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The update. What depends on the iteration comes from a table, computed on the host as adamw.h does.
+
+struct AdamWStep {
+  float decay, step_size, root_correction;
+};
+
+// step: counted from 1, as in AdamW; the table's row i is that of step i + 1
+inline AdamWStep adamw_step(double learning_rate, double beta1, double beta2, double weight_decay, int step) {
+  return {float(1 - learning_rate * weight_decay), float(learning_rate / (1 - std::pow(beta1, step))),
+          float(1 / std::sqrt(1 - std::pow(beta2, step)))};
+}
+
+struct AdamWConstants {
+  float beta1, rest1, beta2, rest2, eps;
+};
+
+template <class Real>
+struct __align__(4 * sizeof(Real)) Four {
+  Real v[4];
+};
+template <class Real>
+__device__ inline Four<Real> load4(const Real* from) {
+  return *reinterpret_cast<const Four<Real>*>(from);
+}
+template <class Real>
+__device__ inline void store4(Real* to, const Four<Real>& x) {
+  *reinterpret_cast<Four<Real>*>(to) = x;
+}
+
+// Four elements a thread: every access of a warp is one contiguous piece. The registers are few and the loads are many,
+// and so the memory is kept busy.
+template <class Real>
+__global__ void __launch_bounds__(256)
+    adamw_update_kernel(float* params, float* m, float* v, Real* working, const float* grads, size_t count,
+                        AdamWConstants c, const AdamWStep* table, const TrainState* state) {
+  const size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (i >= count || state->overflow) return;
+  const AdamWStep step = table[state->step];
+  const float scale = state->gradient_scale;
+  const Four<float> gs = load4(grads + i);
+  Four<float> ps = load4(params + i), ms = load4(m + i), vs = load4(v + i);
+  Four<Real> rounded;
+#pragma unroll
+  for (int j = 0; j < 4; j++) {
+    const float g = gs.v[j] * scale;
+    ms.v[j] = c.beta1 * ms.v[j] + c.rest1 * g;
+    vs.v[j] = c.beta2 * vs.v[j] + c.rest2 * g * g;
+    ps.v[j] = ps.v[j] * step.decay - step.step_size * ms.v[j] / (sqrtf(vs.v[j]) * step.root_correction + c.eps);
+    rounded.v[j] = Real(ps.v[j]);
+  }
+  store4(params + i, ps);
+  store4(m + i, ms);
+  store4(v + i, vs);
+  if (working) store4(working + i, rounded);
+}
+
+// params (count), m (count), v (count) are updated from grads (count) * state->gradient_scale, and working (count) =
+// params rounded to Real, which is what the matrix products read; null: they read params. Nothing is written if
+// state->overflow. table: a row for each iteration. Elementwise: the gaps between a buffer's tensors harm no one.
+template <class Real>
+void adamw_update(float* params, float* m, float* v, Real* working, const float* grads, size_t count, double beta1,
+                  double beta2, double eps, const AdamWStep* table, const TrainState* state, cudaStream_t stream) {
+  require(count > 0 && count % 4 == 0, "adamw_update: count = ", count, " is not a multiple of 4");
+  // 1 - beta before it is rounded, as adamw.h does: 1 - float(0.9) differs from float(1 - 0.9) by 2e-7 of it
+  const AdamWConstants c = {float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(eps)};
+  launch(adamw_update_kernel<Real>, {unsigned(ceil_div(count / 4, 256)), 256, 0, stream}, params, m, v, working, grads,
+         count, c, table, state);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The gradient's norm, for clipping, and whether it is finite, for loss scaling. A trainer that does neither leaves
+// this out: gradient_scale stays 1. The squares are summed in double, in an order that does not depend on the device.
+
+constexpr int gradient_norm_partials = 512;  // blocks: four on each of an H100's processors
+
+static __global__ void __launch_bounds__(256) gradient_norm_kernel(double* partials, const float* grads, size_t count) {
+  double squares = 0;
+#pragma unroll 4
+  for (size_t i = 4 * (blockIdx.x * 256 + threadIdx.x); i < count; i += 4 * 256 * gradient_norm_partials) {
+    const Four<float> g = load4(grads + i);
+#pragma unroll
+    for (int j = 0; j < 4; j++) squares += double(g.v[j]) * double(g.v[j]);
+  }
+  squares = block_sum<256>(squares);
+  if (threadIdx.x == 0) partials[blockIdx.x] = squares;
+}
+
+static __global__ void __launch_bounds__(256)
+    prepare_update_kernel(TrainState* state, const double* partials, double grad_clip, bool loss_scaling) {
+  double squares = 0;
+  for (int i = threadIdx.x; i < gradient_norm_partials; i += 256) squares += partials[i];
+  squares = block_sum<256>(squares);
+  if (threadIdx.x != 0) return;
+  const double scale = state->loss_scale, norm = sqrt(squares) / scale;
+  state->gradient_scale = float((grad_clip > 0 && norm > grad_clip ? grad_clip / norm : 1) / scale);
+  // The squares of floats, summed in double, are finite if and only if the floats are; a comparison with NaN is false.
+  state->overflow = loss_scaling && !(squares < INFINITY);
+}
+
+// state->gradient_scale = 1 / loss_scale, and less where the norm of grads (count) / loss_scale exceeds grad_clip (0:
+// no clipping); gaps between tensors have to be 0. state->overflow = whether a gradient is not finite; never without
+// loss scaling: there it means that training has failed, and the parameters are to show it, as they do on the CPU.
+// partials (gradient_norm_partials): scratch
+inline void prepare_update(TrainState* state, double* partials, const float* grads, size_t count, double grad_clip,
+                           bool loss_scaling, cudaStream_t stream) {
+  require(count % 4 == 0, "prepare_update: count = ", count, " is not a multiple of 4");
+  launch(gradient_norm_kernel, {gradient_norm_partials, 256, 0, stream}, partials, grads, count);
+  launch(prepare_update_kernel, {1, 256, 0, stream}, state, partials, grad_clip, loss_scaling);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The end of a step.
+
+// The gradient of the logits of one of 16384 rows is then 2 * (softmax - onehot). A scale that is too large is found at
+// once, one that is too small only after loss_scale_interval steps.
+constexpr float loss_scale_start = 0x1p15f;
+inline TrainState initial_state(bool loss_scaling) {
+  TrainState state;
+  if (loss_scaling) state.loss_scale = loss_scale_start;
+  return state;
+}
+constexpr int loss_scale_interval = 2000;  // good steps until it is doubled, as in PyTorch
+// Gradients that never overflow, of zeros say, would double it to infinity. float16 spans 2^40 from its smallest number
+// to its largest: a scale of 2^24 turns the smallest into 1.
+constexpr float loss_scale_largest = 0x1p24f;
+
+static __global__ void end_step_kernel(TrainState* state, float* loss_ring, int ring_size, double dloss,
+                                       bool loss_scaling) {
+  if (threadIdx.x != 0) return;
+  loss_ring[state->step % ring_size] = float(state->loss_sum * dloss);
+  // A step without an update counts too, in Adam's bias correction as well: everything that depends on the iteration
+  // (batch, masks, learning rate) depends on it alone.
+  state->step++;
+  if (!loss_scaling) return;
+  if (state->overflow) {
+    state->loss_scale = fmaxf(state->loss_scale / 2, 1);
+    state->steps_since_overflow = state->overflow = 0;
+  } else if (++state->steps_since_overflow >= loss_scale_interval) {
+    state->loss_scale = fminf(state->loss_scale * 2, loss_scale_largest);
+    state->steps_since_overflow = 0;
+  }
+}
+
+// loss_ring[step % ring_size] = loss_sum * dloss, the step's mean loss; then the next step begins
+inline void end_step(TrainState* state, float* loss_ring, int ring_size, double dloss, bool loss_scaling,
+                     cudaStream_t stream) {
+  require(ring_size > 0, "end_step: ring_size = ", ring_size);
+  launch(end_step_kernel, {1, 32, 0, stream}, state, loss_ring, ring_size, dloss, loss_scaling);
+}

@@ -1,0 +1,49 @@
+// Batches: windows of a text whose tokens lie on the device. Which windows is a function of seed, step and row, the one
+// of host/batch.h, and the step is read on the device: no batch ever travels from the host.
+// defines: gather_random, gather_windows
+#pragma once
+#include "../host/random.h"
+#include "device.cuh"
+#include "launch.cuh"
+
+constexpr int gather_threads = 256;
+
+// A block for each window.
+static __global__ void __launch_bounds__(gather_threads)
+    gather_random_kernel(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
+                         uint32_t site, uint64_t first_row, int T) {
+  const int b = blockIdx.x;
+  const Philox4 r = random4(seed, uint32_t(*step), site, first_row + b);
+  const uint16_t* window = tokens + below(r.word[0], r.word[1], count - T);
+  for (int t = threadIdx.x; t < T; t += gather_threads) {
+    x[size_t(b) * T + t] = window[t];
+    y[size_t(b) * T + t] = window[t + 1];
+  }
+}
+
+// x (B, T) = windows of T of the tokens (count), whose starts are uniform in [0, count - T); y (B, T) = each token's
+// successor. `first_row` is the number of the first window: gradient accumulation, and the batches of one evaluation,
+// go on counting.
+inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
+                          uint32_t site, uint64_t first_row, int B, int T, cudaStream_t stream) {
+  require(B > 0 && T > 0 && count > uint64_t(T), "gather_random: B = ", B, " windows of T = ", T,
+          " and a successor in ", count, " tokens");
+  launch(gather_random_kernel, {unsigned(B), gather_threads, 0, stream}, x, y, tokens, count, seed, step, site,
+         first_row, T);
+}
+
+static __global__ void __launch_bounds__(gather_threads)
+    gather_windows_kernel(int* x, int* y, const uint16_t* tokens, uint64_t first, int count) {
+  const int i = blockIdx.x * gather_threads + threadIdx.x;
+  if (i >= count) return;
+  x[i] = tokens[first + i];
+  y[i] = tokens[first + i + 1];
+}
+
+// x (B, T) = tokens [first, first + B * T), windows that follow one another; y (B, T) = each token's successor. There
+// are first + B * T + 1 tokens or more.
+inline void gather_windows(int* x, int* y, const uint16_t* tokens, uint64_t first, int B, int T, cudaStream_t stream) {
+  require(B > 0 && T > 0, "gather_windows: B = ", B, " windows of T = ", T);
+  const int blocks = ceil_div(B * T, gather_threads);
+  launch(gather_windows_kernel, {unsigned(blocks), gather_threads, 0, stream}, x, y, tokens, first, B * T);
+}

@@ -1,0 +1,168 @@
+// Embedding: out (B, T, C) = wte[x] + wpe, the token's vector plus the position's. Backward adds rows of dout, those of
+// a token or of a position, and no two threads add to the same number: there are no atomics, and every sum has an order
+// that depends on the shapes and the tokens alone.
+// defines: embedding_forward, embedding_partials, embedding_backward
+#pragma once
+#include <algorithm>
+
+#include "device.cuh"
+#include "launch.cuh"
+
+constexpr int embedding_threads = 256;
+
+// A thread for eight channels.
+template <class Real>
+__global__ void __launch_bounds__(embedding_threads)
+    embedding_forward_kernel(Real* out, const int* x, const Real* wte, const Real* wpe, unsigned count, int T, int C) {
+  const unsigned i = blockIdx.x * embedding_threads + threadIdx.x;
+  if (i >= count) return;
+  const unsigned chunks = C / 8, row = i / chunks, c = i % chunks * 8;
+  Float8 sum = load8(wpe + size_t(row % T) * C + c);
+  const Float8 token = load8(wte + size_t(x[row]) * C + c);
+#pragma unroll
+  for (int k = 0; k < 8; k++) sum[k] += token[k];
+  store8(out + size_t(i) * 8, sum);
+}
+
+// out (B, T, C) = wte[x[b, t]] (V, C) + wpe[t] (T, C)
+template <class Real>
+void embedding_forward(Real* out, const int* x, const Real* wte, const Real* wpe, int B, int T, int C,
+                       cudaStream_t stream) {
+  require(C % 8 == 0, "embedding_forward: C = ", C, " is not a multiple of 8");
+  const size_t count = size_t(B) * T * (C / 8);
+  require(count > 0 && count < size_t{1} << 31, "embedding_forward: B * T * C = ", count * 8,
+          " is not between 1 and 2^34");
+  launch(embedding_forward_kernel<Real>, {unsigned(ceil_div(count, embedding_threads)), embedding_threads, 0, stream},
+         out, x, wte, wpe, unsigned(count), T, C);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward. The tokens of a text are very unevenly frequent: with a block for each token, the one that adds the spaces
+// would work on alone. So the rows are cut into segments, a block adds one token's rows of one segment, and a second
+// kernel adds the segments.
+
+constexpr int embedding_piece = 512;  // rows that are searched for a token at a time, and the usual segment
+
+// Pieces in a segment: one, unless V is so large that the sums of all segments (segments, V, C) would be more than dout.
+inline int pieces_per_segment(int rows, int V) {
+  const int pieces = ceil_div(rows, embedding_piece);
+  return ceil_div(pieces, std::clamp(rows / V, 1, pieces));
+}
+inline int embedding_segments(int rows, int V) {
+  return ceil_div(ceil_div(rows, embedding_piece), pieces_per_segment(rows, V));
+}
+
+// The rows of [first, end) whose token this is, in order: their number, and themselves in `list`, for the whole block.
+// Called again, it changes the list only after its first barrier, when every thread is done with the last one.
+static __device__ inline int rows_of_token(int* list, const int* x, int token, int first, int end) {
+  __shared__ unsigned found[embedding_piece / 32];  // one bit for each row
+#pragma unroll
+  for (int j = 0; j < embedding_piece / embedding_threads; j++) {
+    const int i = j * embedding_threads + threadIdx.x;
+    const int here = first + i < end ? x[first + i] : -1;
+    const unsigned bits = __ballot_sync(all_lanes, here == token);
+    if (i % 32 == 0) found[i / 32] = bits;
+  }
+  __syncthreads();
+  int count = 0;
+#pragma unroll
+  for (int word = 0; word < embedding_piece / 32; word++) {
+    const int i = word * 32 + threadIdx.x % 32;
+    const bool mine = word % (embedding_threads / 32) == int(threadIdx.x) / 32;  // warps take turns
+    if (mine && found[word] >> (i % 32) & 1) list[count + __popc(found[word] & ((1u << (i % 32)) - 1))] = first + i;
+    count += __popc(found[word]);
+  }
+  __syncthreads();
+  return count;
+}
+
+// Backward's threads own eight columns of every `groups`-th row that is to be added.
+struct ColumnOwner {
+  int groups, group, c;
+  __device__ explicit ColumnOwner(int C)
+      : groups(embedding_threads / (C / 8)), group(threadIdx.x / (C / 8)), c(threadIdx.x % (C / 8) * 8) {}
+};
+
+// sum += rows row(0), ..., row(n - 1) of dout (.., C), as far as they are this thread's. Several loads are under way
+// together; at the end the last row is read again rather than no row, for a load in a branch would be waited for there.
+template <class Real, class Row>
+__device__ inline void add_rows(Float8& sum, const Real* dout, Row row, int n, const ColumnOwner& own, int C) {
+  constexpr int at_once = 4;
+  if (own.group >= own.groups) n = 0;
+  for (int i = own.group; i < n; i += at_once * own.groups) {
+    Float8 x[at_once];
+#pragma unroll
+    for (int j = 0; j < at_once; j++) x[j] = load8(dout + size_t(row(min(i + j * own.groups, n - 1))) * C + own.c);
+#pragma unroll
+    for (int j = 0; j < at_once; j++) {
+      if (i + j * own.groups >= n) continue;
+#pragma unroll
+      for (int k = 0; k < 8; k++) sum[k] += x[j][k];
+    }
+  }
+}
+
+// The first T blocks each add a position's rows, the others each a token's of one segment.
+template <class Real>
+__global__ void __launch_bounds__(embedding_threads)
+    embedding_backward_kernel(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate,
+                              int segment_rows, int B, int T, int C, int V) {
+  __shared__ int list[embedding_piece];
+  __shared__ __align__(16) float shares[embedding_threads * 8];  // (groups, C)
+  const ColumnOwner own(C);
+  Float8 sum{};
+  float* out;
+  if (int(blockIdx.x) < T) {
+    const int t = blockIdx.x;
+    const auto of_position = [=](int b) { return b * T + t; };
+    add_rows(sum, dout, of_position, B, own, C);
+    out = dwpe + size_t(t) * C;
+  } else {
+    const int sum_number = blockIdx.x - T, token = sum_number % V, segment = sum_number / V;
+    const auto of_token = [=](int i) { return list[i]; };
+    const int begin = segment * segment_rows, end = min(B * T, begin + segment_rows);
+    for (int first = begin; first < end; first += embedding_piece) {
+      const int n = rows_of_token(list, x, token, first, min(end, first + embedding_piece));
+      add_rows(sum, dout, of_token, n, own, C);
+    }
+    out = partials + size_t(sum_number) * C;
+    accumulate = false;
+  }
+  if (own.group < own.groups) store8(shares + own.group * C + own.c, sum);
+  __syncthreads();
+  for (int c = threadIdx.x; c < C; c += embedding_threads) {
+    float total = 0;
+    for (int g = 0; g < own.groups; g++) total += shares[g * C + c];
+    out[c] = accumulate ? out[c] + total : total;
+  }
+}
+
+// dwte (count) = or += the segments' sums (segments, count), in order
+static __global__ void __launch_bounds__(embedding_threads)
+    add_segments_kernel(float* dwte, const float* partials, bool accumulate, int segments, size_t count) {
+  const size_t i = size_t(blockIdx.x) * embedding_threads + threadIdx.x;
+  if (i >= count) return;
+  float total = 0;
+#pragma unroll 16
+  for (int s = 0; s < segments; s++) total += partials[s * count + i];
+  dwte[i] = accumulate ? dwte[i] + total : total;
+}
+
+// Floats that embedding_backward wants as `partials`: never more than there are in dout or in wte, whichever is larger.
+inline size_t embedding_partials(int B, int T, int C, int V) { return size_t(embedding_segments(B * T, V)) * V * C; }
+
+// dwte (V, C) = or += rows of dout (B, T, C), each to its token, nothing to a token that does not occur;
+// dwpe (T, C) = or += dout summed over B;  partials: embedding_partials(B, T, C, V) floats, overwritten
+template <class Real>
+void embedding_backward(float* dwte, float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate,
+                        int B, int T, int C, int V, cudaStream_t stream) {
+  require(C % 8 == 0 && C > 0 && C <= 8 * embedding_threads, "embedding_backward: C = ", C,
+          " is not a multiple of 8 up to ", 8 * embedding_threads);
+  require(B > 0 && T > 0 && V > 0, "embedding_backward: B = ", B, ", T = ", T, ", V = ", V);
+  const int segments = embedding_segments(B * T, V), segment_rows = pieces_per_segment(B * T, V) * embedding_piece;
+  const size_t count = size_t(V) * C;
+  launch(embedding_backward_kernel<Real>, {unsigned(T) + unsigned(segments) * V, embedding_threads, 0, stream}, dwpe,
+         partials, dout, x, accumulate, segment_rows, B, T, C, V);
+  launch(add_segments_kernel, {unsigned(ceil_div(count, embedding_threads)), embedding_threads, 0, stream}, dwte,
+         partials, accumulate, segments, count);
+}

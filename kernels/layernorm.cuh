@@ -1,0 +1,335 @@
+// Layer normalisation (Ba, Kiros, Hinton, "Layer Normalization", 2016, equation 4; kernels/layernorm.h has it), in one
+// pass over memory with what stands before it in the model: a branch's bias and dropout, and its addition to the
+// residual stream. Going back, one pass gives the gradient of the stream and of the branch.
+// defines: layernorm_forward, residual_layernorm_forward, layernorm_partials, residual_layernorm_backward,
+//          layernorm_backward_finish
+#pragma once
+#include "block.cuh"
+#include "device.cuh"
+#include "launch.cuh"
+#include "masks.h"
+
+constexpr int layernorm_threads = 128;
+
+// A row lies in the registers of `lanes` threads: lane l holds its chunks of eight channels l, l + lanes, ..., `each` of
+// them. The 384 channels of the lecture's model are three chunks for each of 16 lanes, and none is idle. One call of the
+// random number generator is a chunk's eight draws.
+template <int LANES, int EACH>
+struct RowShape {
+  static constexpr int lanes = LANES, each = EACH, max_C = LANES * EACH * 8, rows_at_once = layernorm_threads / LANES;
+};
+
+// Calls f with the smallest RowShape in which C channels have room: half a warp for a row, or the whole block.
+template <class F>
+void with_row_shape(int C, F f) {
+  require(C > 0 && C % 8 == 0 && C <= 2048, "layernorm: C = ", C, " is not a multiple of 8 up to 2048");
+  if (C <= 128)
+    f(RowShape<16, 1>{});
+  else if (C <= 256)
+    f(RowShape<16, 2>{});
+  else if (C <= 384)
+    f(RowShape<16, 3>{});
+  else if (C <= 512)
+    f(RowShape<16, 4>{});
+  else if (C <= 1024)
+    f(RowShape<layernorm_threads, 1>{});
+  else
+    f(RowShape<layernorm_threads, 2>{});
+}
+
+// The sum of x over a row's lanes, given to each of them. All threads of the block must call together.
+template <class Shape>
+__device__ inline float row_sum(float x) {
+  if constexpr (Shape::lanes <= 32)
+    return lane_sum<Shape::lanes>(x);
+  else
+    return block_sum<Shape::lanes>(x);
+}
+
+// Dropout of one chunk. `scale` is computed on the host: devices divide doubles slowly.
+__device__ inline void dropout8(Float8& x, const Dropout& drop, float scale, uint64_t counter) {
+  const Philox4 r = random4(drop.seed, drop.step, drop.site, counter);
+#pragma unroll
+  for (int i = 0; i < 8; i++) x[i] = draw_of(r, i) < drop.threshold ? x[i] * scale : 0.0f;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+template <class Shape, bool HAS_BRANCH, class Real>
+__global__ void __launch_bounds__(layernorm_threads)
+    residual_layernorm_forward_kernel(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
+                                      const Real* branch, const float* branch_bias, Dropout drop, float scale,
+                                      const int* step, const float* weight, const float* bias, int rows, int T, int C,
+                                      float one_in_C) {
+  constexpr int lanes = Shape::lanes, each = Shape::each;
+  const int lane = threadIdx.x % lanes, row = blockIdx.x * Shape::rows_at_once + threadIdx.x / lanes;
+  const int chunks = row < rows ? C / 8 : 0;  // chunks of the row: none behind the last row
+  const size_t at = size_t(row) * C;
+
+  Float8 x[each], added[HAS_BRANCH ? each : 1];
+#pragma unroll
+  for (int j = 0; j < each; j++) {  // before anything depends on them: all loads are under way together
+    const int chunk = lane + j * lanes;
+    x[j] = chunk < chunks ? load8(inp + at + chunk * 8) : Float8{};
+    if constexpr (HAS_BRANCH) added[j] = chunk < chunks ? load8(branch + at + chunk * 8) : Float8{};
+  }
+  if constexpr (HAS_BRANCH) {
+    if (drop.active()) drop.step = uint32_t(*step);
+    const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int chunk = lane + j * lanes;
+      if (chunk >= chunks) continue;
+      const Float8 b = load8(branch_bias + chunk * 8);
+#pragma unroll
+      for (int i = 0; i < 8; i++) added[j][i] += b[i];
+      if (drop.active()) dropout8(added[j], drop, scale, first_counter + chunk);
+        // What is normalised is what is stored, rounded: backward, which reads it, then sees the same numbers.
+#pragma unroll
+      for (int i = 0; i < 8; i++) x[j][i] = float(Real(x[j][i] + added[j][i]));
+      store8(stream_out + at + chunk * 8, x[j]);
+    }
+  }
+
+  float sum = 0, squares = 0;
+#pragma unroll
+  for (int j = 0; j < each; j++)
+#pragma unroll
+    for (int i = 0; i < 8; i++) sum += x[j][i];
+  const float m = row_sum<Shape>(sum) * one_in_C;
+#pragma unroll
+  for (int j = 0; j < each; j++) {
+    if (lane + j * lanes >= chunks) continue;
+#pragma unroll
+    for (int i = 0; i < 8; i++) squares += (x[j][i] - m) * (x[j][i] - m);  // not E[x^2] - E[x]^2, which cancels
+  }
+  const float s = 1 / sqrtf(row_sum<Shape>(squares) * one_in_C + 1e-5f);
+  if (mean && lane == 0 && row < rows) {
+    mean[row] = m;
+    rstd[row] = s;
+  }
+#pragma unroll
+  for (int j = 0; j < each; j++) {
+    const int chunk = lane + j * lanes;
+    if (chunk >= chunks) continue;
+    const Float8 w = load8(weight + chunk * 8), b = load8(bias + chunk * 8);
+#pragma unroll
+    for (int i = 0; i < 8; i++) x[j][i] = (x[j][i] - m) * s * w[i] + b[i];
+    store8(norm + at + chunk * 8, x[j]);
+  }
+}
+
+template <bool HAS_BRANCH, class Real>
+void launch_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
+                              const Real* branch, const float* branch_bias, const Dropout& drop, const int* step,
+                              const float* weight, const float* bias, int rows, int T, int C, cudaStream_t stream) {
+  require(rows > 0, "layernorm: ", rows, " rows");
+  require(!mean == !rstd, "layernorm: of mean and rstd, only one is wanted");
+  const float scale = float(dropout_scale(drop.threshold));
+  with_row_shape(C, [&](auto shape) {
+    using Shape = decltype(shape);
+    const int blocks = ceil_div(rows, Shape::rows_at_once);
+    launch(residual_layernorm_forward_kernel<Shape, HAS_BRANCH, Real>, {unsigned(blocks), layernorm_threads, 0, stream},
+           stream_out, norm, mean, rstd, inp, branch, branch_bias, drop, scale, step, weight, bias, rows, T, C,
+           1.0f / float(C));
+  });
+}
+
+// out (rows, C) = ..., mean (rows) = ..., rstd (rows) = ... of inp (rows, C); weight (C), bias (C)
+// mean and rstd may be null.
+template <class Real>
+void layernorm_forward(Real* out, float* mean, float* rstd, const Real* inp, const float* weight, const float* bias,
+                       int rows, int C, cudaStream_t stream) {
+  launch_layernorm_forward<false, Real>(nullptr, out, mean, rstd, inp, nullptr, nullptr, {}, nullptr, weight, bias,
+                                        rows, 1, C, stream);
+}
+
+// stream_out (B, T, C) = inp (B, T, C) + dropout(branch (B, T, C) + branch_bias (C))
+// norm (B, T, C) = layernorm of stream_out, mean (B, T) = ..., rstd (B, T) = ...; weight (C), bias (C)
+// stream_out may be inp; mean and rstd may be null; step is not read if there is no dropout.
+template <class Real>
+void residual_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
+                                const Real* branch, const float* branch_bias, const Dropout& drop, const int* step,
+                                const float* weight, const float* bias, int B, int T, int C, cudaStream_t stream) {
+  launch_layernorm_forward<true>(stream_out, norm, mean, rstd, inp, branch, branch_bias, drop, step, weight, bias,
+                                 B * T, T, C, stream);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int layernorm_block_rows = 64;  // whose shares of the parameters' gradients a block adds up
+
+// The shares of the parameters' gradients stay in registers while a lane goes through its block's rows, 24 for each of
+// its chunks: hence whole blocks for long rows.
+template <class Shape, class Real>
+__global__ void __launch_bounds__(layernorm_threads)
+    residual_layernorm_backward_kernel(Real* dstream, Real* dbranch, float* partials, const Real* dnorm,
+                                       const Real* inp, const float* mean, const float* rstd, const float* weight,
+                                       bool first, Dropout drop, float scale, const int* step, int rows, int T, int C,
+                                       float one_in_C) {
+  constexpr int lanes = Shape::lanes, each = Shape::each, rows_at_once = Shape::rows_at_once;
+  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
+  if (dbranch && drop.active()) drop.step = uint32_t(*step);
+
+  Float8 dweight[each] = {}, dbias[each] = {}, dbranch_bias[each] = {};
+  for (int r = 0; r < layernorm_block_rows; r += rows_at_once) {
+    const int row = blockIdx.x * layernorm_block_rows + r + group;
+    const int chunks = row < rows ? C / 8 : 0;
+    const size_t at = size_t(row) * C;
+    const float m = row < rows ? mean[row] : 0, s = row < rows ? rstd[row] : 0;
+
+    Float8 n[each], g[each], dx[each];
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int chunk = lane + j * lanes;
+      n[j] = chunk < chunks ? load8(inp + at + chunk * 8) : Float8{};
+      g[j] = chunk < chunks ? load8(dnorm + at + chunk * 8) : Float8{};
+      dx[j] = chunk < chunks && !first ? load8(dstream + at + chunk * 8) : Float8{};
+    }
+    float sum_g = 0, sum_gn = 0;
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int chunk = lane + j * lanes;
+      if (chunk >= chunks) continue;
+      const Float8 w = load8(weight + chunk * 8);
+#pragma unroll
+      for (int i = 0; i < 8; i++) {
+        n[j][i] = (n[j][i] - m) * s;
+        dweight[j][i] += g[j][i] * n[j][i];
+        dbias[j][i] += g[j][i];
+        g[j][i] *= w[i];
+        sum_g += g[j][i];
+        sum_gn += g[j][i] * n[j][i];
+      }
+    }
+    sum_g = row_sum<Shape>(sum_g) * one_in_C;
+    sum_gn = row_sum<Shape>(sum_gn) * one_in_C;
+    const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
+#pragma unroll
+    for (int j = 0; j < each; j++) {
+      const int chunk = lane + j * lanes;
+      if (chunk >= chunks) continue;
+#pragma unroll
+      for (int i = 0; i < 8; i++) dx[j][i] += (g[j][i] - sum_g - n[j][i] * sum_gn) * s;
+      store8(dstream + at + chunk * 8, dx[j]);
+      if (!dbranch) continue;
+      // From the sum as it is, not as it was stored: the branch's gradient is rounded once, not twice.
+      if (drop.active()) dropout8(dx[j], drop, scale, first_counter + chunk);
+      store8(dbranch + at + chunk * 8, dx[j]);
+#pragma unroll
+      for (int i = 0; i < 8; i++) dbranch_bias[j][i] += dx[j][i];
+    }
+  }
+
+  // Adds what the groups of lanes have, in order.
+  __shared__ __align__(16) float shares[rows_at_once][Shape::max_C];
+  const auto add_groups = [&](float* out, const Float8(&share)[each]) {
+#pragma unroll
+    for (int j = 0; j < each; j++) store8(&shares[group][(lane + j * lanes) * 8], share[j]);
+    __syncthreads();
+    for (int c = threadIdx.x; c < C; c += layernorm_threads) {
+      float total = 0;
+#pragma unroll
+      for (int k = 0; k < rows_at_once; k++) total += shares[k][c];
+      out[c] = total;
+    }
+    __syncthreads();
+  };
+  float* out = partials + size_t(blockIdx.x) * 3 * C;
+  add_groups(out, dweight);
+  add_groups(out + C, dbias);
+  if (dbranch) add_groups(out + 2 * C, dbranch_bias);
+}
+
+// Floats that residual_layernorm_backward leaves as `partials`.
+inline size_t layernorm_partials(int rows, int C) { return size_t(ceil_div(rows, layernorm_block_rows)) * 3 * C; }
+
+// dstream (B, T, C) = what comes through the normalisation from dnorm (B, T, C), added to what was there before, unless
+// it is the first that comes to the stream; dbranch (B, T, C) = dropout(dstream), with the mask of the branch that was
+// added to the stream just before it was normalised. The equation is in kernels/layernorm.h.
+// partials (blocks, 3, C) = sums over each block's rows: of the gradients of weight and bias, and of dbranch, which is
+// the gradient of branch_bias; layernorm_partials(B * T, C) floats for layernorm_backward_finish
+// inp (B, T, C), mean, rstd (B, T): what was normalised and how. dbranch is null if no branch came before; it may be
+// dnorm.
+template <class Real>
+void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, const Real* dnorm, const Real* inp,
+                                 const float* mean, const float* rstd, const float* weight, bool first,
+                                 const Dropout& drop, const int* step, int B, int T, int C, cudaStream_t stream) {
+  require(B > 0 && T > 0, "residual_layernorm_backward: B = ", B, ", T = ", T);
+  const float scale = float(dropout_scale(drop.threshold));
+  with_row_shape(C, [&](auto shape) {
+    const int blocks = ceil_div(B * T, layernorm_block_rows);
+    launch(residual_layernorm_backward_kernel<decltype(shape), Real>, {unsigned(blocks), layernorm_threads, 0, stream},
+           dstream, dbranch, partials, dnorm, inp, mean, rstd, weight, first, drop, scale, step, B * T, T, C,
+           1.0f / float(C));
+  });
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int finish_columns = 32, finish_groups = 8;
+
+// Elements from one layer's slice of a tensor to the next one's.
+struct FinishStrides {
+  size_t dweight, dbias, dbranch_bias, partials;
+};
+
+// A block adds 32 columns of a layer's partials: eight groups of threads take turns at the rows, and are added in order.
+static __global__ void __launch_bounds__(finish_columns* finish_groups)
+    layernorm_backward_finish_kernel(float* dweight, float* dbias, float* dbranch_bias, const float* partials,
+                                     bool accumulate, int blocks, int C, FinishStrides strides) {
+  __shared__ float shares[finish_groups][finish_columns];
+  const int column = threadIdx.x % finish_columns, group = threadIdx.x / finish_columns;
+  const int c = blockIdx.x * finish_columns + column;
+  const size_t l = blockIdx.y;
+  float* out = nullptr;  // c's place in the partials' rows (3, C) says whose gradient it is
+  if (c < C)
+    out = dweight + l * strides.dweight + c;
+  else if (c < 2 * C)
+    out = dbias + l * strides.dbias + c - C;
+  else if (c < 3 * C && dbranch_bias)
+    out = dbranch_bias + l * strides.dbranch_bias + c - 2 * C;
+  float share = 0;
+  if (out) {
+    partials += l * strides.partials + c;
+#pragma unroll 16
+    for (int k = group; k < blocks; k += finish_groups) share += partials[size_t(k) * 3 * C];
+  }
+  shares[group][column] = share;
+  __syncthreads();
+  if (group == 0 && out) {
+    float total = 0;
+#pragma unroll
+    for (int k = 0; k < finish_groups; k++) total += shares[k][column];
+    *out = accumulate ? *out + total : total;
+  }
+}
+
+inline void launch_layernorm_backward_finish(float* dweight, float* dbias, float* dbranch_bias, const float* partials,
+                                             bool accumulate, int rows, int C, int layers, const FinishStrides& strides,
+                                             cudaStream_t stream) {
+  require(rows > 0 && C > 0 && layers < 65536, "layernorm_backward_finish: rows = ", rows, ", C = ", C,
+          ", layers = ", layers);
+  if (layers <= 0) return;
+  launch(layernorm_backward_finish_kernel,
+         {{unsigned(ceil_div(3 * C, finish_columns)), unsigned(layers)}, finish_columns * finish_groups, 0, stream},
+         dweight, dbias, dbranch_bias, partials, accumulate, ceil_div(rows, layernorm_block_rows), C, strides);
+}
+
+// dweight (C), dbias (C), dbranch_bias (C) = or += the sums of what residual_layernorm_backward left in partials;
+// dbranch_bias may be null
+inline void layernorm_backward_finish(float* dweight, float* dbias, float* dbranch_bias, const float* partials,
+                                      bool accumulate, int rows, int C, cudaStream_t stream) {
+  launch_layernorm_backward_finish(dweight, dbias, dbranch_bias, partials, accumulate, rows, C, 1, {}, stream);
+}
+
+// The same for several layers (none is allowed) in one launch. A tensor that every layer has is given by its `first`
+// slice and the `stride`, in elements, from slice to slice.
+template <class Slices>
+void layernorm_backward_finish(const Slices& dweight, const Slices& dbias, const Slices& dbranch_bias,
+                               const Slices& partials, bool accumulate, int rows, int C, int layers,
+                               cudaStream_t stream) {
+  launch_layernorm_backward_finish(dweight.first, dbias.first, dbranch_bias.first, partials.first, accumulate, rows, C,
+                                   layers, {dweight.stride, dbias.stride, dbranch_bias.stride, partials.stride},
+                                   stream);
+}

@@ -1,0 +1,482 @@
+// The library that computes matrix products, cuBLASLt, or plain loops where there is no GPU. Sums over the inner
+// dimension are in float, whatever the type of the operands. Which algorithm of cuBLASLt is the fastest depends on the
+// card and the shapes, and is found by trying them; the choice can be kept, and then a later run repeats this one.
+// defines: Product, Operands, AlgorithmTable, MatmulLibrary
+#pragma once
+#ifndef CUDA_ON_CPU
+#include <cublasLt.h>
+#endif
+
+#include <compare>
+#include <cstdio>
+#include <map>
+#include <optional>
+#include <set>
+#include <sstream>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "device.cuh"
+#include "launch.cuh"
+#include "masks.h"
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the library is asked for. It stores matrices by columns.
+
+enum class OperandType { float32, tf32, bfloat16, float16 };            // tf32: floats, multiplied with 10 bits of each
+enum class Epilogue { none, bias, relu, relu_mask, drelu, bias_grad };  // the first two relus add a bias before
+
+// d (m, n) = op(a) (m, k) @ op(b) (k, n). This is all that the choice of an algorithm depends on; whether the product is
+// added to d is not part of it.
+struct Product {
+  OperandType type;
+  bool float_d;  // d is float, otherwise of the operands' type
+  bool transpose_a, transpose_b;
+  int m, n, k, lda, ldb, ldd;
+  Epilogue epilogue = Epilogue::none;
+
+  auto operator<=>(const Product&) const = default;
+  Product with(Epilogue e) const {
+    Product out = *this;
+    out.epilogue = e;
+    return out;
+  }
+  bool adds_bias() const {
+    return epilogue == Epilogue::bias || epilogue == Epilogue::relu || epilogue == Epilogue::relu_mask;
+  }
+  bool has_mask() const { return epilogue == Epilogue::relu_mask || epilogue == Epilogue::drelu; }
+
+  std::string text() const {
+    constexpr const char* types[] = {"float32", "tf32", "bfloat16", "float16"};
+    constexpr const char* epilogues[] = {"", " bias", " relu", " relu_mask", " drelu", " bias_grad"};
+    std::ostringstream out;
+    out << types[int(type)] << (float_d ? " to float32" : "") << epilogues[int(epilogue)] << " "
+        << "NT"[transpose_a] << "NT"[transpose_b] << " m " << m << " n " << n << " k " << k << " ld " << lda << " "
+        << ldb << " " << ldd;
+    return out.str();
+  }
+};
+
+struct Operands {
+  void* d;
+  const void *a, *b;
+  bool accumulate = false;        // d += instead of =; not with an epilogue
+  const void* bias = nullptr;     // (m), of d's type, is added to every column
+  float* dbias = nullptr;         // (n) = the sums of op(b) over k; d is float, too
+  unsigned char* mask = nullptr;  // a bit for each element of d; its columns begin mask_stride(m) bits apart
+};
+
+constexpr int mask_stride(int m) { return ceil_div(m, 128) * 128; }
+
+// Which algorithm computes which product, as text.
+class AlgorithmTable {
+ public:
+  // machine: all else on which that depends, the card and the version of the library
+  explicit AlgorithmTable(std::string machine) : machine_(std::move(machine)) {}
+
+  const std::string* find(const std::string& product) const {
+    const auto it = algorithms_.find(product);
+    return it == algorithms_.end() ? nullptr : &it->second;
+  }
+  void set(const std::string& product, const std::string& algorithm) { algorithms_[product] = algorithm; }
+
+  // Says that a product of the table was computed.
+  void use(const std::string& product) { used_.insert(product); }
+  // Names what has been used so far: with the same name, the same bits.
+  std::string name() const {
+    std::string lines;
+    for (const std::string& product : used_) lines += line(product, algorithms_.at(product));
+    return machine_ + ", " + digest(lines).substr(0, 8);
+  }
+
+  std::string save() const {
+    std::string text = head();
+    for (const auto& [product, algorithm] : algorithms_) text += line(product, algorithm);
+    return text + line("digest", digest(text));
+  }
+  // Takes what save() returned on the same machine. Anything else is ignored: it can be measured again.
+  void load(const std::string& text) {
+    const size_t begin = head().size(), end = text.rfind("digest: ");
+    if (end == std::string::npos || text.rfind(head(), 0) != 0) return;
+    if (text.substr(end) != line("digest", digest(text.substr(0, end)))) return;
+    std::istringstream lines(text.substr(begin, end - begin));
+    for (std::string next; std::getline(lines, next);)
+      if (const size_t colon = next.find(": "); colon != std::string::npos)
+        set(next.substr(0, colon), next.substr(colon + 2));
+  }
+
+ private:
+  std::string head() const { return "algorithms of matrix products, version 1\n" + machine_ + "\n"; }
+  static std::string line(const std::string& key, const std::string& value) { return key + ": " + value + "\n"; }
+  static std::string digest(const std::string& text) {  // FNV-1a
+    uint64_t hash = 0xcbf29ce484222325;
+    for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+    char hex[17];
+    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(hash));
+    return hex;
+  }
+
+  std::string machine_;
+  std::map<std::string, std::string> algorithms_;
+  std::set<std::string> used_;
+};
+
+class DeviceMemory {
+ public:
+  explicit DeviceMemory(size_t bytes) { CUDA_CHECK(cudaMalloc(&memory_, bytes)); }
+  ~DeviceMemory() { cudaFree(memory_); }
+  DeviceMemory(const DeviceMemory&) = delete;
+  template <class Element>
+  Element* as() const {
+    return reinterpret_cast<Element*>(memory_);
+  }
+
+ private:
+  unsigned char* memory_ = nullptr;
+};
+
+#ifdef CUDA_ON_CPU
+// ---------------------------------------------------------------------------------------------------------------------
+// Plain loops, as work on the stream.
+
+template <class Real, class D>
+void multiply_on_cpu(const Product& p, const Operands& o) {
+  const Real *a = static_cast<const Real*>(o.a), *b = static_cast<const Real*>(o.b);
+  const size_t m = p.m, n = p.n, K = p.k, lda = p.lda, ldb = p.ldb, mask_bytes = mask_stride(p.m) / 8;
+  const bool relu = p.epilogue == Epilogue::relu || p.epilogue == Epilogue::relu_mask;
+  std::vector<float> a_columns(m * K), sums(m);  // op(a), a column of d
+  for (size_t k = 0; k < K; k++)
+    for (size_t i = 0; i < m; i++) a_columns[k * m + i] = float(p.transpose_a ? a[i * lda + k] : a[k * lda + i]);
+  for (size_t j = 0; j < n; j++) {
+    float* const sum = sums.data();
+    float b_sum = 0;
+    for (size_t i = 0; i < m; i++) sum[i] = p.adds_bias() ? float(static_cast<const D*>(o.bias)[i]) : 0;
+    for (size_t k = 0; k < K; k++) {
+      const float x = float(p.transpose_b ? b[k * ldb + j] : b[j * ldb + k]);
+      const float* const column = a_columns.data() + k * m;
+#pragma omp simd
+      for (size_t i = 0; i < m; i++) sum[i] += x * column[i];
+      b_sum += x;
+    }
+    if (p.epilogue == Epilogue::bias_grad) o.dbias[j] = b_sum;
+    unsigned char* const mask = p.has_mask() ? o.mask + j * mask_bytes : nullptr;
+    if (p.epilogue == Epilogue::relu_mask) std::memset(mask, 0, mask_bytes);
+    D* const d = static_cast<D*>(o.d) + j * p.ldd;
+    for (size_t i = 0; i < m; i++) {
+      if (p.epilogue == Epilogue::relu_mask && sum[i] > 0) mask[i / 8] |= 1 << i % 8;
+      const bool passes = p.epilogue == Epilogue::drelu ? mask[i / 8] >> i % 8 & 1 : !relu || sum[i] > 0;
+      d[i] = D((o.accumulate ? float(d[i]) : 0) + (passes ? sum[i] : 0));
+    }
+  }
+}
+
+class MatmulLibrary {
+ public:
+  static constexpr size_t workspace_bytes = 1 << 18;
+
+  explicit MatmulLibrary(cudaStream_t stream) : stream_(stream), workspace_(workspace_bytes) {}
+
+  AlgorithmTable& table() { return table_; }
+  float* workspace() const { return workspace_.as<float>(); }
+
+  template <class Unfused>
+  bool fuses(const Product&, const Operands&, Unfused) {
+    return true;
+  }
+  void multiply(const Product& p, const Operands& o) {
+    if (used_.insert(p).second) {
+      table_.set(p.text(), "loops");
+      table_.use(p.text());
+    }
+    cuda_on_cpu::enqueue(stream_, [p, o] {
+      if (p.type == OperandType::bfloat16)
+        p.float_d ? multiply_on_cpu<bf16, float>(p, o) : multiply_on_cpu<bf16, bf16>(p, o);
+      else if (p.type == OperandType::float16)
+        p.float_d ? multiply_on_cpu<fp16, float>(p, o) : multiply_on_cpu<fp16, fp16>(p, o);
+      else
+        multiply_on_cpu<float, float>(p, o);
+    });
+  }
+  template <class Real>
+  double measure_peak(OperandType) {
+    return 0;
+  }
+
+ private:
+  cudaStream_t stream_;
+  DeviceMemory workspace_;
+  AlgorithmTable table_{"CPU"};
+  std::set<Product> used_;
+};
+
+#else
+// ---------------------------------------------------------------------------------------------------------------------
+// cuBLASLt.
+
+// x = numbers in [-1, 1), eight for each thread
+template <class Real>
+__global__ void __launch_bounds__(256) noise_kernel(Real* x) {
+  const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  const Philox4 r = random4(0, 0, 0, i);
+  Float8 v;
+#pragma unroll
+  for (int j = 0; j < 8; j++) v[j] = float(draw_of(r, j)) / 32768 - 1;
+  store8(x + 8 * i, v);
+}
+
+class MatmulLibrary {
+ public:
+  static constexpr size_t workspace_bytes = 32 << 20;  // what cuBLAS' manual recommends for Hopper
+
+  explicit MatmulLibrary(cudaStream_t stream) : stream_(stream), workspace_(workspace_bytes), table_(machine()) {
+    check(cublasLtCreate(&handle_), "cublasLtCreate");
+  }
+  ~MatmulLibrary() { cublasLtDestroy(handle_); }
+  MatmulLibrary(const MatmulLibrary&) = delete;
+
+  AlgorithmTable& table() { return table_; }
+  // Scratch for kernels on the same stream, too: the library needs it only while a product is computed.
+  float* workspace() const { return workspace_.as<float>(); }
+
+  // Whether multiply(p, o) is possible and faster than unfused(), which arrives at the same without an epilogue.
+  template <class Unfused>
+  bool fuses(const Product& p, const Operands& o, Unfused unfused) {
+    const auto it = plans_.find(p);
+    return (it != plans_.end() ? it->second : make_plan(p, o, [&] { return milliseconds(unfused); })).usable;
+  }
+  void multiply(const Product& p, const Operands& o) {
+    const auto it = plans_.find(p);
+    Plan& plan = it != plans_.end() ? it->second : make_plan(p, o, [] { return INFINITY; });
+    require(plan.usable, "cuBLASLt has no algorithm for ", p.text());
+    if (!plan.used && !comparing_) {
+      plan.used = true;
+      table_.use(p.text());
+    }
+    set_pointers(plan, p, o);
+    check(run(plan, plan.algorithm, o, o.d, o.accumulate), p.text().c_str());
+  }
+
+  // TFLOP/s of a large product, 0: there is no memory for it. It multiplies noise: zeros would keep the card cooler, and
+  // faster.
+  template <class Real>
+  double measure_peak(OperandType type) {
+    const int n = sizeof(Real) == 2 ? 8192 : 4096;
+    const size_t count = size_t(n) * n;
+    try {
+      const DeviceMemory memory(3 * count * sizeof(Real));
+      Real* const x = memory.as<Real>();
+      launch(noise_kernel<Real>, {unsigned(2 * count / 8 / 256), 256, 0, stream_}, x);
+      const Operands o = {.d = x + 2 * count, .a = x, .b = x + count};
+      Plan plan = describe({type, false, true, false, n, n, n, n, n, n});
+      const std::vector<Algorithm> candidates = heuristics(plan, n);
+      float best = INFINITY, spent = 0;
+      for (size_t i = 0; !candidates.empty() && i < 12 && spent < 50; i++) {
+        const Algorithm& algorithm = candidates[i % std::min<size_t>(candidates.size(), 4)];
+        const float t = milliseconds_of(plan, algorithm, o, o.d, 1);
+        best = std::min(best, t);
+        spent += 2 * t;
+      }
+      return 2e-9 * n * n * n / best;
+    } catch (const CudaError& e) {
+      if (e.code != cudaErrorMemoryAllocation) throw;
+      cudaGetLastError();  // so that the error is not found again at the next launch
+      return 0;
+    }
+  }
+
+ private:
+  struct Algorithm {  // with a name, which the library's struct has not: nvcc 13.0 fails on a vector of those
+    cublasLtMatmulAlgo_t opaque{};
+  };
+  struct Plan {
+    cublasLtMatmulDescOpaque_t product{};
+    cublasLtMatrixLayoutOpaque_t a{}, b{}, d{};
+    Algorithm algorithm;
+    bool usable = false;  // false: there is no algorithm, or another way is faster
+    bool used = false;
+  };
+
+  static void check(cublasStatus_t status, const char* what) {
+    if (status != CUBLAS_STATUS_SUCCESS)
+      throw std::runtime_error(std::string("cuBLASLt: ") + what + ": " + cublasLtGetStatusString(status));
+  }
+  static std::string machine() {
+    int device;
+    cudaDeviceProp card;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaGetDeviceProperties(&card, device));
+    std::ostringstream out;
+    out << card.name << ", compute capability " << card.major << "." << card.minor << ", " << card.multiProcessorCount
+        << " multiprocessors, cuBLASLt " << cublasLtGetVersion();
+    return out.str();
+  }
+
+  // A new product: its algorithm is the table's or, if that has none, the fastest, unless other_way() is faster still,
+  // which returns milliseconds.
+  template <class OtherWay>
+  Plan& make_plan(const Product& p, const Operands& o, OtherWay other_way) {
+    cudaStreamCaptureStatus capture;
+    CUDA_CHECK(cudaStreamIsCapturing(stream_, &capture));
+    require(capture == cudaStreamCaptureStatusNone, "matmul: ", p.text(),
+            " is new, and no algorithm can be chosen while a graph is captured: compute everything once before");
+    Plan plan = describe(p);
+    set_pointers(plan, p, o);  // the heuristics look at their alignment
+    const std::string* known = table_.find(p.text());
+    if (!known || (*known != "unfused" && !restore(plan, *known))) {
+      const float best = choose(plan, p, o);
+      const bool outer = std::exchange(comparing_, true);
+      plan.usable = best < other_way();
+      comparing_ = outer;
+    }
+    table_.set(p.text(), plan.usable ? algorithm_text(plan.algorithm) : "unfused");
+    return plans_.insert_or_assign(p, plan).first->second;
+  }
+
+  template <class Value>
+  static void set(Plan& plan, cublasLtMatmulDescAttributes_t attribute, Value value) {
+    check(cublasLtMatmulDescSetAttribute(&plan.product, attribute, &value, sizeof value), "a descriptor");
+  }
+  static Plan describe(const Product& p) {
+    constexpr cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_32F, CUDA_R_16BF, CUDA_R_16F};
+    constexpr cublasLtEpilogue_t epilogues[] = {CUBLASLT_EPILOGUE_DEFAULT,   CUBLASLT_EPILOGUE_BIAS,
+                                                CUBLASLT_EPILOGUE_RELU_BIAS, CUBLASLT_EPILOGUE_RELU_AUX_BIAS,
+                                                CUBLASLT_EPILOGUE_DRELU,     CUBLASLT_EPILOGUE_BGRADB};
+    const cudaDataType_t type = types[int(p.type)];
+    const bool tf32 = p.type == OperandType::tf32;
+    Plan plan;
+    check(cublasLtMatmulDescInit(&plan.product, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
+          "a descriptor");
+    set(plan, CUBLASLT_MATMUL_DESC_TRANSA, int32_t(p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N));
+    set(plan, CUBLASLT_MATMUL_DESC_TRANSB, int32_t(p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N));
+    set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogues[int(p.epilogue)]));
+    if (p.has_mask()) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(mask_stride(p.m)));
+    const auto layout = [](cublasLtMatrixLayoutOpaque_t& matrix, cudaDataType_t of, int rows, int columns, int ld) {
+      check(cublasLtMatrixLayoutInit(&matrix, of, uint64_t(rows), uint64_t(columns), ld), "a matrix layout");
+    };
+    layout(plan.a, type, p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k, p.lda);  // as stored, before op
+    layout(plan.b, type, p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n, p.ldb);
+    layout(plan.d, p.float_d ? CUDA_R_32F : type, p.m, p.n, p.ldd);
+    return plan;
+  }
+  static void set_pointers(Plan& plan, const Product& p, const Operands& o) {
+    if (p.adds_bias()) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, o.bias);
+    if (p.epilogue == Epilogue::bias_grad) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<void*>(o.dbias));
+    if (p.has_mask()) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, static_cast<void*>(o.mask));
+  }
+  cublasStatus_t run(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, bool accumulate) {
+    const float alpha = 1, beta = accumulate;
+    return cublasLtMatmul(handle_, &plan.product, &alpha, o.a, &plan.a, o.b, &plan.b, &beta, d, &plan.d, d, &plan.d,
+                          &algorithm.opaque, workspace_.as<void>(), workspace_bytes, stream_);
+  }
+
+  // An algorithm is 64 bytes, which may be kept for the same version of the library.
+  static std::string algorithm_text(const Algorithm& algorithm) {
+    std::ostringstream out;
+    out << std::hex;
+    for (const uint64_t word : algorithm.opaque.data) out << word << " ";
+    return out.str();
+  }
+  bool restore(Plan& plan, const std::string& text) {
+    std::istringstream in(text);
+    in >> std::hex;
+    for (uint64_t& word : plan.algorithm.opaque.data) in >> word;
+    cublasLtMatmulHeuristicResult_t result{};
+    plan.usable = in && cublasLtMatmulAlgoCheck(handle_, &plan.product, &plan.a, &plan.b, &plan.d, &plan.d,
+                                                &plan.algorithm.opaque, &result) == CUBLAS_STATUS_SUCCESS;
+    plan.usable = plan.usable && result.workspaceSize <= workspace_bytes;
+    return plan.usable;
+  }
+
+  // The algorithms that the library proposes; only such that sum over k in the same order every time, and in
+  // float: in one piece, or in pieces that lie in the workspace as floats until a second kernel adds them. The library's
+  // other ways to split k add up in d's type, one of them in place while the pieces are computed.
+  std::vector<Algorithm> heuristics(Plan& plan, int k) {
+    cublasLtMatmulPreferenceOpaque_t preference{};
+    check(cublasLtMatmulPreferenceInit(&preference), "a preference");
+    const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
+      check(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value), "a preference");
+    };
+    prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(workspace_bytes));
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    for (const auto alignment :
+         {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
+          CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
+      prefer(alignment, uint32_t(16));  // what Matmul asks of pointers; the default is 256
+
+    constexpr int count = 32;
+    cublasLtMatmulHeuristicResult_t results[count];
+    std::vector<Algorithm> out;
+    int found = 0;
+    if (cublasLtMatmulAlgoGetHeuristic(handle_, &plan.product, &plan.a, &plan.b, &plan.d, &plan.d, &preference, count,
+                                       results, &found) != CUBLAS_STATUS_SUCCESS)
+      return out;
+    for (int i = 0; i < found; i++) {
+      const cublasLtMatmulHeuristicResult_t& r = results[i];
+      if (r.state != CUBLAS_STATUS_SUCCESS || r.workspaceSize > workspace_bytes) continue;
+      const uint32_t scheme = config(r.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME);
+      if (scheme != CUBLASLT_REDUCTION_SCHEME_NONE && scheme != CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) continue;
+      // Some versions are said to lose the last terms when tiles do not divide a k that is split.
+      if (k % 128 != 0 && config(r.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1) continue;
+      out.push_back({r.algo});
+    }
+    return out;
+  }
+  static uint32_t config(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_t attribute) {
+    uint32_t value = 0;
+    size_t written = 0;
+    check(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof value, &written), "an algorithm");
+    return value;
+  }
+
+  // Gives the plan the fastest algorithm and returns its milliseconds; infinity: there is none. Overwrites d, or memory
+  // of the same size where d is to be added to.
+  float choose(Plan& plan, const Product& p, const Operands& o) {
+    const std::vector<Algorithm> candidates = heuristics(plan, p.k);
+    std::vector<float> times(candidates.size(), INFINITY);
+    std::optional<DeviceMemory> instead;
+    if (o.accumulate) instead.emplace(size_t(p.n) * p.ldd * sizeof(float));
+    void* const d = instead ? instead->as<void>() : o.d;
+    float best = INFINITY;
+    for (int round = 0; round < 3; round++)
+      for (size_t i = 0; i < candidates.size(); i++) {
+        if (round > 0 && !(times[i] < 1.2f * best)) continue;  // out of the race
+        times[i] = std::min(times[i], milliseconds_of(plan, candidates[i], o, d, 4));
+        if (times[i] >= best) continue;
+        best = times[i];
+        plan.algorithm = candidates[i];
+      }
+    return best;
+  }
+  float milliseconds_of(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, int calls) {
+    bool fails = false;
+    const float t = milliseconds([&] { fails |= run(plan, algorithm, o, d, false) != CUBLAS_STATUS_SUCCESS; }, calls);
+    return fails ? INFINITY : t;
+  }
+
+  // Of one of several calls in a row. The first, which may load kernels or make plans, is not counted.
+  template <class Work>
+  float milliseconds(Work work, int calls = 4) {
+    struct Event {
+      cudaEvent_t event;
+      Event() { CUDA_CHECK(cudaEventCreate(&event)); }
+      ~Event() { cudaEventDestroy(event); }
+    } start, stop;
+    float out;
+    work();
+    CUDA_CHECK(cudaEventRecord(start.event, stream_));
+    for (int i = 0; i < calls; i++) work();
+    CUDA_CHECK(cudaEventRecord(stop.event, stream_));
+    CUDA_CHECK(cudaEventSynchronize(stop.event));
+    CUDA_CHECK(cudaEventElapsedTime(&out, start.event, stop.event));
+    return out / float(calls);
+  }
+
+  cudaStream_t stream_;
+  DeviceMemory workspace_;
+  AlgorithmTable table_;
+  cublasLtHandle_t handle_ = nullptr;
+  std::map<Product, Plan> plans_;
+  bool comparing_ = false;  // what is computed now is only timed
+};
+#endif

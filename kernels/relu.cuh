@@ -1,0 +1,63 @@
+// Bias and rectified linear unit, in place: what follows a matrix product whose library cannot do it in the same pass
+// (matmul.cuh). Eight neighbouring elements a thread.
+// defines: bias_forward, bias_relu_forward, relu_backward
+#pragma once
+#include <climits>
+
+#include "device.cuh"
+#include "launch.cuh"
+
+template <class Real, bool RELU>
+__global__ void __launch_bounds__(256) bias_forward_kernel(Real* x, const Real* bias, int rows, int OC, int ld) {
+  const unsigned groups = ceil_div(OC, 8), i = blockIdx.x * blockDim.x + threadIdx.x;
+  const int r = int(i / groups), c = int(i % groups) * 8;
+  if (r >= rows) return;
+  Real* const at = x + size_t(r) * ld + c;
+  const auto result = [](float v, float b) { return RELU ? fmaxf(v + b, 0) : v + b; };
+  if (c + 8 <= OC) {
+    Float8 v = load8(at);
+    const Float8 b = load8(bias + c);
+#pragma unroll
+    for (int j = 0; j < 8; j++) v[j] = result(v[j], b[j]);
+    store8(at, v);
+  } else {
+    for (int j = 0; c + j < OC; j++) at[j] = Real(result(float(at[j]), float(bias[c + j])));
+  }
+}
+
+template <class Real, bool RELU>
+void launch_bias_forward(Real* x, const Real* bias, int rows, int OC, int ld, cudaStream_t stream) {
+  require(ld >= OC && ld % 8 == 0, "bias_forward: rows of ", ld, " elements for OC = ", OC);
+  const size_t threads = size_t(rows) * ceil_div(OC, 8);
+  require(threads > 0 && threads < UINT_MAX - 256, "bias_forward: rows = ", rows, ", OC = ", OC);
+  launch(bias_forward_kernel<Real, RELU>, {unsigned(ceil_div(threads, 256)), 256, 0, stream}, x, bias, rows, OC, ld);
+}
+
+// x (rows, OC) = x + bias (OC), a row of x is ld elements long
+template <class Real>
+void bias_forward(Real* x, const Real* bias, int rows, int OC, int ld, cudaStream_t stream) {
+  launch_bias_forward<Real, false>(x, bias, rows, OC, ld, stream);
+}
+// x (rows, OC) = max(x + bias (OC), 0)
+template <class Real>
+void bias_relu_forward(Real* x, const Real* bias, int rows, int OC, int ld, cudaStream_t stream) {
+  launch_bias_forward<Real, true>(x, bias, rows, OC, ld, stream);
+}
+
+template <class Real>
+__global__ void __launch_bounds__(256) relu_backward_kernel(Real* dx, const Real* out, size_t count) {
+  const size_t i = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (i >= count) return;
+  Float8 d = load8(dx + i);
+  const Float8 o = load8(out + i);
+#pragma unroll
+  for (int j = 0; j < 8; j++) d[j] = o[j] > 0 ? d[j] : 0;
+  store8(dx + i, d);
+}
+
+// dx (count) = dx where out > 0, else 0; out (count) is what forward left
+template <class Real>
+void relu_backward(Real* dx, const Real* out, size_t count, cudaStream_t stream) {
+  require(count > 0 && count % 8 == 0, "relu_backward: count = ", count, " is not a multiple of 8");
+  launch(relu_backward_kernel<Real>, {unsigned(ceil_div(count / 8, 256)), 256, 0, stream}, dx, out, count);
+}

@@ -1,0 +1,265 @@
+// Attention's CUDA kernels against the plain loops of the CPU twin, in double from inputs rounded to Real.
+#include "../kernels/attention.cuh"
+#include "../kernels/attention.h"
+#include "cuda.h"
+
+namespace {
+
+struct Shape {
+  int B, T, NH, HS;
+  int C() const { return NH * HS; }
+  size_t rows() const { return size_t(B) * T; }
+  size_t weights() const { return size_t(B) * NH * T; }
+};
+
+// What the kernels make of numbers, and what they make it from.
+template <class Real>
+struct Results {
+  std::vector<Real> out, dqkv;
+  std::vector<float> lse, D;
+};
+
+template <class Real>
+Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropout& drop) {
+  const DeviceArray<Real> in(qkv), out(s.rows() * s.C());
+  const DeviceArray<float> lse(s.weights());
+  const DeviceArray<int> step(std::vector<int>{int(drop.step)});
+  Dropout without_step = drop;
+  without_step.step = 12345;  // the number on the device counts
+  attention_forward(out.data(), lse.data(), in.data(), without_step, drop.active() ? step.data() : nullptr, s.B, s.T,
+                    s.C(), s.NH, nullptr);
+  return {out.read(), {}, lse.read(), {}};
+}
+template <class Real, class Out>
+Results<Real> backward(const Shape& s, const std::vector<float>& qkv, const std::vector<float>& dout,
+                       const std::vector<Out>& out, const std::vector<float>& lse, const Dropout& drop) {
+  const DeviceArray<Real> in(qkv), d(dout), from(out), dqkv(s.rows() * 3 * s.C());
+  const DeviceArray<float> sums(lse), D(s.weights());
+  const DeviceArray<int> step(std::vector<int>{int(drop.step)});
+  Dropout without_step = drop;
+  without_step.step = 12345;
+  attention_backward(dqkv.data(), D.data(), d.data(), in.data(), from.data(), sums.data(), without_step,
+                     drop.active() ? step.data() : nullptr, s.B, s.T, s.C(), s.NH, nullptr);
+  return {{}, dqkv.read(), {}, D.read()};
+}
+
+Dropout dropout(double p, int first_row = 0) {
+  return {5, 6, site::attention_dropout + 2, dropout_threshold(p), first_row};
+}
+
+std::vector<float> random_qkv(const Shape& s, double scale = 1) { return noise(s.rows() * 3 * s.C(), 1, scale); }
+std::vector<float> random_dout(const Shape& s) { return noise(s.rows() * s.C(), 2); }
+
+// How far from the exact numbers the kernels may be. A weight that is rounded to Real errs by up to half a unit, which is
+// more than two standard deviations; a weight in float by what exp makes of a sum over channels of size `scores`. The
+// errors of a sum's terms are independent and add up like squares: twice their root, and half a unit of the result.
+struct Budgets {
+  std::vector<double> out, dqkv;
+};
+template <class Real>
+Budgets budgets(const Shape& s, const std::vector<double>& qkv, const std::vector<double>& dout,
+                const std::vector<double>& out, const std::vector<double>& lse, const std::vector<double>& dqkv,
+                const Dropout& drop, double scores) {
+  const bool is_float = std::is_same_v<Real, float>, is_fp16 = std::is_same_v<Real, fp16>;
+  const double half_unit = is_float ? 0x1p-24 : is_fp16 ? 0x1p-11 : 0x1p-8, of_weight = is_float ? 0 : half_unit;
+  const double smallest = is_fp16 ? 0x1p-25 : 0x1p-126;  // where numbers are not relative to anything
+  const double in_float = 0x1p-24 * (scores / 2 + 1) * std::sqrt(double(std::max(s.T, s.HS)));
+  const double scale = 1 / std::sqrt(double(s.HS)), kept = dropout_scale(drop.threshold);
+  Budgets x{std::vector<double>(out.size()), std::vector<double>(dqkv.size())};
+  const auto add = [](double& to, double y) { to += y * y; };
+  for (int b = 0; b < s.B; b++)
+    for (int h = 0; h < s.NH; h++)
+      for (int q = 0; q < s.T; q++)
+        for (int kv = 0; kv <= q; kv++) {
+          const size_t at_q = size_t(b * s.T + q) * 3 * s.C() + h * s.HS, row = size_t(b * s.T + q) * s.C() + h * s.HS;
+          const size_t at_k = size_t(b * s.T + kv) * 3 * s.C() + s.C() + h * s.HS, at_v = at_k + s.C();
+          const bool keep = attention_draw(drop, uint64_t(drop.first_row + b) * s.NH + h, q, kv, s.T) < drop.threshold;
+          const double m = keep ? kept : 0;
+          double dot = 0, difference = 0, terms = 0;  // of m * dP - D
+          for (int i = 0; i < s.HS; i++) {
+            dot += qkv[at_q + i] * qkv[at_k + i];
+            difference += dout[row + i] * (m * qkv[at_v + i] - out[row + i]);
+            add(terms, m * dout[row + i] * qkv[at_v + i]);
+            add(terms, dout[row + i] * out[row + i]);
+          }
+          const double P = std::exp(dot * scale - lse[size_t(b * s.NH + h) * s.T + q]);
+          const double of_P = m * ((of_weight + in_float) * P + smallest);
+          const double of_dS =
+              scale * (P * ((of_weight + in_float) * std::abs(difference) + in_float * std::sqrt(terms)) + smallest);
+          for (int i = 0; i < s.HS; i++) {
+            add(x.out[row + i], of_P * qkv[at_v + i]);
+            add(x.dqkv[at_v + i], of_P * dout[row + i]);
+            add(x.dqkv[at_q + i], of_dS * qkv[at_k + i]);
+            add(x.dqkv[at_k + i], of_dS * qkv[at_q + i]);
+          }
+        }
+  for (size_t i = 0; i < out.size(); i++) x.out[i] = 2 * std::sqrt(x.out[i]) + half_unit * std::abs(out[i]) + smallest;
+  for (size_t i = 0; i < dqkv.size(); i++)
+    x.dqkv[i] = 2 * std::sqrt(x.dqkv[i]) + half_unit * std::abs(dqkv[i]) + smallest;
+  return x;
+}
+
+template <class Real>
+void check_within(const std::vector<Real>& got, const std::vector<double>& want, const std::vector<double>& budget) {
+  REQUIRE(got.size() == want.size());
+  size_t worst = 0;
+  double share = 0;
+  for (size_t i = 0; i < got.size(); i++) {
+    const double error = std::abs(double(float(got[i])) - want[i]);
+    const double x = error == 0 ? 0 : std::isfinite(error) ? error / budget[i] : INFINITY;
+    if (x > share) share = x, worst = i;
+  }
+  INFO("element " << worst << " of " << got.size() << " is " << double(float(got[worst])) << " instead of "
+                  << want[worst]);
+  CHECK(share <= 1);
+}
+
+// Forward and backward against the reference. Backward gets the reference's out and lse, rounded, so that errors of
+// forward do not count twice.
+template <class Real>
+void check_against_reference(const Shape& s, const Dropout& drop, double scale = 1, double scores = 4) {
+  CAPTURE(s.B, s.T, s.NH, s.HS, drop.threshold, drop.first_row, sizeof(Real));
+  const std::vector<float> qkv = random_qkv(s, scale), dout = random_dout(s);
+  const std::vector<double> qkv64 = rounded<Real>(qkv), dout64 = rounded<Real>(dout);
+  std::vector<double> out(s.rows() * s.C()), lse(s.weights()), dqkv(qkv.size());
+  reference::attention_forward(out.data(), lse.data(), qkv64.data(), drop, s.B, s.T, s.C(), s.NH);
+  const std::vector<float> out32 = rounded<Real, float>({out.begin(), out.end()}), lse32(lse.begin(), lse.end());
+  const std::vector<double> out_of_Real(out32.begin(), out32.end()), lse_of_float(lse32.begin(), lse32.end());
+  reference::attention_backward(dqkv.data(), dout64.data(), qkv64.data(), out_of_Real.data(), lse_of_float.data(), drop,
+                                s.B, s.T, s.C(), s.NH);
+  const Budgets budget = budgets<Real>(s, qkv64, dout64, out_of_Real, lse, dqkv, drop, scores);
+
+  const Results<Real> f = forward<Real>(s, qkv, drop);
+  check_within(f.out, out, budget.out);
+  check_close(f.lse, lse, 4 * std::sqrt(double(std::max(s.T, s.HS))) * 0x1p-24);
+  check_within(backward<Real>(s, qkv, dout, out32, lse32, drop).dqkv, dqkv, budget.dqkv);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float, bf16, fp16) {
+  const bool plain = std::is_same_v<TestType, float>;  // its lengths matter by the warp only, and it is slow here
+  for (const int T : plain ? std::vector{1, 31, 33, 65} : std::vector{1, 15, 16, 17, 31, 33, 64, 65, 100, 130}) {
+    check_against_reference<TestType>({2, T, 1, 64}, dropout(0.2, 3));
+    check_against_reference<TestType>({1, T, 2, 64}, dropout(0));
+  }
+  for (const int HS : {16, 32, 128})
+    for (const int T : plain ? std::vector{1, 34, 65} : std::vector{1, 33, 100, 130, HS == 16 ? 300 : 17})
+      check_against_reference<TestType>({1, T, 2, HS}, dropout(T % 2 ? 0.2 : 0, 1));
+}
+
+// The running softmax's maximum, weights far below float's range, scores of later keys beyond it.
+TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf16, fp16) {
+  for (const int HS : {64, 128}) check_against_reference<TestType>({1, 70, 1, HS}, dropout(0.2), 5, 100);
+}
+
+// Weights that show: with one-hot values, out (q, c) is the weight of key first_key + c; with one-hot dout, dv (kv, c) is
+// that of query first_query + c; and with D = 0, dout . v = 1 and one-hot keys and queries, dq and dk show dS the same way.
+// All of them are exactly zero where the CPU's draws drop, and nowhere else.
+TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, bf16, fp16) {
+  const bool plain = std::is_same_v<TestType, float>;
+  const Shape s{plain ? 1 : 2, plain ? 70 : 130, 1, 64};
+  const Dropout drop = dropout(0.3, 5);
+  const auto kept = [&](int b, int q, int kv) {
+    return kv <= q && attention_draw(drop, drop.first_row + b, q, kv, s.T) < drop.threshold;
+  };
+  const auto one_hot = [&](std::vector<float>& to, int part, int parts, int first) {
+    for (int b = 0; b < s.B; b++)
+      for (int t = first; t < std::min(first + s.HS, s.T); t++)
+        to[(size_t(b * s.T + t) * parts + part) * s.HS + t - first] = 1;
+  };
+  const auto at = [&](const std::vector<TestType>& x, int b, int t, int part, int parts, int c) {
+    return float(x[(size_t(b * s.T + t) * parts + part) * s.HS + c]) != 0;
+  };
+  const std::vector<float> none(s.rows() * s.HS);
+  std::vector<float> lse(s.weights());
+  int wrong = 0, dropped = 0, all = 0;
+  for (int first_key = 0; first_key < s.T; first_key += s.HS) {
+    std::vector<float> qkv(s.rows() * 3 * s.HS);
+    one_hot(qkv, 2, 3, first_key);
+    const std::vector<TestType> out = forward<TestType>(s, qkv, drop).out;
+    for (int b = 0; b < s.B; b++)
+      for (int q = 0; q < s.T; q++)
+        for (int c = 0; c < s.HS && first_key + c < s.T; c++) {
+          wrong += at(out, b, q, 0, 1, c) != kept(b, q, first_key + c);
+          all += first_key + c <= q;
+          dropped += first_key + c <= q && !kept(b, q, first_key + c);
+        }
+    for (int first_query = first_key; first_query < s.T; first_query += s.HS) {
+      std::vector<float> dout(s.rows() * s.HS);
+      std::fill(qkv.begin(), qkv.end(), 0.0f);
+      one_hot(dout, 0, 1, first_query);
+      one_hot(qkv, 0, 3, first_query);
+      one_hot(qkv, 1, 3, first_key);
+      for (size_t row = 0; row < s.rows(); row++) std::fill_n(qkv.begin() + (row * 3 + 2) * s.HS, s.HS, 1.0f);
+      const std::vector<TestType> dqkv = backward<TestType>(s, qkv, dout, none, lse, drop).dqkv;
+      for (int b = 0; b < s.B; b++)
+        for (int q = first_query; q < std::min(first_query + s.HS, s.T); q++)
+          for (int kv = first_key; kv < std::min(first_key + s.HS, s.T); kv++) {
+            const bool keep = kept(b, q, kv);
+            wrong += at(dqkv, b, q, 0, 3, kv - first_key) != keep;
+            wrong += at(dqkv, b, kv, 1, 3, q - first_query) != keep;
+            wrong += at(dqkv, b, kv, 2, 3, q - first_query) != keep;
+          }
+    }
+  }
+  CHECK(wrong == 0);
+  CHECK(std::abs(dropped - 0.3 * all) < 0.02 * all);
+}
+
+namespace {
+template <class Real>
+void check_same_bits(const Real* a, const Real* b, size_t n) {
+  CHECK(std::memcmp(a, b, n * sizeof(Real)) == 0);
+}
+}  // namespace
+
+// One run like the other, and a batch row's numbers do not depend on its neighbours.
+TEMPLATE_TEST_CASE("attention on the device: the same bits", "[cuda]", float, bf16, fp16) {
+  const Shape all{3, 66, 2, 32}, one{1, 66, 2, 32};
+  const std::vector<float> qkv = random_qkv(all), dout = random_dout(all);
+  const auto row = [&](const std::vector<float>& x) {
+    return std::vector<float>(x.begin() + x.size() / 3, x.begin() + 2 * x.size() / 3);
+  };
+  const auto run = [](const Shape& s, const std::vector<float>& in, const std::vector<float>& d, int first_row) {
+    const Results<TestType> f = forward<TestType>(s, in, dropout(0.2, first_row));
+    const Results<TestType> b = backward<TestType>(s, in, d, f.out, f.lse, dropout(0.2, first_row));
+    return Results<TestType>{f.out, b.dqkv, f.lse, b.D};
+  };
+  const Results<TestType> a = run(all, qkv, dout, 4), b = run(all, qkv, dout, 4), c = run(one, row(qkv), row(dout), 5);
+  check_same_bits(a.out.data(), b.out.data(), a.out.size());
+  check_same_bits(a.lse.data(), b.lse.data(), a.lse.size());
+  check_same_bits(a.dqkv.data(), b.dqkv.data(), a.dqkv.size());
+  check_same_bits(a.D.data(), b.D.data(), a.D.size());
+  check_same_bits(a.out.data() + c.out.size(), c.out.data(), c.out.size());
+  check_same_bits(a.lse.data() + c.lse.size(), c.lse.data(), c.lse.size());
+  check_same_bits(a.dqkv.data() + c.dqkv.size(), c.dqkv.data(), c.dqkv.size());
+}
+
+TEMPLATE_TEST_CASE("attention on the device: evaluation needs no lse, and sees no later query", "[cuda]", float, bf16,
+                   fp16) {
+  const Shape s{1, 70, 1, 64}, shorter{1, 33, 1, 64};
+  const std::vector<float> qkv = random_qkv(s);
+  const DeviceArray<TestType> in(qkv), out(s.rows() * s.C());
+  attention_forward(out.data(), nullptr, in.data(), {}, nullptr, s.B, s.T, s.C(), s.NH, nullptr);
+  const std::vector<TestType> got = out.read(), with_lse = forward<TestType>(s, qkv, {}).out;
+  check_same_bits(got.data(), with_lse.data(), got.size());
+  const std::vector<TestType> first = forward<TestType>(shorter, {qkv.begin(), qkv.begin() + 33 * 3 * 64}, {}).out;
+  check_same_bits(got.data(), first.data(), first.size());
+}
+
+TEST_CASE("attention on the device refuses what it cannot do", "[cuda]") {
+  const auto message = [](int B, int T, int C, int NH, const Dropout& drop) {
+    try {
+      attention_forward<bf16>(nullptr, nullptr, nullptr, drop, nullptr, B, T, C, NH, nullptr);
+    } catch (const std::invalid_argument& e) { return std::string(e.what()); }
+    return std::string("no error");
+  };
+  CHECK(contains(message(1, 8, 96, 2, {}), "head size 48"));
+  CHECK(contains(message(1, 8, 100, 3, {}), "C = 100"));
+  CHECK(contains(message(65536, 8, 64, 1, {}), "B = 65536"));
+  CHECK(contains(message(1, 8, 64, 1, dropout(0.2)), "step"));
+  CHECK_THROWS_AS(attention_backward<float>(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, {}, nullptr, 1, 8, 24,
+                                            1, nullptr),
+                  std::invalid_argument);
+}

@@ -1,0 +1,193 @@
+// Batches and the embedding on the device: the windows are the host's, the sums those of doubles.
+#include <algorithm>
+#include <vector>
+
+#include "../host/batch.h"
+#include "../host/text.h"
+#include "../kernels/batch.cuh"
+#include "../kernels/embedding.cuh"
+#include "../kernels/embedding.h"
+#include "cuda.h"
+
+namespace {
+
+constexpr int vocabulary_size = 40000;  // ids that are negative as 16-bit integers with a sign
+
+std::vector<uint16_t> some_tokens(size_t count) {
+  std::vector<uint16_t> tokens(count);
+  for (size_t i = 0; i < count; i++) tokens[i] = uint16_t(random4(1, 0, 0, i).word[0] % vocabulary_size);
+  tokens[count / 2] = vocabulary_size - 1;
+  return tokens;
+}
+
+// The tokens as the host's random_batch wants them: a file.
+Tokens on_disk(const std::vector<uint16_t>& tokens) {
+  std::vector<char32_t> characters(vocabulary_size);
+  for (int i = 0; i < vocabulary_size; i++) characters[i] = char32_t(0x10000 + i);
+  const Vocabulary vocabulary(characters);
+  const std::string folder = test_folder();
+  ShardWriter writer(folder, "train", tokens.size(), vocabulary);
+  writer.write(tokens.data(), tokens.size());
+  writer.finish();
+  return Tokens(folder, "train", vocabulary);
+}
+
+// (rows) tokens: half of them are token 1, as if it were the space, and those from V * 3 / 4 on do not occur.
+std::vector<int> uneven_tokens(int rows, int V) {
+  std::vector<int> x(rows);
+  for (int r = 0; r < rows; r++) {
+    const Philox4 draw = random4(2, 0, 0, r);
+    x[r] = draw.word[0] & 1 ? std::min(1, V - 1) : int(draw.word[1] % std::max(1, V * 3 / 4));
+  }
+  return x;
+}
+
+struct Shape {
+  int B, T, C, V;
+};
+
+template <class Real>
+void check_backward(const Shape& s, bool accumulate) {
+  const auto [B, T, C, V] = s;
+  INFO("B " << B << ", T " << T << ", C " << C << ", V " << V << ", accumulate " << accumulate);
+  const int rows = B * T;
+  const std::vector<int> tokens = uneven_tokens(rows, V);
+  const std::vector<float> dout = noise(size_t(rows) * C, 1), dwte_before = noise(size_t(V) * C, 2),
+                           dwpe_before = noise(size_t(T) * C, 3);
+
+  std::vector<double> want_dwte(dwte_before.size()), want_dwpe(dwpe_before.size());
+  if (accumulate) {
+    want_dwte.assign(dwte_before.begin(), dwte_before.end());
+    want_dwpe.assign(dwpe_before.begin(), dwpe_before.end());
+  }
+  embedding_backward(want_dwte.data(), want_dwpe.data(), rounded<Real>(dout).data(), tokens.data(), B, T, C);
+
+  const DeviceArray<Real> dout_device(dout);
+  const DeviceArray<int> x(tokens);
+  std::vector<float> first_dwte, first_dwpe;
+  for (int run = 0; run < (accumulate ? 1 : 2); run++) {
+    DeviceArray<float> dwte(dwte_before), dwpe(dwpe_before), partials(embedding_partials(B, T, C, V));
+    DeviceArray<float> fresh_dwte(dwte_before.size()), fresh_dwpe(dwpe_before.size());
+    embedding_backward(accumulate ? dwte.data() : fresh_dwte.data(), accumulate ? dwpe.data() : fresh_dwpe.data(),
+                       partials.data(), dout_device.data(), x.data(), accumulate, B, T, C, V, nullptr);
+    const std::vector<float> got_dwte = accumulate ? dwte.read() : fresh_dwte.read(),
+                             got_dwpe = accumulate ? dwpe.read() : fresh_dwpe.read();
+    partials.read();  // for its guards
+    if (run == 1) {
+      CHECK((got_dwte == first_dwte));
+      CHECK((got_dwpe == first_dwpe));
+      continue;
+    }
+    first_dwte = got_dwte;
+    first_dwpe = got_dwpe;
+    // Sums in float of at most `rows` terms.
+    check_close(got_dwte, want_dwte, 4 * std::sqrt(rows) * 0x1p-24);
+    check_close(got_dwpe, want_dwpe, 4 * std::sqrt(B) * 0x1p-24);
+    // A token that does not occur has exactly what it had.
+    for (int v = 0; v < V; v++)
+      if (std::find(tokens.begin(), tokens.end(), v) == tokens.end())
+        for (size_t i = size_t(v) * C; i < size_t(v + 1) * C; i++)
+          if (got_dwte[i] != (accumulate ? dwte_before[i] : 0)) FAIL_CHECK("token " << v << " has a gradient");
+  }
+}
+
+}  // namespace
+
+TEST_CASE("Random batches on the device are the host's", "[cuda]") {
+  const std::vector<uint16_t> tokens = some_tokens(1000);
+  const Tokens text = on_disk(tokens);
+  const DeviceArray<uint16_t> on_device(tokens);
+  const int B = 5, step = 4711;
+  const DeviceArray<int> step_on_device(std::vector<int>{step});
+  const uint64_t seed = 0x123456789abcdef0, first_row = (uint64_t{1} << 33) + 3;
+  for (const int T : {1, 31, 256, 700, 999}) {  // in the last case every window is the only one there is
+    INFO("T " << T);
+    std::vector<int> want_x(B * T), want_y(B * T);
+    random_batch(want_x.data(), want_y.data(), text, seed, step, site::eval_val, first_row, B, T);
+    const DeviceArray<int> x(B * T), y(B * T);
+    gather_random(x.data(), y.data(), on_device.data(), tokens.size(), seed, step_on_device.data(), site::eval_val,
+                  first_row, B, T, nullptr);
+    CHECK((x.read() == want_x));
+    CHECK((y.read() == want_y));
+  }
+  const DeviceArray<int> x(1000), y(1000);
+  CHECK_THROWS_AS(gather_random(x.data(), y.data(), on_device.data(), 1000, seed, step_on_device.data(), site::batch, 0,
+                                1, 1000, nullptr),
+                  std::invalid_argument);
+}
+
+TEST_CASE("Windows on the device follow one another", "[cuda]") {
+  const std::vector<uint16_t> tokens = some_tokens(1000);
+  const DeviceArray<uint16_t> on_device(tokens);
+  struct Windows {
+    int first, B, T;
+  };
+  for (const Windows w : {Windows{0, 1, 1}, {998, 1, 1}, {7, 3, 31}, {231, 3, 256}}) {
+    const int count = w.B * w.T;
+    const DeviceArray<int> x(count), y(count);
+    gather_windows(x.data(), y.data(), on_device.data(), uint64_t(w.first), w.B, w.T, nullptr);
+    CHECK((x.read() == std::vector<int>(tokens.begin() + w.first, tokens.begin() + w.first + count)));
+    CHECK((y.read() == std::vector<int>(tokens.begin() + w.first + 1, tokens.begin() + w.first + 1 + count)));
+  }
+}
+
+TEMPLATE_TEST_CASE("embedding forward on the device", "[cuda]", float, bf16, fp16) {
+  using Real = TestType;
+  for (const Shape s : {Shape{3, 31, 48, 65}, {2, 1, 16, 7}, {1, 9, 400, 65}, {9, 2, 8, 3}}) {
+    const auto [B, T, C, V] = s;
+    INFO("B " << B << ", T " << T << ", C " << C << ", V " << V);
+    const std::vector<int> tokens = uneven_tokens(B * T, V);
+    const std::vector<float> wte = noise(size_t(V) * C, 1), wpe = noise(size_t(T) * C, 2);
+    std::vector<double> want(size_t(B) * T * C);
+    embedding_forward(want.data(), tokens.data(), rounded<Real>(wte).data(), rounded<Real>(wpe).data(), B, T, C);
+    const DeviceArray<Real> out(want.size()), wte_device(wte), wpe_device(wpe);
+    const DeviceArray<int> x(tokens);
+    embedding_forward(out.data(), x.data(), wte_device.data(), wpe_device.data(), B, T, C, nullptr);
+    check_close(out.floats(), want, rounding_of<Real>);  // the sum is rounded once
+  }
+}
+
+TEMPLATE_TEST_CASE("embedding backward on the device", "[cuda]", float, bf16, fp16) {
+  // less than a warp of rows, several segments of one piece, one segment of three pieces, two of two, one channel group
+  for (const Shape s : {Shape{3, 31, 48, 65},
+                        {2, 1, 16, 7},
+                        {11, 120, 48, 65},
+                        {5, 206, 16, 520},
+                        {140, 11, 16, 520},
+                        {3, 5, 400, 9},
+                        {2, 3, 2048, 5},
+                        {1, 1, 8, 1}})
+    for (const bool accumulate : {false, true}) check_backward<TestType>(s, accumulate);
+}
+
+TEST_CASE("embedding backward on the device: every row of a segment is the same token", "[cuda]") {
+  const int B = 2, T = 520, C = 16, V = 3;
+  const std::vector<float> ones(size_t(B) * T * C, 1);
+  const DeviceArray<float> dout(ones), dwte(V * C), dwpe(T * C), partials(embedding_partials(B, T, C, V));
+  const DeviceArray<int> x(std::vector<int>(B * T, 2));
+  embedding_backward(dwte.data(), dwpe.data(), partials.data(), dout.data(), x.data(), false, B, T, C, V, nullptr);
+  std::vector<float> want(V * C, 0);
+  std::fill(want.end() - C, want.end(), float(B * T));
+  CHECK((dwte.read() == want));
+  CHECK((dwpe.read() == std::vector<float>(T * C, float(B))));
+}
+
+TEST_CASE("embedding backward on the device: its scratch memory is bounded", "[cuda]") {
+  CHECK(embedding_segments(64 * 256, 65) == 32);  // the lecture's model
+  for (const int rows : {1, 511, 512, 513, 16384, 100000})
+    for (const int V : {1, 65, 256, 5000, 65535}) {
+      CHECK(embedding_partials(rows, 1, 16, V) <= size_t(16) * std::max(rows, V));
+      CHECK(embedding_segments(rows, V) * pieces_per_segment(rows, V) * embedding_piece >= rows);
+    }
+}
+
+TEST_CASE("embedding on the device refuses channels that it cannot load", "[cuda]") {
+  const DeviceArray<float> some(64);
+  const DeviceArray<int> x(1);
+  CHECK_THROWS_AS(embedding_forward(some.data(), x.data(), some.data(), some.data(), 1, 1, 12, nullptr),
+                  std::invalid_argument);
+  for (const int C : {12, 2056})
+    CHECK_THROWS_AS(
+        embedding_backward(some.data(), some.data(), some.data(), some.data(), x.data(), false, 1, 1, C, 1, nullptr),
+        std::invalid_argument);
+}

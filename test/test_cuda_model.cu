@@ -1,0 +1,234 @@
+// The whole GPU trainer against the CPU trainer, and what must be exactly equal.
+#define MICROGPT_NO_MAIN
+#include "../train_gpt.cu"
+#include "../train_gpt_cpu.cpp"
+
+#include "cuda.h"
+
+namespace {
+
+constexpr int V = 65;
+
+// A text of random tokens in which some follow others more often, so that there is something to learn.
+const Data& some_data() {
+  static const Data data = [] {
+    std::vector<char32_t> characters;
+    for (int i = 0; i < V; i++) characters.push_back(char32_t(33 + i));
+    const Vocabulary vocabulary(characters);
+    const std::string folder = test_folder();
+    vocabulary.save(folder + "/vocab.json");
+    for (const auto& [split, count] : {std::pair{"train", 1500}, {"val", 333}}) {
+      std::vector<uint16_t> tokens;
+      for (int i = 0; i < count; i++) {
+        const Philox4 r = random4(5, 0, 0, uint64_t(i));
+        const uint32_t before = tokens.empty() ? 0 : tokens.back();
+        tokens.push_back(uint16_t(r.word[0] % 4 ? (before * 7 + r.word[1] % 3) % V : r.word[1] % V));
+      }
+      ShardWriter writer(folder, split, tokens.size(), vocabulary);
+      writer.write(tokens.data(), tokens.size());
+      writer.finish();
+    }
+    return open_data(folder);
+  }();
+  return data;
+}
+
+Config tiny_config() {
+  Config config;
+  config.out_dir = test_folder();
+  config.n_layer = 2;
+  config.n_head = 3;
+  config.n_embd = 48;
+  config.block_size = 20;
+  config.batch_size = 3;
+  config.dropout = 0.2;
+  config.max_iters = 12;
+  config.learning_rate = 1e-3;
+  config.warmup_iters = 3;
+  config.dtype = "float32";
+  return config;
+}
+
+struct Weights {
+  std::vector<float> params, m, v;
+  explicit Weights(size_t n) : params(n), m(n), v(n) {}
+};
+
+// Larger than at the start of training, and no bias is zero: nothing is small by symmetry.
+Weights some_weights(const Layout& layout) {
+  Weights w(layout.size());
+  for (const TensorSpec& spec : layout.tensors())
+    for (int l = 0; l < spec.layers; l++) {
+      const std::vector<float> x = noise(spec.slice, uint32_t(spec.offset) + uint32_t(l), 0.15);
+      for (size_t i = 0; i < spec.slice; i++)
+        w.params[spec.offset + size_t(l) * spec.stride + i] = x[i] + float(spec.init == Init::ones);
+    }
+  plant_canaries(w.params.data(), layout);
+  return w;
+}
+
+template <class Model>
+Weights weights_of(const Model& model) {
+  Weights w(model.layout().size());
+  model.snapshot(w.params.data(), w.m.data(), w.v.data());
+  return w;
+}
+
+// Without the gaps between tensors, which hold NaN.
+std::vector<float> tensors_of(const std::vector<float>& buffer, const Layout& layout) {
+  std::vector<float> out;
+  for (const TensorSpec& spec : layout.tensors())
+    for (int l = 0; l < spec.layers; l++) {
+      const auto from = buffer.begin() + long(spec.offset + size_t(l) * spec.stride);
+      out.insert(out.end(), from, from + long(spec.slice));
+    }
+  return out;
+}
+
+template <class Real>
+std::unique_ptr<GpuModel<Real>> gpu_model(const Config& config) {
+  const ModelShape shape = model_shape(config, V);
+  auto model = std::make_unique<GpuModel<Real>>(config, shape, &some_data(), true);
+  const Weights w = some_weights(model->layout());
+  model->restore(w.params.data(), w.m.data(), w.v.data());
+  return model;
+}
+std::unique_ptr<cpu::CpuModel> cpu_model(const Config& config) {
+  auto model = std::make_unique<cpu::CpuModel>(config, model_shape(config, V), &some_data(), true);
+  const Weights w = some_weights(model->layout());
+  model->restore(w.params.data(), w.m.data(), w.v.data());
+  return model;
+}
+
+template <class Real>
+std::vector<float> gradients(GpuModel<Real>& model) {
+  std::vector<float> grads(model.layout().size());
+  CUDA_CHECK(
+      cudaMemcpy(grads.data(), model.gpt().grads_memory.data(), grads.size() * sizeof(float), cudaMemcpyDeviceToHost));
+  return grads;
+}
+
+}  // namespace
+
+TEST_CASE("The GPU trainer takes the CPU trainer's steps, dropout on", "[cuda]") {
+  Config config = tiny_config();
+  SECTION("one batch a step") {}
+  SECTION("gradient accumulation, clipping") {
+    config.gradient_accumulation_steps = 2;
+    config.grad_clip = 0.5;
+  }
+  SECTION("one layer, several heads of 32") {
+    config.n_layer = 1;
+    config.n_embd = 64;
+    config.n_head = 2;
+  }
+  const auto on_gpu = gpu_model<float>(config);
+  const auto on_cpu = cpu_model(config);
+  const std::vector<float> first = on_gpu->train_steps(0, 1);
+  CHECK(std::fabs(first[0] - on_cpu->train_steps(0, 1)[0]) < 1e-5);
+  const Layout& layout = on_gpu->layout();
+  const std::vector<float> grads = gradients(*on_gpu);
+  for (const TensorSpec& spec : layout.tensors())
+    for (int l = 0; l < spec.layers; l++) {
+      const size_t at = spec.offset + size_t(l) * spec.stride;
+      const std::string message = mismatch(&grads[at], on_cpu->gpt().grads_memory.data() + at, spec.slice, 2e-5);
+      INFO(spec.name << ", layer " << l << ": " << message);
+      CHECK(message.empty());
+    }
+  const std::vector<float> gpu_losses = on_gpu->train_steps(1, 9), cpu_losses = on_cpu->train_steps(1, 9);
+  for (size_t i = 0; i < 9; i++) {
+    INFO("step " << i + 1);
+    CHECK(std::fabs(gpu_losses[i] - cpu_losses[i]) < 1e-4);
+  }
+}
+
+TEST_CASE("16-bit types follow the float32 run", "[cuda]") {
+  const Config config = tiny_config();
+  const std::vector<float> exact = cpu_model(config)->train_steps(0, 10);
+  const auto check = [&](const std::vector<float>& losses, double tolerance) {
+    for (size_t i = 0; i < losses.size(); i++) {
+      INFO("step " << i << ": " << losses[i] << ", float32 " << exact[i]);
+      CHECK(std::fabs(losses[i] - exact[i]) < tolerance);
+    }
+  };
+  check(gpu_model<bf16>(config)->train_steps(0, 10), 3e-2);
+  check(gpu_model<fp16>(config)->train_steps(0, 10), 4e-3);
+}
+
+TEMPLATE_TEST_CASE("Runs repeat bit for bit, a graph computes what its kernels do, a resumed run is the run", "[cuda]",
+                   float, bf16, fp16) {
+  const Config config = tiny_config();
+  const auto run = gpu_model<TestType>(config), eager = gpu_model<TestType>(config);
+  eager->use_graph = false;
+  const std::vector<float> losses = run->train_steps(0, 4);
+  CHECK(losses == eager->train_steps(0, 4));
+  const Weights w = weights_of(*run), same = weights_of(*eager);
+  const Layout& layout = run->layout();
+  CHECK((tensors_of(w.params, layout) == tensors_of(same.params, layout)));
+  CHECK((w.m == same.m));
+  CHECK((w.v == same.v));
+
+  const auto resumed = gpu_model<TestType>(config);
+  resumed->set_state(run->state());
+  resumed->restore(w.params.data(), w.m.data(), w.v.data());
+  run->random_losses(Split::val, 4, 0, 1);  // an evaluation between leaves no trace
+  const std::vector<float> rest = run->train_steps(4, 3);
+  CHECK(rest == resumed->train_steps(4, 3));
+  const Weights end = weights_of(*run), resumed_end = weights_of(*resumed);
+  CHECK((tensors_of(end.params, layout) == tensors_of(resumed_end.params, layout)));
+}
+
+TEST_CASE("Evaluation on the GPU equals the CPU's", "[cuda]") {
+  const Config config = tiny_config();
+  const auto on_gpu = gpu_model<float>(config);
+  const auto on_cpu = cpu_model(config);
+  for (const Split split : {Split::train, Split::val}) {
+    CHECK(on_gpu->random_losses(split, 5, 2, 3) == Approx(on_cpu->random_losses(split, 5, 2, 3)).epsilon(1e-5));
+    CHECK(on_gpu->random_losses(split, 6, 2, 3) != on_gpu->random_losses(split, 5, 2, 3));
+  }
+  CHECK(on_gpu->window_losses(Split::val, 7, 3, 20) ==
+        Approx(on_cpu->window_losses(Split::val, 7, 3, 20)).epsilon(1e-5));
+  CHECK(on_gpu->window_losses(Split::val, 7, 2, 20) ==
+        Approx(on_cpu->window_losses(Split::val, 7, 2, 20)).epsilon(1e-5));
+  CHECK(on_gpu->window_losses(Split::val, 320, 1, 12) ==
+        Approx(on_cpu->window_losses(Split::val, 320, 1, 12)).epsilon(1e-5));
+}
+
+TEST_CASE("Text sampled on the GPU is the CPU's", "[cuda]") {
+  const Config config = tiny_config();
+  const auto on_gpu = gpu_model<float>(config);
+  const auto on_cpu = cpu_model(config);
+  const auto sampled = [&](auto& model, const Choice& choice) {
+    std::vector<int> tokens;
+    generate(model, {1, 2, 3}, {30, choice, 42, 0}, [&](int token) { return tokens.push_back(token), true; });
+    return tokens;
+  };
+  for (const Choice& choice : {Choice{1, 0}, Choice{0, 0}, Choice{0.8, 5}})
+    CHECK(sampled(*on_gpu, choice) == sampled(*on_cpu, choice));
+}
+
+TEST_CASE("float16: an overflow skips the update and halves the loss scale", "[cuda]") {
+  const Config config = tiny_config();
+  const auto model = gpu_model<fp16>(config);
+  const Weights before = weights_of(*model);
+  model->set_state({{"loss_scale", "1e30"}, {"steps_since_overflow", "7"}});
+  const std::vector<float> losses = model->train_steps(0, 1);
+  CHECK(std::isfinite(losses[0]));
+  const Layout& layout = model->layout();
+  CHECK((tensors_of(weights_of(*model).params, layout) == tensors_of(before.params, layout)));
+  CHECK((weights_of(*model).m == before.m));
+  CHECK(model->state()["steps_since_overflow"] == "0");
+  CHECK(std::stof(model->state()["loss_scale"]) == 0.5f * 1e30f);
+}
+
+TEST_CASE("An evaluation-only model has the trained one's losses in a fraction of its memory", "[cuda]") {
+  const Config config = tiny_config();
+  const ModelShape shape = model_shape(config, V);
+  const auto trained = gpu_model<bf16>(config);
+  GpuModel<bf16> evaluates(config, shape, &some_data(), false);
+  const Weights w = weights_of(*trained);
+  evaluates.restore(w.params.data(), nullptr, nullptr);
+  CHECK(evaluates.random_losses(Split::val, 0, 0, 2) == trained->random_losses(Split::val, 0, 0, 2));
+  CHECK(GpuModel<bf16>::plan(config, shape, &some_data(), false).total() <
+        0.7 * GpuModel<bf16>::plan(config, shape, &some_data(), true).total());
+}

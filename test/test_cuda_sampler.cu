@@ -1,0 +1,128 @@
+#include "../host/sampler.h"
+#include "../kernels/sampler.cuh"
+#include "cuda.h"
+
+namespace {
+
+// Both tokens, of the logits rounded to Real.
+template <class Real>
+std::pair<int, int> sample(const std::vector<float>& logits, double temperature, int top_k, double uniform) {
+  const int V = int(logits.size());
+  DeviceArray<Real> in(logits);
+  DeviceArray<int> token(1);
+  sample_token(token.data(), in.data(), V, temperature, top_k, uniform, nullptr);
+  const std::vector<float> seen = rounded<Real, float>(logits);
+  return {token.read()[0], choose_token(seen.data(), V, temperature, top_k, uniform)};
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("The device draws the token that the host draws", "", float, bf16, fp16) {
+  uint64_t draw = 0;
+  size_t different = 0, nonzero = 0, count = 0;
+  for (const int V : {1, 2, 65, 300, 5000}) {
+    // A scale of 0.3 gives many equal logits once they are rounded to 16 bits.
+    for (const double scale : {0.3, 3.0}) {
+      const std::vector<float> logits = noise(V, uint32_t(V), scale);
+      for (const double temperature : {0.0, 0.1, 1.0, 3.0})
+        for (const int top_k : {0, 1, 2, 10, V - 1, V, V + 1}) {
+          if (V == 5000 && top_k != 0 && top_k != 10 && top_k != V - 1) continue;
+          for (int i = 0; i < (V == 65 ? 2 : 1); i++) {
+            const double uniform = unit_open(random4(5, 0, 0, draw++).word[0]);
+            const auto [got, want] = sample<TestType>(logits, temperature, top_k, uniform);
+            INFO("V " << V << ", scale " << scale << ", temperature " << temperature << ", top_k " << top_k
+                      << ", uniform " << uniform << ": " << got << " instead of " << want);
+            if (got != want) CHECK(got == want);
+            different += got != want;
+            nonzero += want != 0;
+            count++;
+          }
+        }
+    }
+  }
+  CHECK(different == 0);
+  CHECK(nonzero > count / 2);
+}
+
+TEST_CASE("The device draws from both ends of the distribution") {
+  for (const int V : {2, 65, 257, 1000}) {
+    const std::vector<float> equal(V, 0.25f);
+    const auto check = [&](double uniform, int top_k, int want) {
+      INFO("V " << V << ", uniform " << uniform << ", top_k " << top_k);
+      const auto [got, host] = sample<float>(equal, 1, top_k, uniform);
+      CHECK(got == want);
+      CHECK(host == want);
+    };
+    check(1e-12, 0, 0);
+    check(1 - 1e-12, 0, V - 1);
+    check(1 - 1e-12, V / 2, V / 2 - 1);  // the first of equals are the likelier ones
+    check(1 - 1e-12, 1, 0);
+    for (const int v : {0, V / 3, V / 2, V - 1}) {
+      check((v + 1e-6) / V, 0, v);
+      check((v + 1 - 1e-6) / V, 0, v);
+      check((v + 0.5) / V, V, v);
+    }
+  }
+}
+
+TEST_CASE("The device draws as the host does on both sides of a border between tokens") {
+  // Weights in float, or a sum of them, would be wrong by 1e-7.
+  for (const int V : {65, 700}) {
+    const std::vector<float> logits = noise(V, 1);
+    std::vector<double> borders;
+    double sum = 0;
+    for (const float x : logits) borders.push_back(sum += std::exp(x / 0.8));
+    for (const int v : {0, V / 3, V / 2, V - 2})
+      for (const int side : {0, 1}) {
+        const auto [got, want] = sample<float>(logits, 0.8, 0, borders[v] / sum + (side ? 1e-11 : -1e-11));
+        CHECK(got == want);
+        CHECK(got == v + side);
+      }
+  }
+  // On the border itself, which is exact here, it is the token behind it.
+  for (const int V : {2, 512})
+    for (const int v : {1, V / 2, V - 1}) {
+      const auto [got, want] = sample<float>(std::vector<float>(V, 0), 1, 0, double(v) / V);
+      CHECK(got == want);
+      CHECK(got == v);
+    }
+}
+
+TEST_CASE("The device takes the first of the largest logits") {
+  const auto best = [](const std::vector<float>& logits, double temperature, int top_k) {
+    const auto [got, want] = sample<float>(logits, temperature, top_k, 0.9);
+    CHECK(got == want);
+    return got;
+  };
+  for (const double temperature : {0.0, 1.0}) {
+    CHECK(best({1, 3, 3}, temperature, 1) == 1);
+    CHECK(best({-1, -3, -0.5f, -0.5f}, temperature, 1) == 2);
+    CHECK(best({0.f, -0.f, -1}, temperature, 1) == 0);
+    CHECK(best({-0.f, 0.f, -1}, temperature, 1) == 0);
+    CHECK(best({-1e30f, 1e-40f, 0, -1e-40f}, temperature, 1) == 1);
+  }
+  CHECK(best({-1, 0.f, -0.f, 0.f, -2}, 1, 2) == 2);
+  CHECK(best({1e30f, -1e30f, 0}, 1e-3, 0) == 0);
+  std::vector<float> many(700, -2);
+  many[600] = many[650] = 5;
+  CHECK(best(many, 0, 0) == 600);
+}
+
+TEST_CASE("Tokens without weight are never drawn") {
+  std::vector<float> logits(300, -1e6f);
+  logits[40] = logits[41] = 1;
+  for (const double uniform : {1e-12, 0.3, 0.499999, 0.500001, 1 - 1e-12}) {
+    const auto [got, want] = sample<float>(logits, 1, 0, uniform);
+    CHECK(got == want);
+    CHECK(got == (uniform < 0.5 ? 40 : 41));
+  }
+}
+
+TEST_CASE("The device draws the same token twice, and refuses a vocabulary that is too large") {
+  const std::vector<float> logits = noise(1000, 3);
+  CHECK(sample<bf16>(logits, 1, 50, 0.7).first == sample<bf16>(logits, 1, 50, 0.7).first);
+  DeviceArray<float> in(8);
+  DeviceArray<int> token(1);
+  CHECK_THROWS_WITH(sample_token(token.data(), in.data(), (1 << 16) + 1, 1, 0, 0.5, nullptr),
+                    ContainsSubstring("V = 65537"));
+}

@@ -1,0 +1,727 @@
+// Trains a GPT on an NVIDIA GPU. Read it beside train_gpt_cpu.cpp: the same sections in the same order, the tensors,
+// forward, backward, update, main; each layer is one call, whose kernel stands in kernels/<layer>.cuh. A training step
+// is captured once as a CUDA graph and then launched again and again: all that changes from step to step (its number,
+// the learning rate, the batch) is read or computed on the device.
+//
+// The contract of every layer function: outputs, inputs, then sizes, and the stream last; activations' gradients are
+// written (=), parameters' gradients are written or added as `accumulate` says. Real is the type of the products'
+// operands: float, bf16 or fp16. Master weights, their gradients, moments and all statistics are float.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "host/config.h"      // defines: Config, parse_command_line
+#include "host/data.h"        // defines: Data, Split
+#include "host/error.h"       // defines: fail, run_main
+#include "host/files.h"       // defines: read_file, write_file
+#include "host/memory.h"      // defines: MemoryPlan
+#include "host/tensors.h"     // defines: ModelShape, PARAMETERS, Params, Layout
+#include "host/train_loop.h"  // defines: run_command
+#include "kernels/adamw.cuh"
+#include "kernels/attention.cuh"
+#include "kernels/batch.cuh"
+#include "kernels/crossentropy.cuh"
+#include "kernels/embedding.cuh"
+#include "kernels/layernorm.cuh"
+#include "kernels/matmul.cuh"
+#include "kernels/sampler.cuh"
+
+namespace cpu {
+int run(Config config, const std::string& why);  // train_gpt_cpu.cpp
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The tensors. PARAMETERS, the table of what is learned, is in host/tensors.h: both trainers and all files share it.
+// Gradients, and AdamW's m and v, are buffers of the same layout, and so is the working copy: the parameters, rounded
+// to Real, as the products read them.
+
+// One buffer holds all activations: first those of type Real, then the statistics, which are float.
+// C channels, rows = B * T. What a layer leaves behind for backward has a slice for each layer; gradients of
+// activations and scratch live no longer than their layer, so one of each serves all.
+// clang-format off
+#define ACTIVATIONS(ONE, EACH_LAYER)                                                          \
+  EACH_LAYER(inp,      rows, C)      /* the residual stream where it enters the layer */      \
+  EACH_LAYER(ln1,      rows, C)                                                               \
+  EACH_LAYER(qkv,      rows, 3 * C)  /* queries, keys, values */                              \
+  EACH_LAYER(att,      rows, C)      /* the heads' outputs, side by side */                   \
+  EACH_LAYER(mid,      rows, C)      /* the stream between attention and feed-forward */      \
+  EACH_LAYER(ln2,      rows, C)                                                               \
+  EACH_LAYER(fc,       rows, 4 * C)  /* the hidden layer, after ReLU */                       \
+  ONE(out,             rows, C)      /* the stream behind the last layer */                   \
+  ONE(lnf,             rows, C)                                                               \
+  ONE(logits,          rows, Vp)     /* and then, in their place, their gradient */           \
+  ONE(branch,          rows, C)      /* what a branch adds, before its bias and dropout */
+
+#define ACTIVATION_GRADS(ONE, EACH_LAYER)                                                     \
+  ONE(dstream,         rows, C)                                                               \
+  ONE(dbranch,         rows, C)                                                               \
+  ONE(dnorm,           rows, C)                                                               \
+  ONE(datt,            rows, C)                                                               \
+  ONE(dqkv,            rows, 3 * C)                                                           \
+  ONE(dfc,             rows, 4 * C)
+
+#define STATISTICS(ONE, EACH_LAYER)                                                           \
+  EACH_LAYER(ln1_mean, rows)                                                                  \
+  EACH_LAYER(ln1_rstd, rows)                                                                  \
+  EACH_LAYER(lse,      rows, NH)     /* (B, NH, T): log of the softmax's denominator */       \
+  EACH_LAYER(ln2_mean, rows)                                                                  \
+  EACH_LAYER(ln2_rstd, rows)                                                                  \
+  EACH_LAYER(fc_mask,  mask_floats)  /* a bit for each hidden unit: did it pass ReLU? */      \
+  ONE(lnf_mean,        rows)                                                                  \
+  ONE(lnf_rstd,        rows)                                                                  \
+  ONE(losses,          rows)
+
+#define GRAD_STATISTICS(ONE, EACH_LAYER)                                                      \
+  ONE(datt_out,        rows, NH)     /* attention_backward's D */                             \
+  EACH_LAYER(ln1_sums, layernorm_partials(int(rows), int(C)))                                 \
+  EACH_LAYER(ln2_sums, layernorm_partials(int(rows), int(C)))                                 \
+  ONE(lnf_sums,        layernorm_partials(int(rows), int(C)))                                 \
+  ONE(embedding_sums,  embedding_partials(B, s.T, int(C), s.V))
+// clang-format on
+
+DEFINE_POINTERS(Activations, ACTIVATIONS)
+DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
+DEFINE_POINTERS(Statistics, STATISTICS)
+DEFINE_POINTERS(GradStatistics, GRAD_STATISTICS)
+
+// Rows of logits are padded to a multiple of 8 elements, so that they begin where 16-byte accesses may.
+inline int padded_vocabulary(int V) { return ceil_div(V, 8) * 8; }
+
+// The layouts of the activation buffer's two halves, for batches of B windows.
+struct ActivationLayouts {
+  Layout of_real, of_float;
+  size_t bytes(size_t size_of_real) const { return of_real.size() * size_of_real + of_float.size() * sizeof(float); }
+};
+inline ActivationLayouts activation_layouts(const ModelShape& s, int B, bool for_backward) {
+  const size_t rows = size_t(B) * s.T, C = s.C, NH = s.NH, Vp = padded_vocabulary(s.V);
+  const size_t mask_floats = ceil_div(relu_mask_bytes(int(rows), 4 * s.C), sizeof(float));
+  const int L = for_backward ? s.L : 1;  // without backward, all layers share one slice
+  ActivationLayouts layouts;
+  Layout* layout = &layouts.of_real;
+#define ADD_ONE(name, ...) layout->add(#name, 1, {__VA_ARGS__});
+#define ADD_EACH_LAYER(name, ...) layout->add(#name, L, {__VA_ARGS__});
+  ACTIVATIONS(ADD_ONE, ADD_EACH_LAYER)
+  if (for_backward) { ACTIVATION_GRADS(ADD_ONE, ADD_EACH_LAYER) }
+  layout = &layouts.of_float;
+  STATISTICS(ADD_ONE, ADD_EACH_LAYER)
+  if (for_backward) { GRAD_STATISTICS(ADD_ONE, ADD_EACH_LAYER) }
+#undef ADD_ONE
+#undef ADD_EACH_LAYER
+#undef ACTIVATIONS
+#undef ACTIVATION_GRADS
+#undef STATISTICS
+#undef GRAD_STATISTICS
+  return layouts;
+}
+
+// One allocation on the device, zeroed.
+template <class Element>
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(size_t count, const char* what) {
+    Element* memory = nullptr;
+    if (cudaMalloc(&memory, count * sizeof(Element)) != cudaSuccess) {
+      cudaGetLastError();  // so that the error is not found again at the next launch
+      size_t free = 0, total = 0;
+      CUDA_CHECK(cudaMemGetInfo(&free, &total));
+      fail("out of GPU memory: ", count * sizeof(Element) / 1000000, " MB for ", what, " were asked for, ",
+           free / 1000000, " MB of ", total / 1000000, " MB are free; lower --batch_size (activations) or ",
+           "--n_embd, --n_layer, --block_size (all)");
+    }
+    memory_.reset(memory);
+    CUDA_CHECK(cudaMemset(memory, 0, count * sizeof(Element)));
+  }
+  Element* data() const { return memory_.get(); }
+
+ private:
+  struct Free {
+    void operator()(Element* p) const { cudaFree(p); }
+  };
+  std::unique_ptr<Element, Free> memory_;
+};
+
+template <class Real>
+struct GPT {
+  // float is its own working copy.
+  static constexpr bool has_working_copy = !std::is_same_v<Real, float>;
+
+  ModelShape shape;
+  int B;  // windows in a batch, each of shape.T tokens
+
+  Layout param_layout = parameter_layout(shape);
+  ActivationLayouts act_layouts;
+  DeviceBuffer<float> params_memory;
+  DeviceBuffer<Real> working_memory;
+  DeviceBuffer<float> grads_memory, m_memory, v_memory;  // only if the model is trained
+  DeviceBuffer<unsigned char> acts_memory;
+
+  Params<float> p;  // the masters
+  Params<Real> w;   // the working copy
+  Params<float> dw;
+  Activations<Real> a, forward_only;  // forward_only: the same memory, without slices for backward
+  ActivationGrads<Real> g;
+  Statistics<float> s;
+  GradStatistics<float> gs;
+
+  DeviceBuffer<int> x_memory, y_memory;  // (B, T)
+  DeviceBuffer<TrainState> state_memory;
+  int *x, *y;
+  TrainState* state;
+  cudaStream_t stream;
+  Matmul matmul;
+
+  GPT(const ModelShape& model_shape, int batch, bool training, bool tf32, cudaStream_t stream_)
+      : shape(model_shape),
+        B(batch),
+        act_layouts(activation_layouts(shape, B, training)),
+        params_memory(param_layout.size(), "the parameters"),
+        acts_memory(act_layouts.bytes(sizeof(Real)), "the activations"),
+        p(params_memory.data(), param_layout),
+        a(reinterpret_cast<Real*>(acts_memory.data()), act_layouts.of_real),
+        forward_only(a),
+        s(floats(), act_layouts.of_float),
+        x_memory(size_t(B) * shape.T, "a batch"),
+        y_memory(size_t(B) * shape.T, "a batch"),
+        state_memory(1, "counters"),
+        x(x_memory.data()),
+        y(y_memory.data()),
+        state(state_memory.data()),
+        stream(stream_),
+        matmul(tf32, stream_) {
+    if constexpr (has_working_copy) {
+      working_memory = DeviceBuffer<Real>(param_layout.size(), "the working copy of the parameters");
+      w = Params<Real>(working_memory.data(), param_layout);
+    } else {
+      w = p;
+    }
+    for (Slices<Real>* slices : {&forward_only.inp, &forward_only.ln1, &forward_only.qkv, &forward_only.att,
+                                 &forward_only.mid, &forward_only.ln2, &forward_only.fc})
+      slices->stride = 0;
+    forward_only.mid = forward_only.inp;  // the stream is updated in place
+    forward_only.out = forward_only.inp[0];
+    if (!training) return;
+    grads_memory = DeviceBuffer<float>(param_layout.size(), "the gradients");
+    m_memory = DeviceBuffer<float>(param_layout.size(), "AdamW's m");
+    v_memory = DeviceBuffer<float>(param_layout.size(), "AdamW's v");
+    dw = Params<float>(grads_memory.data(), param_layout);
+    g = ActivationGrads<Real>(reinterpret_cast<Real*>(acts_memory.data()), act_layouts.of_real);
+    gs = GradStatistics<float>(floats(), act_layouts.of_float);
+  }
+
+  const int* step() const { return &state->step; }
+
+ private:
+  float* floats() const {
+    return reinterpret_cast<float*>(acts_memory.data() + act_layouts.of_real.size() * sizeof(Real));
+  }
+};
+
+// The bits that say which hidden units of a layer passed ReLU; only backward asks for them.
+inline unsigned char* mask_of(const Slices<float>& masks, int l, bool for_backward) {
+  return for_backward ? reinterpret_cast<unsigned char*>(masks[l]) : nullptr;
+}
+
+// A tensor's slices from layer 1 on.
+inline Slices<float> above(const Slices<float>& slices) { return {slices[1], slices.stride}; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward: logits (B, T, Vp) of the tokens m.x (B, T). With for_backward it leaves behind what backward needs; without,
+// nothing outlives its layer.
+
+template <class Real>
+void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward) {
+  Range range("forward");
+  const Params<Real>& w = m.w;
+  const Params<float>& p = m.p;
+  const Activations<Real>& a = for_backward ? m.a : m.forward_only;
+  const Statistics<float>& s = m.s;
+  const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
+  const cudaStream_t stream = m.stream;
+  const auto kept = [&](const Slices<float>& slices, int l) { return for_backward ? slices[l] : nullptr; };
+
+  embedding_forward(a.inp[0], m.x, w.wte, w.wpe, B, T, C, stream);
+  layernorm_forward(a.ln1[0], kept(s.ln1_mean, 0), kept(s.ln1_rstd, 0), a.inp[0], p.ln1w[0], p.ln1b[0], rows, C,
+                    stream);
+  for (int l = 0; l < L; l++) {
+    m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C);
+    attention_forward(a.att[l], kept(s.lse, l), a.qkv[l], drop.at(site::attention_dropout, l), m.step(), B, T, C, NH,
+                      stream);
+    m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C);
+    residual_layernorm_forward(a.mid[l], a.ln2[l], kept(s.ln2_mean, l), kept(s.ln2_rstd, l), a.inp[l], a.branch,
+                               p.attprojb[l], drop.at(site::proj_dropout, l), m.step(), p.ln2w[l], p.ln2b[l], B, T, C,
+                               stream);
+    m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, for_backward), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+    m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C);
+    const Dropout fc_drop = drop.at(site::fc_dropout, l);
+    if (l + 1 < L)  // the branch joins the stream together with the next layer's first step
+      residual_layernorm_forward(a.inp[l + 1], a.ln1[l + 1], kept(s.ln1_mean, l + 1), kept(s.ln1_rstd, l + 1), a.mid[l],
+                                 a.branch, p.fcprojb[l], fc_drop, m.step(), p.ln1w[l + 1], p.ln1b[l + 1], B, T, C,
+                                 stream);
+    else
+      residual_layernorm_forward(a.out, a.lnf, for_backward ? s.lnf_mean : nullptr, for_backward ? s.lnf_rstd : nullptr,
+                                 a.mid[l], a.branch, p.fcprojb[l], fc_drop, m.step(), p.lnfw, p.lnfb, B, T, C, stream);
+  }
+  m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, V, padded_vocabulary(V));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward: every parameter's gradient of dloss * (sum of the losses of the targets m.y), times the loss scale; also
+// the losses. It is forward read from bottom to top. accumulate: the gradients are added to those of the batches before.
+
+template <class Real>
+void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool accumulate) {
+  Range range("backward");
+  const Params<Real>& w = m.w;
+  const Params<float>&p = m.p, &dw = m.dw;
+  const Activations<Real>& a = m.a;
+  const ActivationGrads<Real>& g = m.g;
+  const Statistics<float>& s = m.s;
+  const GradStatistics<float>& gs = m.gs;
+  const int V = m.shape.V, Vp = padded_vocabulary(V), C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
+  const cudaStream_t stream = m.stream;
+
+  Real* dlogits = a.logits;
+  crossentropy_forward_backward(s.losses, dlogits, m.y, dloss, &m.state->loss_scale, rows, V, Vp, stream);
+  m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, V, Vp);
+  m.matmul.backward_weight(dw.headw, dw.headb, dlogits, a.lnf, accumulate, rows, C, V, Vp);
+  // From here on dstream is the gradient of the residual stream, and dbranch that of the branch which joined it here.
+  residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_sums, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw, true,
+                              drop.at(site::fc_dropout, L - 1), m.step(), B, T, C, stream);
+
+  for (int l = L - 1; l >= 0; l--) {
+    m.matmul.backward_input_relu(g.dfc, g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l], rows, 4 * C, C);
+    m.matmul.backward_weight(dw.fcprojw[l], nullptr, g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
+    m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
+    m.matmul.backward_weight(dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
+    residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
+                                p.ln2w[l], false, drop.at(site::proj_dropout, l), m.step(), B, T, C, stream);
+
+    m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
+    m.matmul.backward_weight(dw.attprojw[l], nullptr, g.dbranch, a.att[l], accumulate, rows, C, C, C);
+    attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
+                       m.step(), B, T, C, NH, stream);
+    m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
+    m.matmul.backward_weight(dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
+    residual_layernorm_backward(g.dstream, l > 0 ? g.dbranch : nullptr, gs.ln1_sums[l], g.dnorm, a.inp[l],
+                                s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false, drop.at(site::fc_dropout, l - 1),
+                                m.step(), B, T, C, stream);
+  }
+  embedding_backward(dw.wte, dw.wpe, gs.embedding_sums, g.dstream, m.x, accumulate, B, T, C, V, stream);
+
+  // The sums over rows that residual_layernorm_backward left in parts: of LayerNorm's own parameters, and of the bias
+  // of the branch before it, which for ln1 is the branch of the layer below.
+  layernorm_backward_finish(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_sums, accumulate, rows, C, stream);
+  layernorm_backward_finish(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, accumulate, rows, C, L, stream);
+  layernorm_backward_finish(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_sums[0], accumulate, rows, C, stream);
+  layernorm_backward_finish(above(dw.ln1w), above(dw.ln1b), dw.fcprojb, above(gs.ln1_sums), accumulate, rows, C, L - 1,
+                            stream);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Update: clip the gradient's norm if asked to, then AdamW over the whole buffer at once.
+
+struct Optimizer {
+  double beta1, beta2, eps, grad_clip;
+  bool loss_scaling;          // float16: the loss scale follows the gradients' size
+  const AdamWStep* schedule;  // (max_iters) on the device
+  double* norm_parts;         // (gradient_norm_partials) scratch on the device
+};
+
+template <class Real>
+void update(GPT<Real>& m, const Optimizer& o) {
+  Range range("update");
+  const size_t count = m.param_layout.size();
+  if (o.grad_clip > 0 || o.loss_scaling)
+    prepare_update(m.state, o.norm_parts, m.grads_memory.data(), count, o.grad_clip, o.loss_scaling, m.stream);
+  adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(),
+               m.grads_memory.data(), count, o.beta1, o.beta2, o.eps, o.schedule, m.state, m.stream);
+}
+
+// In builds with canaries the gaps between tensors hold NaN, in the gradients' buffer 0, so that clipping can sum over
+// all of it; training is slow then.
+template <class Element>
+void plant_canaries_on_device([[maybe_unused]] Element* buffer, [[maybe_unused]] const Layout& layout) {
+  if constexpr (canary_gap > 0)
+    for (const TensorSpec& spec : layout.tensors())
+      for (int l = 0; l < spec.layers; l++)
+        CUDA_CHECK(cudaMemset(buffer + spec.offset + size_t(l) * spec.stride + spec.slice, 0xff,
+                              (spec.stride - spec.slice) * sizeof(Element)));
+}
+template <class Element>
+void check_canaries_on_device([[maybe_unused]] const Element* buffer, [[maybe_unused]] const Layout& layout,
+                              [[maybe_unused]] const char* name, [[maybe_unused]] bool zero = false) {
+  if constexpr (canary_gap > 0) {
+    std::vector<Element> copy(layout.size());
+    CUDA_CHECK(cudaMemcpy(copy.data(), buffer, copy.size() * sizeof(Element), cudaMemcpyDeviceToHost));
+    std::vector<float> values(copy.begin(), copy.end());
+    for (const TensorSpec& spec : layout.tensors())
+      for (int l = 0; l < spec.layers && zero; l++)
+        for (size_t i = spec.slice; i < spec.stride; i++) {
+          float& gap = values[spec.offset + size_t(l) * spec.stride + i];
+          gap = gap == 0 ? NAN : 0;
+        }
+    check_canaries(values.data(), layout, name);
+  }
+}
+template <class Real>
+void plant_all_canaries(GPT<Real>& m) {
+  plant_canaries_on_device(m.params_memory.data(), m.param_layout);
+  if (m.has_working_copy) plant_canaries_on_device(m.working_memory.data(), m.param_layout);
+  plant_canaries_on_device(m.a.inp[0], m.act_layouts.of_real);
+  plant_canaries_on_device(m.s.ln1_mean[0], m.act_layouts.of_float);
+}
+template <class Real>
+void check_all_canaries(GPT<Real>& m) {
+  check_canaries_on_device(m.params_memory.data(), m.param_layout, "params");
+  if (m.has_working_copy) check_canaries_on_device(m.working_memory.data(), m.param_layout, "working copy");
+  check_canaries_on_device(m.grads_memory.data(), m.param_layout, "grads", true);
+  check_canaries_on_device(m.a.inp[0], m.act_layouts.of_real, "activations");
+  check_canaries_on_device(m.s.ln1_mean[0], m.act_layouts.of_float, "statistics");
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The model as the training loop sees it (host/train_loop.h).
+
+// The text, on the device.
+struct DeviceTokens {
+  uint64_t count = 0;
+  DeviceBuffer<uint16_t> tokens;
+
+  explicit DeviceTokens(const Tokens& from) : count(from.size()), tokens(from.size(), "the text") {
+    constexpr uint64_t piece = 1 << 20;
+    std::vector<int> wide(piece);
+    std::vector<uint16_t> narrow(piece);
+    for (uint64_t at = 0; at < count; at += piece) {
+      const size_t n = size_t(std::min(piece, count - at));
+      from.copy(at, n, wide.data());
+      std::copy(wide.begin(), wide.begin() + long(n), narrow.begin());
+      CUDA_CHECK(cudaMemcpy(tokens.data() + at, narrow.data(), n * sizeof(uint16_t), cudaMemcpyHostToDevice));
+    }
+  }
+};
+
+class Stream {
+ public:
+  Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~Stream() { cudaStreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+};
+
+// What a stream was given between begin and end, to be launched again as a whole.
+class Graph {
+ public:
+  ~Graph() {
+    if (graph_) cudaGraphExecDestroy(graph_);
+  }
+  template <class Body>
+  void capture(cudaStream_t stream, Body body) {
+    cudaGraph_t captured;
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    body();
+    CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
+    CUDA_CHECK(cudaGraphInstantiate(&graph_, captured, 0));
+    CUDA_CHECK(cudaGraphDestroy(captured));
+  }
+  void launch(cudaStream_t stream) { CUDA_CHECK(cudaGraphLaunch(graph_, stream)); }
+
+ private:
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+template <class Real>
+class GpuModel {
+ public:
+  GpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
+      : config_(config),
+        gpt_(shape, config.batch_size, training, config.dtype == "tf32", stream_),
+        loss_ring_(ring_size, "losses"),
+        loss_total_(1, "losses"),
+        token_(1, "a token") {
+    if (data)
+      for (const Split split : {Split::train, Split::val}) tokens_.emplace_back((*data)[split]);
+    set_state({});
+    load_algorithms();
+    if (training) prepare_training();
+  }
+
+  static MemoryPlan plan(const Config& config, const ModelShape& shape, const Data* data, bool training) {
+    const double params = 4.0 * double(parameter_layout(shape).size());
+    MemoryPlan plan;
+    plan.add("parameters", params);
+    if (GPT<Real>::has_working_copy) plan.add("their working copy", params * sizeof(Real) / 4);
+    if (training) plan.add("their gradients", params);
+    if (training) plan.add("AdamW's m and v", 2 * params);
+    plan.add("activations", double(activation_layouts(shape, config.batch_size, training).bytes(sizeof(Real))));
+    if (data) plan.add("the text", 2.0 * double(data->train.size() + data->val.size()));
+    plan.add("cuBLASLt's workspace", double(Matmul::workspace_bytes));
+    return plan;
+  }
+  static AvailableMemory memory() {
+    size_t free = 0, total = 0;
+    CUDA_CHECK(cudaMemGetInfo(&free, &total));
+    return {double(free), "on this GPU there are free"};
+  }
+
+  const ModelShape& shape() const { return gpt_.shape; }
+  const Layout& layout() const { return gpt_.param_layout; }
+  std::string describe() const {
+    cudaDeviceProp card;
+    CUDA_CHECK(cudaGetDeviceProperties(&card, 0));
+    return text(config_.dtype, " on ", card.name, ", ", card.totalGlobalMem / 1000000000, " GB, ",
+                card.multiProcessorCount, " multiprocessors",
+                peak_flops_ > 0 ? text(", measured peak ", std::round(peak_flops_ / 1e12), " TFLOP/s") : "");
+  }
+  double peak_flops() const { return peak_flops_; }
+  int chunk() const { return ring_size; }
+
+  void restore(const float* params, const float* m, const float* v) {
+    upload(gpt_.params_memory.data(), params);
+    if (m) upload(gpt_.m_memory.data(), m);
+    if (v) upload(gpt_.v_memory.data(), v);
+    if constexpr (GPT<Real>::has_working_copy) {
+      std::vector<Real> working(params, params + layout().size());
+      CUDA_CHECK(cudaMemcpy(gpt_.working_memory.data(), working.data(), working.size() * sizeof(Real),
+                            cudaMemcpyHostToDevice));
+    }
+  }
+  void snapshot(float* params, float* m, float* v) const {
+    download(params, gpt_.params_memory.data());
+    if (m) download(m, gpt_.m_memory.data());
+    if (v) download(v, gpt_.v_memory.data());
+  }
+
+  std::map<std::string, std::string> state() {
+    const TrainState state = read_state();
+    std::map<std::string, std::string> out = {{"matmul", gpt_.matmul.name()}};
+    if (loss_scaling) {
+      out["loss_scale"] = text(state.loss_scale);
+      out["steps_since_overflow"] = text(state.steps_since_overflow);
+    }
+    return out;
+  }
+  void set_state(const std::map<std::string, std::string>& saved) {
+    TrainState state = initial_state(loss_scaling);
+    if (saved.count("loss_scale") && loss_scaling) {
+      state.loss_scale = std::stof(saved.at("loss_scale"));
+      state.steps_since_overflow = std::stoi(saved.at("steps_since_overflow"));
+    }
+    CUDA_CHECK(cudaMemcpy(gpt_.state, &state, sizeof state, cudaMemcpyHostToDevice));
+    step_ = state.step;
+    if (saved.count("matmul") && saved.at("matmul") != gpt_.matmul.name())
+      std::fprintf(stderr,
+                   "the matrix products take other algorithms than before (%s, now %s): the run goes on, but not bit "
+                   "for bit\n",
+                   saved.at("matmul").c_str(), gpt_.matmul.name().c_str());
+  }
+
+  std::vector<float> train_steps(int iteration, int count) {
+    set_step(iteration);
+    for (int i = 0; i < count; i++) {
+      if (use_graph)
+        graph_.launch(stream_);
+      else
+        enqueue_step();
+    }
+    step_ += count;
+    std::vector<float> ring(ring_size), losses;
+    CUDA_CHECK(
+        cudaMemcpyAsync(ring.data(), loss_ring_.data(), ring_size * sizeof(float), cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    for (int i = iteration; i < iteration + count; i++) losses.push_back(ring[size_t(i % ring_size)]);
+    check_all_canaries(gpt_);
+    return losses;
+  }
+
+  double random_losses(Split split, int iteration, int first, int count) {
+    Range range("evaluate");
+    const int B = gpt_.B, T = shape().T;
+    const DeviceTokens& text = tokens_[size_t(split)];
+    const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
+    set_step(iteration);
+    for (int k = first; k < first + count; k++) {
+      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
+                    T, stream_);
+      add_losses(k > first, B * T);
+    }
+    return read_losses() / (double(B) * T);
+  }
+
+  // Always computes a whole batch, whose shapes the matrix products are prepared for: behind B windows of n tokens lie
+  // those of an earlier batch, which no loss is taken of and which causality keeps from having any influence.
+  double window_losses(Split split, uint64_t first, int B, int n) {
+    gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, B, n, stream_);
+    add_losses(false, B * n);
+    return read_losses();
+  }
+
+  // For the same reason one window of T tokens, whatever n is.
+  int next_token(const int* context, int n, int, const Choice& choice) {
+    int token = 0;
+    CUDA_CHECK(cudaMemcpyAsync(gpt_.x, context, size_t(n) * sizeof(int), cudaMemcpyHostToDevice, stream_));
+    forward(gpt_, 1, shape().T, {}, false);
+    const Real* logits = gpt_.forward_only.logits + size_t(n - 1) * padded_vocabulary(shape().V);
+    sample_token(token_.data(), logits, shape().V, choice.temperature, choice.top_k, choice.uniform, stream_);
+    CUDA_CHECK(cudaMemcpyAsync(&token, token_.data(), sizeof token, cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    return token;
+  }
+
+  GPT<Real>& gpt() { return gpt_; }
+  bool use_graph = true;  // false: every kernel is launched by itself, which a profiler shows more clearly
+
+ private:
+  static constexpr int ring_size = 50;
+  static constexpr bool loss_scaling = std::is_same_v<Real, fp16>;
+
+  // The whole of a training step, as work on the stream.
+  void enqueue_step() {
+    const int B = gpt_.B, T = shape().T, batches = config_.gradient_accumulation_steps;
+    const DeviceTokens& text = tokens_[size_t(Split::train)];
+    const double dloss = 1.0 / (double(B) * T * batches);
+    for (int k = 0; k < batches; k++) {
+      const int first_row = k * B;
+      const Dropout drop = {config_.seed, 0, 0, dropout_threshold(config_.dropout), first_row};
+      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site::batch,
+                    uint64_t(first_row), B, T, stream_);
+      forward(gpt_, B, T, drop, true);
+      backward(gpt_, B, T, float(dloss), drop, k > 0);
+      sum_losses(&gpt_.state->loss_sum, gpt_.s.losses, k > 0, B * T, stream_);
+    }
+    update(gpt_, optimizer_);
+    end_step(gpt_.state, loss_ring_.data(), ring_size, dloss, loss_scaling, stream_);
+  }
+
+  void prepare_training() {
+    std::vector<AdamWStep> schedule;
+    for (int i = 0; i < config_.max_iters; i++)
+      schedule.push_back(
+          adamw_step(learning_rate_at(config_, i), config_.beta1, config_.beta2, config_.weight_decay, i + 1));
+    schedule_ = DeviceBuffer<AdamWStep>(schedule.size(), "the learning rates");
+    CUDA_CHECK(
+        cudaMemcpy(schedule_.data(), schedule.data(), schedule.size() * sizeof(AdamWStep), cudaMemcpyHostToDevice));
+    norm_parts_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");
+    optimizer_ = {config_.beta1,    config_.beta2,     1e-8, config_.grad_clip, loss_scaling,
+                  schedule_.data(), norm_parts_.data()};
+    plant_all_canaries(gpt_);
+    peak_flops_ = gpt_.matmul.template measure_peak<Real>() * 1e12;
+    // One step and one evaluation load every kernel and choose the products' algorithms, which nothing may do while a
+    // graph is captured; what they change is overwritten by restore and set_state.
+    enqueue_step();
+    add_losses(false, gpt_.B * shape().T);
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    save_algorithms();
+    graph_.capture(stream_, [&] { enqueue_step(); });
+    set_state({});
+  }
+
+  // Adds the losses of the first `rows` positions of the batch in gpt_.x, dropout off.
+  void add_losses(bool accumulate, int rows) {
+    const int V = shape().V;
+    forward(gpt_, gpt_.B, shape().T, {}, false);
+    crossentropy_forward(gpt_.s.losses, gpt_.forward_only.logits, gpt_.y, rows, V, padded_vocabulary(V), stream_);
+    sum_losses(loss_total_.data(), gpt_.s.losses, accumulate, rows, stream_);
+  }
+  double read_losses() {
+    double total = 0;
+    CUDA_CHECK(cudaMemcpyAsync(&total, loss_total_.data(), sizeof total, cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    return total;
+  }
+
+  void set_step(int step) {
+    if (step != step_) CUDA_CHECK(cudaMemcpy(&gpt_.state->step, &step, sizeof step, cudaMemcpyHostToDevice));
+    step_ = step;
+  }
+  TrainState read_state() const {
+    TrainState state;
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    CUDA_CHECK(cudaMemcpy(&state, gpt_.state, sizeof state, cudaMemcpyDeviceToHost));
+    return state;
+  }
+  void upload(float* to, const float* from) {
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    CUDA_CHECK(cudaMemcpy(to, from, layout().size() * sizeof(float), cudaMemcpyHostToDevice));
+  }
+  void download(float* to, const float* from) const {
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    CUDA_CHECK(cudaMemcpy(to, from, layout().size() * sizeof(float), cudaMemcpyDeviceToHost));
+  }
+
+  // The algorithms of the matrix products are measured once and then kept beside the run's other files, so that later
+  // and resumed runs repeat it bit for bit.
+  std::string algorithms_path() const { return config_.out_dir + "/matmul_algorithms.txt"; }
+  void load_algorithms() {
+    if (std::filesystem::exists(algorithms_path())) gpt_.matmul.load_table(read_file(algorithms_path()));
+  }
+  void save_algorithms() {
+    make_folder(config_.out_dir);
+    write_file(algorithms_path(), gpt_.matmul.save_table());
+  }
+
+  Config config_;
+  Stream stream_;
+  GPT<Real> gpt_;
+  std::vector<DeviceTokens> tokens_;  // by Split
+  DeviceBuffer<float> loss_ring_;
+  DeviceBuffer<double> loss_total_;
+  DeviceBuffer<int> token_;
+  DeviceBuffer<AdamWStep> schedule_;
+  DeviceBuffer<double> norm_parts_;
+  Optimizer optimizer_{};
+  Graph graph_;
+  int step_ = 0;  // state->step, as far as the host knows
+  double peak_flops_ = 0;
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Why no GPU can be used; empty: one can.
+inline std::string no_gpu() {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return "";
+  return error == cudaSuccess ? "no CUDA device was found" : text("no CUDA device (", cudaGetErrorString(error), ")");
+}
+
+inline int run_on_gpu(Config config) {
+  cudaDeviceProp card;
+  CUDA_CHECK(cudaSetDevice(0));
+  CUDA_CHECK(cudaGetDeviceProperties(&card, 0));
+  const int capability = 10 * card.major + card.minor;
+  if (capability < 75)
+    fail(card.name, " has compute capability ", card.major, ".", card.minor,
+         ", this program needs 7.5 (Turing) or later; --device cpu trains on the CPU");
+  if (config.dtype == "auto") config.dtype = capability >= 80 ? "bfloat16" : "float16";
+  if (capability < 80 && (config.dtype == "bfloat16" || config.dtype == "tf32"))
+    fail("--dtype ", config.dtype, ": ", card.name, " has no ", config.dtype,
+         " arithmetic (compute capability 8.0 has); --dtype float16 or float32");
+  if (config.command == "train") apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
+  config.device = "cuda";
+  if (config.dtype == "bfloat16") return run_command<GpuModel<bf16>>(config);
+  if (config.dtype == "float16") return run_command<GpuModel<fp16>>(config);
+  return run_command<GpuModel<float>>(config);
+}
+
+#ifndef MICROGPT_NO_MAIN
+int main(int argc, char** argv) {
+  return run_main([&] {
+    const Config config = parse_command_line(argc, argv);
+    if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
+    const std::string why = no_gpu();
+    if (config.device == "cuda" && !why.empty()) fail("--device cuda: ", why);
+    const bool on_cpu = config.device == "cpu" || !why.empty() || config.command == "export";
+    return on_cpu ? cpu::run(config, why) : run_on_gpu(config);
+  });
+}
+#endif

@@ -63,7 +63,7 @@ CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcu
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
-.PHONY: all deps data test test-race test-pytorch bench bench-pytorch kernel-stats clean help FORCE
+.PHONY: all deps data test test-race test-pytorch bench bench-gpu bench-pytorch kernel-stats profile clean help FORCE
 .DELETE_ON_ERROR:
 
 all: train_gpt train_gpt_cpu data_prep
@@ -79,7 +79,9 @@ help:
 	@echo 'make test-race      kernels under ThreadSanitizer, and with their threads in shuffled order'
 	@echo 'make test-pytorch   the exported model against PyTorch (PYTHON=python3, which needs torch)'
 	@echo "make bench          each layer's time and share of the machine's peak"
-	@echo 'make bench-pytorch  the same step by PyTorch, in turn with ours (PYTHON=python3, which needs torch)'
+	@echo 'make bench-gpu      the same on a GPU: what it can do, kernel by kernel, and whole steps of every type'
+	@echo 'make bench-pytorch  the same step by PyTorch, in turn with ours (PYTHON=python3, which needs torch; DEVICE=cuda)'
+	@echo 'make profile        one step under NVIDIA'"'"'s profilers (KERNEL=name, the one shown in detail)'
 	@echo 'make kernel-stats   registers, spills and shared memory of every kernel (ARCH=90 or all)'
 	@echo 'make clean          remove what was built; data/ and out/ stay'
 	@echo 'CXX=clang++, MARCH=x86-64-v3: another compiler, another instruction set'
@@ -166,7 +168,7 @@ ifeq ($(DEVICE),cuda)
 test: $(BUILD)/cuda-$(ARCH)/test/run_tests
 	$< '[cuda]'
 else
-test: $(BUILD)/test/run_tests $(BUILD)/train_gpt_cpu $(BUILD)/data_prep
+test: $(BUILD)/test/run_tests $(BUILD)/train_gpt_cpu $(BUILD)/train_gpt_on_cpu $(BUILD)/data_prep
 	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
 endif
 
@@ -183,6 +185,13 @@ $(BUILD)/test/%.o: test/%.cu $(BUILD)/openmp | $(AFTER_DEPS)
 $(BUILD)/test/cuda_on_cpu.o: dev/cuda_on_cpu/engine.cpp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(filter-out -fsanitize=% -fno-sanitize-recover=%,$(COMMON)) -O2 $(CUDA_ON_CPU_ENGINE) -c $< -o $@
+
+# The whole program that way, for tests of its command line: a GPU trainer whose GPU is the CPU.
+$(BUILD)/train_gpt_on_cpu: %: %.o $(BUILD)/train_gpt_fallback.o $(BUILD)/test/cuda_on_cpu.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+	$(CXX) $^ $(LIBS) -ldl -rdynamic -o $@
+$(BUILD)/train_gpt_on_cpu.o: train_gpt.cu $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(CUDA_ON_CPU) $(OPENMP) -x c++ -c $< -o $@
 
 # The same tests on a GPU.
 $(BUILD)/cuda-$(ARCH)/test/run_tests: $(addprefix $(BUILD)/cuda-$(ARCH)/test/,$(CUDA_TESTS)) $(BUILD)/test/main.o $(TEST_HOST)
@@ -214,8 +223,34 @@ test-pytorch: train_gpt_cpu data_prep
 bench: $(BUILD)/bench
 	$(BUILD)/bench
 
+BENCH_GPU := $(BUILD)/cuda-$(ARCH)/dev/bench_gpu
+bench-gpu: $(BENCH_GPU)
+	$(BENCH_GPU) ceilings
+	$(BENCH_GPU) kernels
+	$(BENCH_GPU) step
+
+ifeq ($(DEVICE),cuda)
+bench-pytorch: $(BENCH_GPU)
+	$(PYTHON) dev/bench_pytorch.py --device cuda $(BENCH_GPU)
+else
 bench-pytorch: $(BUILD)/bench
 	$(PYTHON) dev/bench_pytorch.py $(BUILD)/bench
+endif
+
+KERNEL ?= attention_forward_kernel
+profile: $(BENCH_GPU)
+	dev/profile.sh $(BENCH_GPU) '$(KERNEL)'
+
+ifneq ($(NVCC),)
+$(BENCH_GPU): %: %.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
+else
+$(BENCH_GPU):
+	@echo 'error: nvcc was not found; NVCC=path says where it is' >&2; exit 1
+endif
+
+kernel-stats:
+	NVCC='$(NVCC)' dev/kernel_stats.sh $(if $(filter all,$(ARCH)),$(ALL_ARCHS),$(filter-out native ptx,$(ARCH)))
 
 $(BUILD)/bench: $(BUILD)/bench.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -o $@

@@ -11,6 +11,7 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
+#include <iomanip>
 #include <map>
 #include <memory>
 #include <string>
@@ -456,6 +457,13 @@ class GpuModel {
   }
 
   static MemoryPlan plan(const Config& config, const ModelShape& shape, const Data* data, bool training) {
+    const int HS = shape.HS();
+    if (HS != 16 && HS != 32 && HS != 64 && HS != 128)
+      fail("a head size (n_embd / n_head) of ", HS,
+           ": the GPU's kernels have 16, 32, 64 and 128; --device cpu has any");
+    if (shape.C > layernorm_max_C)
+      fail("n_embd ", shape.C, ": the GPU's kernels keep a row in registers, of up to ", layernorm_max_C,
+           " channels; --device cpu has any");
     const double params = 4.0 * double(parameter_layout(shape).size());
     MemoryPlan plan;
     plan.add("parameters", params);
@@ -505,7 +513,7 @@ class GpuModel {
     const TrainState state = read_state();
     std::map<std::string, std::string> out = {{"matmul", gpt_.matmul.name()}};
     if (loss_scaling) {
-      out["loss_scale"] = text(state.loss_scale);
+      out["loss_scale"] = text(std::setprecision(9), state.loss_scale);  // digits that read back as the same number
       out["steps_since_overflow"] = text(state.steps_since_overflow);
     }
     return out;

@@ -337,8 +337,9 @@ class CpuModel {
   std::vector<int> x_, y_;  // (B, T)
 };
 
-// Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU.
-inline int run(Config config, const std::string& why) {
+// Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU. It is emitted
+// (used) although nothing here calls it: train_gpt.cu does.
+[[gnu::used]] inline int run(Config config, const std::string& why) {
   if (config.dtype != "auto" && config.dtype != "float32")
     fail("--dtype ", config.dtype, " needs a GPU; on the CPU all arithmetic is float32");
   config.dtype = "float32";

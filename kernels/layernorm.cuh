@@ -10,6 +10,7 @@
 #include "masks.h"
 
 constexpr int layernorm_threads = 128;
+constexpr int layernorm_max_C = 2048;
 
 // A row lies in the registers of `lanes` threads: lane l holds its chunks of eight channels l, l + lanes, ..., `each` of
 // them. The 384 channels of the lecture's model are three chunks for each of 16 lanes, and none is idle. One call of the
@@ -22,7 +23,8 @@ struct RowShape {
 // Calls f with the smallest RowShape in which C channels have room: half a warp for a row, or the whole block.
 template <class F>
 void with_row_shape(int C, F f) {
-  require(C > 0 && C % 8 == 0 && C <= 2048, "layernorm: C = ", C, " is not a multiple of 8 up to 2048");
+  require(C > 0 && C % 8 == 0 && C <= layernorm_max_C, "layernorm: C = ", C, " is not a multiple of 8 up to ",
+          layernorm_max_C);
   if (C <= 128)
     f(RowShape<16, 1>{});
   else if (C <= 256)

@@ -1,0 +1,130 @@
+// The GPU trainer as a person uses it, on CUDA-on-CPU: which device it takes and what it says, files that go from one
+// device to the other and back. CUDA_ON_CPU_DEVICES and CUDA_ON_CPU_MEMORY (bytes) describe the GPU that it finds.
+#include <nlohmann/json.hpp>
+
+#include "../host/files.h"
+#include "test.h"
+
+namespace {
+
+const std::string on_gpu = program("train_gpt_on_cpu"), on_cpu = program("train_gpt_cpu");
+const std::string tiny =
+    " --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_iters=12 --eval_interval=6 --eval_iters=2"
+    " --log_interval=4 --dropout=0.1 --learning_rate=1e-2 --preset=lecture";
+
+std::string prepared() {
+  const std::string folder = test_folder();
+  std::string content;
+  for (int i = 0; i < 1000; i++) content += "ab";
+  write_file(folder + "/input.txt", content);
+  REQUIRE(run(program("data_prep") + " " + folder + "/input.txt --out " + folder + "/data").code == 0);
+  return folder;
+}
+
+Run train(const std::string& what, const std::string& folder, const std::string& out, const std::string& flags) {
+  return run(what + " --data " + folder + "/data --out_dir " + folder + out + flags);
+}
+
+// The losses in the lines "step ..." and "val exact", in order.
+std::vector<double> losses_of(const std::string& out) {
+  std::vector<double> losses;
+  std::istringstream lines(out);
+  for (std::string line; std::getline(lines, line);) {
+    int step;
+    double train, val;
+    if (std::sscanf(line.c_str(), "step %d: train loss %lf, val loss %lf", &step, &train, &val) == 3) {
+      losses.push_back(train);
+      losses.push_back(val);
+    } else if (std::sscanf(line.c_str(), "val exact: %lf", &val) == 1) {
+      losses.push_back(val);
+    }
+  }
+  return losses;
+}
+
+}  // namespace
+
+TEST_CASE("The GPU trainer trains, samples, saves and says on what") {
+  const std::string folder = prepared();
+  const Run gpu = train(on_gpu, folder, "/gpu", tiny + " --dtype=float32"), cpu = train(on_cpu, folder, "/cpu", tiny);
+  INFO(gpu.err);
+  REQUIRE(gpu.code == 0);
+  CHECK(contains(gpu.err, "float32 on CUDA on the CPU"));
+  CHECK(contains(gpu.err, "memory: parameters"));
+  const std::vector<double> got = losses_of(gpu.out), want = losses_of(cpu.out);
+  REQUIRE(got.size() == 7);
+  REQUIRE(want.size() == 7);
+  for (size_t i = 0; i < 7; i++) CHECK(got[i] == Approx(want[i]).margin(2e-4));
+  CHECK(got.back() < 0.1);
+  CHECK(read_file(folder + "/gpu/sample.txt") == read_file(folder + "/cpu/sample.txt"));
+  CHECK(contains(read_file(folder + "/gpu/matmul_algorithms.txt"), "algorithms of matrix products"));
+  CHECK(train(on_gpu, folder, "/gpu", " eval").code == 1);  // a command comes first
+  const Run eval = run(on_gpu + " eval --data " + folder + "/data --out_dir " + folder + "/gpu");
+  CHECK(losses_of(eval.out).back() == Approx(got.back()).margin(1e-3));  // in bfloat16, unless it is told otherwise
+  const Run sample = run(on_gpu + " sample --out_dir " + folder + "/gpu --start=ab --max_new_tokens=20");
+  CHECK(contains(sample.out, "abababab"));
+}
+
+TEST_CASE("Runs in every type repeat, and resume, byte for byte") {
+  const std::string folder = prepared();
+  for (const std::string dtype : {"bfloat16", "float16", "tf32"}) {
+    const std::string whole = "/" + dtype, again = whole + "_again", parts = whole + "_parts";
+    const std::string flags = tiny + " --dtype=" + dtype;
+    const Run r = train(on_gpu, folder, whole, flags);
+    INFO(r.err);
+    REQUIRE(r.code == 0);
+    CHECK(contains(r.err, dtype + " on CUDA"));
+    REQUIRE(train(on_gpu, folder, again, flags).code == 0);
+    REQUIRE(train(on_gpu, folder, parts, flags + " --max_iters=7").code == 0);
+    REQUIRE(train(on_gpu, folder, parts, " --init_from=resume --max_iters=12 --dtype=" + dtype).code == 0);
+    const std::string checkpoint = read_file(folder + whole + "/ckpt_last.safetensors");
+    CHECK((checkpoint == read_file(folder + again + "/ckpt_last.safetensors")));
+    CHECK((checkpoint == read_file(folder + parts + "/ckpt_last.safetensors")));
+  }
+}
+
+TEST_CASE("A run goes on on another device") {
+  const std::string folder = prepared();
+  REQUIRE(train(on_gpu, folder, "/a", tiny + " --dtype=float32 --max_iters=6").code == 0);
+  const Run to_cpu = train(on_gpu, folder, "/a", " --init_from=resume --max_iters=12 --device=cpu");
+  INFO(to_cpu.err);
+  CHECK(to_cpu.code == 0);
+  CHECK(contains(to_cpu.err, "going on at iteration 6"));
+  REQUIRE(train(on_cpu, folder, "/b", tiny + " --max_iters=6").code == 0);
+  const Run to_gpu = train(on_gpu, folder, "/b", " --init_from=resume --max_iters=12 --dtype=float32");
+  CHECK(to_gpu.code == 0);
+  const std::vector<double> a = losses_of(to_cpu.out), b = losses_of(to_gpu.out);
+  REQUIRE(a.size() == b.size());
+  for (size_t i = 0; i < a.size(); i++) CHECK(a[i] == Approx(b[i]).margin(2e-4));
+}
+
+TEST_CASE("Without a GPU it trains on the CPU and says why, unless a GPU was asked for") {
+  const std::string folder = prepared();
+  const std::string no_gpu = "CUDA_ON_CPU_DEVICES=0 " + on_gpu;
+  const Run r = train(no_gpu, folder, "/out", tiny);
+  CHECK(r.code == 0);
+  CHECK(contains(r.err, "on the CPU: no CUDA device"));
+  const Run refused = train(no_gpu, folder, "/refused", tiny + " --device=cuda");
+  CHECK(refused.code == 1);
+  CHECK(contains(refused.err, "error: --device cuda: no CUDA device"));
+  const Run asked = train(on_gpu, folder, "/cpu", tiny + " --device=cpu");
+  CHECK(asked.code == 0);
+  CHECK(!contains(asked.err, "on the CPU:"));
+  const Run type = train(no_gpu, folder, "/type", tiny + " --dtype=bfloat16");
+  CHECK(type.code == 1);
+  CHECK(contains(type.err, "--dtype bfloat16 needs a GPU"));
+}
+
+TEST_CASE("What a GPU cannot do is refused before it begins") {
+  const std::string folder = prepared();
+  const auto refused = [&](const std::string& what, const std::string& flags, const std::string& part) {
+    const Run r = train(what, folder, "/out", tiny + flags);
+    INFO(r.err);
+    CHECK(r.code == 1);
+    CHECK(contains(r.err, part));
+  };
+  refused(on_gpu, " --n_head=1 --n_embd=48", "head size");
+  refused(on_gpu, " --n_head=2 --n_embd=16", "head size");
+  refused(on_gpu, " --n_head=32 --n_embd=4096", "n_embd");
+  refused("CUDA_ON_CPU_MEMORY=300000 " + on_gpu, "", "on this GPU there are free");
+}

@@ -509,9 +509,9 @@ class GpuModel {
     if (v) download(v, gpt_.v_memory.data());
   }
 
-  std::map<std::string, std::string> state() {
+  std::map<std::string, std::string> state() const {
     const TrainState state = read_state();
-    std::map<std::string, std::string> out = {{"matmul", gpt_.matmul.name()}};
+    std::map<std::string, std::string> out = {{"matmul", algorithms_}};
     if (loss_scaling) {
       out["loss_scale"] = text(std::setprecision(9), state.loss_scale);  // digits that read back as the same number
       out["steps_since_overflow"] = text(state.steps_since_overflow);
@@ -526,11 +526,11 @@ class GpuModel {
     }
     CUDA_CHECK(cudaMemcpy(gpt_.state, &state, sizeof state, cudaMemcpyHostToDevice));
     step_ = state.step;
-    if (saved.count("matmul") && saved.at("matmul") != gpt_.matmul.name())
+    if (saved.count("matmul") && saved.at("matmul") != algorithms_)
       std::fprintf(stderr,
                    "the matrix products take other algorithms than before (%s, now %s): the run goes on, but not bit "
                    "for bit\n",
-                   saved.at("matmul").c_str(), gpt_.matmul.name().c_str());
+                   saved.at("matmul").c_str(), algorithms_.c_str());
   }
 
   std::vector<float> train_steps(int iteration, int count) {
@@ -628,6 +628,7 @@ class GpuModel {
     enqueue_step();
     add_losses(false, gpt_.B * shape().T);
     CUDA_CHECK(cudaStreamSynchronize(stream_));
+    algorithms_ = gpt_.matmul.name();
     save_algorithms();
     graph_.capture(stream_, [&] { enqueue_step(); });
     set_state({});
@@ -688,7 +689,8 @@ class GpuModel {
   DeviceBuffer<double> norm_parts_;
   Optimizer optimizer_{};
   Graph graph_;
-  int step_ = 0;  // state->step, as far as the host knows
+  std::string algorithms_;  // the name of those that the products of training and evaluation take
+  int step_ = 0;            // state->step, as far as the host knows
   double peak_flops_ = 0;
 };
 

@@ -51,7 +51,8 @@ __device__ inline void backward_weight(float& score, float& gradient, float scal
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores: matrices are made of blocks of 16 x 16, of which a lane holds eight elements (see mma_16x8x16). Element i
-// of a block's lane is decided by draw i of the lane's eight.
+// of a block's lane is decided by draw i of the lane's eight. Blocks live in registers, so loops over them must be unrolled,
+// which the compiler only needs to be told of the largest.
 
 struct Block {
   float half[2][4];  // columns 0 ... 7 and 8 ... 15
@@ -97,7 +98,6 @@ __device__ inline void copy_rows(Real* smem, int to, const Real* from, int strid
   static_assert(at_once % 8 == 0 && ROWS % at_once == 0);
   const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), mine = at<HS>(to + row, chunk);
   from += size_t(first + row) * stride + chunk * 8;
-#pragma unroll
   for (int i = 0; i < ROWS; i += at_once) copy_async_16(smem + mine + i * HS, from + i * stride, first + row + i < T);
 }
 
@@ -106,14 +106,11 @@ template <int HS, class Real>
 __device__ inline void store_rows(Real* to, int stride, int rows, Real* smem, int smem_row, const Block (&x)[HS / 16],
                                   const float (&factor)[2]) {
   const int mine = at<HS>(smem_row + lane() / 4, 0);
-#pragma unroll
   for (int n = 0; n < HS / 16; n++)
-#pragma unroll
     for (int i = 0; i < 8; i += 2)
       *reinterpret_cast<uint32_t*>(smem + (mine ^ (n * 16 + i / 4 * 8)) + i / 2 % 2 * 8 * HS + lane() % 4 * 2) =
           pack2<Real>(x[n][i] * factor[i / 2 % 2], x[n][i + 1] * factor[i / 2 % 2]);
   __syncwarp();
-#pragma unroll
   for (int i = lane(); i < 2 * HS; i += 32) {
     const int row = i / (HS / 8), chunk = i % (HS / 8);
     if (row < rows)
@@ -149,9 +146,7 @@ struct Stream {
 template <int HS, int R, class Real>
 __device__ inline void load_a(uint32_t (&a)[R][HS / 16][4], const Real* smem, int row) {
   const int mine = at<HS>(row + lane() % 16, lane() / 16);
-#pragma unroll
   for (int r = 0; r < R; r++)
-#pragma unroll
     for (int k = 0; k < HS / 16; k++) ldmatrix_x4(a[r][k], smem + r * 16 * HS + (mine ^ (16 * k)));
 }
 
@@ -168,13 +163,10 @@ __device__ inline void multiply_transposed(Block (&s)[R][N], const uint32_t (&a)
   const int mine = at<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
 #pragma unroll
   for (int n = 0; n < N; n++) {
-#pragma unroll
     for (int r = 0; r < R; r++) s[r][n] = {};
-#pragma unroll
     for (int k = 0; k < HS / 16; k++) {
       uint32_t b[4];
       ldmatrix_x4(b, smem + n * 16 * HS + (mine ^ (16 * k)));
-#pragma unroll
       for (int r = 0; r < R; r++) multiply<Real>(s[r][n], a[r][k], b);
     }
   }
@@ -186,15 +178,11 @@ __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R
 #pragma unroll
   for (int n = 0; n < N; n++) {
     uint32_t a[R][4];
-#pragma unroll
     for (int r = 0; r < R; r++)
-#pragma unroll
       for (int i = 0; i < 4; i++) a[r][i] = pack2<Real>(p[r][n][2 * i], p[r][n][2 * i + 1]);
-#pragma unroll
     for (int c = 0; c < HS / 16; c++) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, smem + n * 16 * HS + (mine ^ (16 * c)));
-#pragma unroll
       for (int r = 0; r < R; r++) multiply<Real>(sum[r][c], a[r], b);
     }
   }
@@ -207,14 +195,11 @@ __device__ inline void mask(bool (&keep)[8], const Dropout& drop, uint64_t bh, i
   const Philox4 draws = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane());
   if constexpr (TRANSPOSED) {
     uint32_t quarter[4];
-#pragma unroll
     for (int w = 0; w < 4; w++)
       quarter[w] = transpose_8x8((draw_of(draws, 2 * w) < drop.threshold ? 0xffffu : 0u) |
                                  (draw_of(draws, 2 * w + 1) < drop.threshold ? 0xffff0000u : 0u));
-#pragma unroll
     for (int i = 0; i < 8; i++) keep[i] = quarter[i / 2 % 2 * 2 + i / 4] >> 16 * (i % 2) & 1;
   } else {
-#pragma unroll
     for (int i = 0; i < 8; i++) keep[i] = draw_of(draws, i) < drop.threshold;
   }
 }
@@ -224,11 +209,8 @@ template <bool TRANSPOSED, int R, int N>
 __device__ inline void hide_later_keys(Block (&s)[R][N], int first_row, int first_column) {
   const int last_row = first_row + 16 * R - 1, last_column = first_column + 16 * N - 1;
   if (TRANSPOSED ? last_row <= first_column : last_column <= first_row) return;
-#pragma unroll
   for (int r = 0; r < R; r++)
-#pragma unroll
     for (int n = 0; n < N; n++)
-#pragma unroll
       for (int i = 0; i < 8; i++) {
         const int row = first_row + r * 16 + row_of(i), column = first_column + n * 16 + column_of(i);
         if (TRANSPOSED ? row > column : column > row) s[r][n][i] = -INFINITY;
@@ -239,15 +221,12 @@ __device__ inline void hide_later_keys(Block (&s)[R][N], int first_row, int firs
 // else was summed before must be shrunk to. A query's first step has key 0, so the largest is finite from then on.
 template <int N>
 __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)[2], float (&shrink)[2], float scale) {
-#pragma unroll
   for (int r = 0; r < 2; r++) {  // the lane's rows: its elements 2r, 2r + 1 of every four
     const float before = max[r];
     float part = 0;
-#pragma unroll
     for (int i = 0; i < 4 * N; i++) max[r] = fmaxf(max[r], s[i / 4].half[i / 2 % 2][2 * r + i % 2]);
     max[r] = lane_max<4>(max[r]);
     shrink[r] = exp2f((before - max[r]) * scale);
-#pragma unroll
     for (int i = 0; i < 4 * N; i++) {
       float& x = s[i / 4].half[i / 2 % 2][2 * r + i % 2];
       x = exp2f(fmaf(x, scale, -max[r] * scale));
@@ -287,7 +266,6 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
   const float scale = softmax_scale<HS>() * log2_e;
   Block sums[R][HS / 16] = {};
   float max[R][2], sum[R][2] = {};
-#pragma unroll
   for (int r = 0; r < R; r++) max[r][0] = max[r][1] = -INFINITY;
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
     if (k0 % stream.tile == 0) stream.advance(k0);
@@ -299,14 +277,12 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
     for (int r = 0; r < R; r++) {
       float shrink[2];
       softmax_step(s[r], max[r], sum[r], shrink, scale);
-#pragma unroll
       for (int i = 0; i < HS / 2; i++) sums[r][i / 8][i % 8] *= shrink[i / 2 % 2];
       if constexpr (DROPOUT) {  // after the sum: the denominator knows nothing of it
 #pragma unroll
         for (int n = 0; n < N; n++) {
           bool keep[8];
           mask<false>(keep, drop, head.masks, first + r * 16, k0 + n * 16, T);
-#pragma unroll
           for (int i = 0; i < 8; i++) s[r][n][i] = keep[i] ? s[r][n][i] : 0.0f;
         }
       }
@@ -319,7 +295,6 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
   for (int r = 0; r < R; r++) {
     const int first_of_r = first + r * 16;
     float factor[2];
-#pragma unroll
     for (int i = 0; i < 2; i++) {
       const float total = lane_sum<4>(sum[r][i]);
       const int query = first_of_r + row_of(2 * i);
@@ -357,7 +332,6 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 : 2)
     float dot = 0;
     if (query < T) {
       const Float8 x = load8(dO + query * out_row + i % chunks * 8), y = load8(O + query * out_row + i % chunks * 8);
-#pragma unroll
       for (int j = 0; j < 8; j++) dot += x[j] * y[j];
     }
     dot = lane_sum<chunks>(dot);
@@ -370,7 +344,6 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 : 2)
   load_a<HS>(q, smem, own);
   load_a<HS>(dO_of_q, smem, own + rows);
   float lse_of_q[2], D_of_q[2];
-#pragma unroll
   for (int r = 0; r < 2; r++) {
     const int query = first + row_of(2 * r);  // weights of rows from T on are exp(-infinity) = 0
     lse_of_q[r] = query < T ? lse[head.bh * T + query] * log2_e : INFINITY;
@@ -390,7 +363,6 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 : 2)
     for (int n = 0; n < N; n++) {
       bool keep[8];
       if constexpr (DROPOUT) mask<false>(keep, drop, head.masks, first, k0 + n * 16, T);
-#pragma unroll
       for (int i = 0; i < 8; i++)
         backward_weight(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2], !DROPOUT || keep[i],
                         kept);
@@ -458,7 +430,6 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
     for (int n = 0; n < N; n++) {
       bool keep[8];
       if constexpr (DROPOUT) mask<true>(keep, drop, head.masks, q0 + n * 16, first, T);
-#pragma unroll
       for (int j = 0; j < 8; j++) {
         const float2 of_q = lse_and_D[i % (2 * stream.tile) + n * 16 + column_of(j)];
         backward_weight(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], kept);
@@ -518,7 +489,6 @@ __device__ inline void add_rows(float4& sum, float weight, const float* rows, in
 }
 template <int HS>
 __device__ inline void store4(float* row, float4 sum, float factor) {
-#pragma unroll
   for (int d = row_lanes<HS>; d < 32; d *= 2) {
     sum.x += __shfl_xor_sync(all_lanes, sum.x, d), sum.y += __shfl_xor_sync(all_lanes, sum.y, d);
     sum.z += __shfl_xor_sync(all_lanes, sum.z, d), sum.w += __shfl_xor_sync(all_lanes, sum.w, d);
@@ -529,14 +499,14 @@ __device__ inline void store4(float* row, float4 sum, float factor) {
 }  // namespace attention
 
 template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads)
+__global__ void __launch_bounds__(attention::threads, 5)
     attention_forward_float_kernel(float* out, float* lse, const float* qkv, Dropout drop, const int* step, float kept,
                                    int T, int NH) {
   using namespace attention;
   if (DROPOUT) drop.step = uint32_t(*step);
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + threadIdx.x / 32;
+  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
   if (q >= T) return;  // the whole warp, and no barrier follows
   const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
   const float4 query = load4<HS>(Q + q * row);
@@ -559,7 +529,7 @@ __global__ void __launch_bounds__(attention::threads)
 }
 
 template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads)
+__global__ void __launch_bounds__(attention::threads, 5)
     attention_backward_queries_float_kernel(float* dqkv, float* D, const float* dout, const float* qkv,
                                             const float* out, const float* lse, Dropout drop, const int* step,
                                             float kept, int T, int NH) {
@@ -567,7 +537,7 @@ __global__ void __launch_bounds__(attention::threads)
   if (DROPOUT) drop.step = uint32_t(*step);
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + threadIdx.x / 32;
+  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
   if (q >= T) return;
   const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
   const float4 query = load4<HS>(Q + q * row), dO = load4<HS>(dout + head.out + q * out_row);
@@ -587,14 +557,14 @@ __global__ void __launch_bounds__(attention::threads)
 }
 
 template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads)
+__global__ void __launch_bounds__(attention::threads, 5)
     attention_backward_keys_float_kernel(float* dqkv, const float* D, const float* dout, const float* qkv,
                                          const float* lse, Dropout drop, const int* step, float kept, int T, int NH) {
   using namespace attention;
   if (DROPOUT) drop.step = uint32_t(*step);
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int kv = int(blockIdx.z) * warps + threadIdx.x / 32;
+  const int kv = int(blockIdx.z) * warps + warp_index();
   if (kv >= T) return;
   const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out;
   const float4 key = load4<HS>(K + kv * row), value = load4<HS>(V + kv * row);

@@ -76,6 +76,7 @@ __global__ void __launch_bounds__(layernorm_threads)
     if constexpr (HAS_BRANCH) added[j] = chunk < chunks ? load8(branch + at + chunk * 8) : Float8{};
   }
   if constexpr (HAS_BRANCH) {
+    // From here on x is what is stored, rounded: backward, which reads it, sees the numbers that were normalised.
     if (drop.active()) drop.step = uint32_t(*step);
     const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
 #pragma unroll
@@ -86,7 +87,6 @@ __global__ void __launch_bounds__(layernorm_threads)
 #pragma unroll
       for (int i = 0; i < 8; i++) added[j][i] += b[i];
       if (drop.active()) dropout8(added[j], drop, scale, first_counter + chunk);
-        // What is normalised is what is stored, rounded: backward, which reads it, then sees the same numbers.
 #pragma unroll
       for (int i = 0; i < 8; i++) x[j][i] = float(Real(x[j][i] + added[j][i]));
       store8(stream_out + at + chunk * 8, x[j]);

@@ -1,16 +1,16 @@
-// Linear layer: out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC), its gradients, and ReLU in the same pass.
-// The products are the library's (matmul_library.cuh), which stores matrices by columns: d (m, n) = op(a) @ op(b). A
-// matrix whose rows are ld elements apart is, read by columns, its transpose; so what it is asked for are our equations,
-// transposed, with the same memory:
+// Linear layer: out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC), its gradients, and ReLU in the same
+// pass. The products are the library's (matmul_library.cuh), which stores matrices by columns: d (m, n) = op(a) @
+// op(b). A matrix whose rows are ld elements apart is, read by columns, its transpose; so what it is asked for are our
+// equations, transposed, with the same memory:
 //
 //                     d (m, n)                   op(a)                   op(b)                         k      vector
 //   forward           out^T (OC, rows), ldo      weight (C, OC), T       inp^T (C, rows), N            C      bias (m)
 //   backward_input    dinp^T (C, rows)           weight (C, OC), N       dout^T (OC, rows), ldd, N     OC
 //   backward_weight   dweight^T (C, OC)          inp^T (C, rows), N      dout^T (OC, rows), ldd, T     rows   dbias (n)
 //
-// A bias is added to d's columns, one element for each row. Its gradient has an element for each of d's columns: the sums
-// of op(b), dout, over k. ReLU's mask has a bit for each element of d in forward, out^T, and is read again where dinp^T is
-// of that shape.
+// T: op transposes. A bias is added to d's columns, one element for each row. Its gradient has an element for each of
+// d's columns: the sums of op(b), dout, over k. ReLU's mask has a bit for each element of forward's d, out^T, and is
+// read where dinp^T has that shape.
 // defines: Matmul, relu_mask_bytes, column_sums
 #pragma once
 #include <initializer_list>
@@ -25,8 +25,8 @@
 #include "relu.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The sums of a matrix' columns, a bias' gradient. A block takes 64 columns of one of several parts of the rows; a second
-// kernel adds the parts. How the rows are divided depends on nothing but their number.
+// The sums of a matrix' columns, a bias' gradient. A block takes 64 columns of one of several parts of the rows; a
+// second kernel adds the parts. How the rows are divided depends on nothing but their number.
 
 constexpr int column_sums_parts = 128;  // at most
 
@@ -73,8 +73,8 @@ static __global__ void __launch_bounds__(128)
   sums[c] = accumulate ? sums[c] + total : total;
 }
 
-// sums (OC) = or += the sums over rows of x (rows, OC), a row of which is ld elements long; parts (column_sums_parts, OC)
-// is scratch
+// sums (OC) = or += the sums over rows of x (rows, OC), a row of which is ld elements long; what is behind the first OC
+// does not matter. parts (column_sums_parts, OC) is scratch.
 template <class Real>
 void column_sums(float* sums, float* parts, const Real* x, bool accumulate, int rows, int OC, int ld,
                  cudaStream_t stream) {
@@ -93,8 +93,8 @@ void column_sums(float* sums, float* parts, const Real* x, bool accumulate, int 
 constexpr size_t relu_mask_bytes(int rows, int OC) { return size_t(rows) * mask_stride(OC) / 8; }
 
 // The products of one stream. The first time that a function is called with new shapes it chooses an algorithm, which
-// takes a while and may not happen while a graph is captured; from then on it only launches. All pointers are aligned to
-// 16 bytes; C and the lengths of rows are multiples of 8.
+// takes a while and may not happen while a graph is captured; from then on it only launches. All pointers are aligned
+// to 16 bytes; C and the lengths of rows are multiples of 8.
 class Matmul {
  public:
   static constexpr size_t workspace_bytes = MatmulLibrary::workspace_bytes;
@@ -142,8 +142,8 @@ class Matmul {
                       {.d = dinp, .a = weight, .b = dout});
   }
 
-  // dinp (rows, C) = dout (rows, OC) @ weight (OC, C) where the input passed its ReLU, else 0. mask, and relu_out (rows,
-  // C), are what this object's forward_relu left; which of them is read depends on what the library offers.
+  // dinp (rows, C) = dout (rows, OC) @ weight (OC, C) where the input passed its ReLU, else 0. mask and relu_out
+  // (rows, C) are what this object's forward_relu left; which of them is read depends on what the library offers.
   template <class Real>
   void backward_input_relu(Real* dinp, const Real* dout, const Real* weight, const unsigned char* mask,
                            const Real* relu_out, int rows, int C, int OC) {

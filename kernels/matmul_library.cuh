@@ -7,12 +7,15 @@
 #include <cublasLt.h>
 #endif
 
+#include <algorithm>
+#include <cmath>
 #include <compare>
 #include <cstdio>
 #include <map>
 #include <optional>
 #include <set>
 #include <sstream>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -27,8 +30,8 @@
 enum class OperandType { float32, tf32, bfloat16, float16 };            // tf32: floats, multiplied with 10 bits of each
 enum class Epilogue { none, bias, relu, relu_mask, drelu, bias_grad };  // the first two relus add a bias before
 
-// d (m, n) = op(a) (m, k) @ op(b) (k, n). This is all that the choice of an algorithm depends on; whether the product is
-// added to d is not part of it.
+// d (m, n) = op(a) (m, k) @ op(b) (k, n). This is all that the choice of an algorithm depends on: the library is not
+// told whether the product is added to d until it computes it.
 struct Product {
   OperandType type;
   bool float_d;  // d is float, otherwise of the operands' type
@@ -180,9 +183,11 @@ class MatmulLibrary {
   AlgorithmTable& table() { return table_; }
   float* workspace() const { return workspace_.as<float>(); }
 
+  // The table may forbid it, as that of a GPU does where there is no such algorithm.
   template <class Unfused>
-  bool fuses(const Product&, const Operands&, Unfused) {
-    return true;
+  bool fuses(const Product& p, const Operands&, Unfused) {
+    const std::string* known = table_.find(p.text());
+    return !known || *known != "unfused";
   }
   void multiply(const Product& p, const Operands& o) {
     if (used_.insert(p).second) {
@@ -248,17 +253,17 @@ class MatmulLibrary {
   void multiply(const Product& p, const Operands& o) {
     const auto it = plans_.find(p);
     Plan& plan = it != plans_.end() ? it->second : make_plan(p, o, [] { return INFINITY; });
-    require(plan.usable, "cuBLASLt has no algorithm for ", p.text());
+    if (!plan.usable) throw std::runtime_error("cuBLASLt has no algorithm for " + p.text());
     if (!plan.used && !comparing_) {
       plan.used = true;
       table_.use(p.text());
     }
     set_pointers(plan, p, o);
-    check(run(plan, plan.algorithm, o, o.d, o.accumulate), p.text().c_str());
+    check(run(plan, plan.algorithm, o, o.d, o.accumulate), "cublasLtMatmul");
   }
 
-  // TFLOP/s of a large product, 0: there is no memory for it. It multiplies noise: zeros would keep the card cooler, and
-  // faster.
+  // TFLOP/s of a large product, 0: there is no memory for it. It multiplies noise: zeros would keep the card cooler,
+  // and faster.
   template <class Real>
   double measure_peak(OperandType type) {
     const int n = sizeof(Real) == 2 ? 8192 : 4096;
@@ -318,8 +323,9 @@ class MatmulLibrary {
   Plan& make_plan(const Product& p, const Operands& o, OtherWay other_way) {
     cudaStreamCaptureStatus capture;
     CUDA_CHECK(cudaStreamIsCapturing(stream_, &capture));
-    require(capture == cudaStreamCaptureStatusNone, "matmul: ", p.text(),
-            " is new, and no algorithm can be chosen while a graph is captured: compute everything once before");
+    if (capture != cudaStreamCaptureStatusNone)
+      throw std::runtime_error("matmul: " + p.text() + " is new, and no algorithm can be chosen while a graph is " +
+                               "captured: compute everything once before");
     Plan plan = describe(p);
     set_pointers(plan, p, o);  // the heuristics look at their alignment
     const std::string* known = table_.find(p.text());
@@ -388,9 +394,9 @@ class MatmulLibrary {
     return plan.usable;
   }
 
-  // The algorithms that the library proposes; only such that sum over k in the same order every time, and in
-  // float: in one piece, or in pieces that lie in the workspace as floats until a second kernel adds them. The library's
-  // other ways to split k add up in d's type, one of them in place while the pieces are computed.
+  // The algorithms that the library proposes; only such that sum over k in the same order every time, and in float: in
+  // one piece, or in pieces that lie in the workspace as floats until a second step adds them. The library's other ways
+  // to split k add up in d's type, one of them in place while the pieces are computed.
   std::vector<Algorithm> heuristics(Plan& plan, int k) {
     cublasLtMatmulPreferenceOpaque_t preference{};
     check(cublasLtMatmulPreferenceInit(&preference), "a preference");

@@ -12,7 +12,7 @@ struct Shape {
   size_t weights() const { return size_t(B) * NH * T; }
 };
 
-// What the kernels make of numbers, and what they make it from.
+// What the kernels write.
 template <class Real>
 struct Results {
   std::vector<Real> out, dqkv;

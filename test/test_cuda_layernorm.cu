@@ -194,21 +194,25 @@ TEMPLATE_TEST_CASE("residual and LayerNorm backward on the device", "[cuda]", fl
 
 TEMPLATE_TEST_CASE("residual dropout on the device has the CPU's mask", "[cuda]", float, bf16, fp16) {
   using Real = TestType;
-  for (const Shape s : {Shape{3, 31, 48}, {2, 3, 384}, {1, 2, 1040}}) {
-    const auto [B, T, C] = s;
-    const size_t count = size_t(B) * T * C;
-    const std::vector<float> zeros(count, 0), ones(count, 1), no_bias(C, 0), weight(C, 1);
-    const Dropout drop = dropout(0.3);
-    std::vector<float> want(count);
-    residual_forward(want.data(), zeros.data(), ones.data(), drop, B, T, C);
-    for (float& x : want) x = float(Real(x));
-    const OnDevice d(drop);
-    const DeviceArray<Real> inp(zeros), branch(ones), stream_out(count), norm(count);
-    const DeviceArray<float> bias(no_bias), w(weight);
-    residual_layernorm_forward<Real>(stream_out.data(), norm.data(), nullptr, nullptr, inp.data(), branch.data(),
-                                     bias.data(), d.drop, d.step(), w.data(), bias.data(), B, T, C, nullptr);
-    CHECK((stream_out.floats() == want));
-  }
+  for (const Shape s : {Shape{3, 31, 48}, {2, 3, 384}, {1, 2, 1040}})
+    for (const bool at_threshold : {false, true}) {
+      const auto [B, T, C] = s;
+      INFO("B " << B << ", T " << T << ", C " << C << ", a draw equals the threshold: " << at_threshold);
+      const size_t count = size_t(B) * T * C;
+      const std::vector<float> zeros(count, 0), ones(count, 1), no_bias(C, 0), weight(C, 1);
+      Dropout drop = dropout(0.3);
+      const uint64_t counter = uint64_t(drop.first_row) * T * C / 8;
+      if (at_threshold) drop.threshold = draw_of(random4(drop.seed, drop.step, drop.site, counter), 3);
+      std::vector<float> want(count);
+      residual_forward(want.data(), zeros.data(), ones.data(), drop, B, T, C);
+      for (float& x : want) x = float(Real(x));
+      const OnDevice d(drop);
+      const DeviceArray<Real> inp(zeros), branch(ones), stream_out(count), norm(count);
+      const DeviceArray<float> bias(no_bias), w(weight);
+      residual_layernorm_forward<Real>(stream_out.data(), norm.data(), nullptr, nullptr, inp.data(), branch.data(),
+                                       bias.data(), d.drop, d.step(), w.data(), bias.data(), B, T, C, nullptr);
+      CHECK((stream_out.floats() == want));
+    }
 }
 
 TEST_CASE("LayerNorm on the device: a variance far below the square of the mean", "[cuda]") {

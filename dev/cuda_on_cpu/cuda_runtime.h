@@ -55,17 +55,13 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))  // alignas may not stand where __align__ does
 
-// All shared variables of the program lie in one section, so that the engine finds them. g++ refuses to put variables of
-// templates and of other functions into one, hence a name for each that the assembler, to which the rest of the line is
-// a comment, reads as the same.
-#define CUDA_ON_CPU_TEXT_OF(x) #x
-#define CUDA_ON_CPU_TEXT(x) CUDA_ON_CPU_TEXT_OF(x)
-#if defined(__clang__)
-#define __shared__ static __attribute__((section("cuda_shared")))
-#elif defined(__x86_64__)
-#define __shared__ static __attribute__((section("cuda_shared,\"aw\",@progbits#" CUDA_ON_CPU_TEXT(__COUNTER__))))
+// Shared variables are static, and lie in sections of their own, which the engine finds by name. g++ forgets the attribute
+// `section` in templates, but not this one, which makes sections .noinit and .noinit.<variable>; the assembler has a word
+// to say about that, hence -Wa,--no-warn.
+#ifdef __clang__
+#define __shared__ static __attribute__((section(".noinit")))
 #else
-#define __shared__ static __attribute__((section("cuda_shared,\"aw\",%progbits//" CUDA_ON_CPU_TEXT(__COUNTER__))))
+#define __shared__ static __attribute__((noinit))
 #endif
 
 struct dim3 {

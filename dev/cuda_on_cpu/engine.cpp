@@ -6,6 +6,9 @@
 
 #include <cxxabi.h>
 #include <dlfcn.h>
+#include <elf.h>
+#include <fcntl.h>
+#include <link.h>
 #include <pthread.h>
 #include <signal.h>
 #include <sys/mman.h>
@@ -38,6 +41,7 @@ extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
 void __tsan_switch_to_fiber(void* fiber, unsigned flags);
+void __tsan_destroy_fiber(void* fiber);
 void __tsan_acquire(void*);
 void __tsan_release(void*);
 void __tsan_read_range(void*, size_t);
@@ -48,14 +52,10 @@ void AnnotateIgnoreReadsBegin(const char* file, int line);
 void AnnotateIgnoreReadsEnd(const char* file, int line);
 void AnnotateIgnoreWritesBegin(const char* file, int line);
 void AnnotateIgnoreWritesEnd(const char* file, int line);
-extern char __data_start[], _end[];  // of the program's variables
 }
 #else
 #define TSAN(...)
 #endif
-
-// The section of shared variables, if the program has any.
-extern "C" char __start_cuda_shared[] __attribute__((weak)), __stop_cuda_shared[] __attribute__((weak));
 
 // Pushes the registers that a function must preserve, leaves the stack pointer in *from and goes on where the stack `to`
 // was left. Floating-point modes are not switched: nothing changes them.
@@ -216,6 +216,16 @@ alignas(1024) char smem[max_smem + 1024];
 constexpr unsigned n_addresses = 4096;
 [[maybe_unused]] char launch_start, launch_end, barrier_addresses[n_addresses], warp_addresses[32][n_addresses];
 
+#ifdef CUDA_ON_CPU_TSAN
+// While a collective's last thread works for the others it accesses what is theirs.
+bool ignoring_accesses = false;
+void ignore_accesses(bool yes) {
+  (yes ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)("", 0);
+  (yes ? AnnotateIgnoreWritesBegin : AnnotateIgnoreWritesEnd)("", 0);
+  ignoring_accesses = yes;
+}
+#endif
+
 void switch_to(Thread& to) {
   Thread& from = *current;
   if (&to == &from) return;
@@ -247,11 +257,14 @@ Thread& next() {
 void finish_copies(int end) {
   std::vector<Copy>& copies = current->copies;
   size_t n = 0;
-  for (; n < copies.size() && copies[n].group < end; n++)
-    if (copies[n].from)
-      memcpy(copies[n].to, copies[n].from, 16);
+  for (; n < copies.size() && copies[n].group < end; n++) {
+    const Copy& c = copies[n];
+    TSAN(__tsan_write_range(c.to, 16);)
+    if (c.from)
+      memcpy(c.to, c.from, 16);
     else
-      memset(copies[n].to, 0, 16);
+      memset(c.to, 0, 16);
+  }
   copies.erase(copies.begin(), copies.begin() + long(n));
 }
 
@@ -350,29 +363,58 @@ std::string divergence() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Running a grid
 
-// Not by memset: AddressSanitizer's would stop at the gaps between variables.
-void fill_with_ones(char* p, const char* end) {
-  for (; p < end && uintptr_t(p) % 8; p++) *const_cast<volatile char*>(p) = char(0xff);
-  for (; end - p >= 8; p += 8) *reinterpret_cast<volatile uint64_t*>(p) = ~uint64_t(0);
-  for (; p < end; p++) *const_cast<volatile char*>(p) = char(0xff);
+struct Bytes {
+  char *first, *end;
+};
+
+// Where the program's shared variables are: the sections whose names begin with .noinit.
+std::vector<Bytes> find_static_smem() {
+  uintptr_t base = 0;  // where the program lies; of all objects it is the first
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, size_t, void* to) { return *static_cast<uintptr_t*>(to) = info->dlpi_addr, 1; }, &base);
+  const int file = open("/proc/self/exe", O_RDONLY);
+  const size_t size = size_t(lseek(file, 0, SEEK_END));
+  void* const memory = mmap(nullptr, size, PROT_READ, MAP_PRIVATE, file, 0);
+  close(file);
+  if (memory == MAP_FAILED) throw std::runtime_error("cannot read /proc/self/exe");
+  const char* const program = static_cast<char*>(memory);
+  const auto* header = reinterpret_cast<const ElfW(Ehdr)*>(program);
+  const auto* sections = reinterpret_cast<const ElfW(Shdr)*>(program + header->e_shoff);
+  std::vector<Bytes> found;
+  for (int i = 0; i < header->e_shnum; i++)
+    if (!strncmp(program + sections[header->e_shstrndx].sh_offset + sections[i].sh_name, ".noinit", 7)) {
+      char* const first = reinterpret_cast<char*>(base + sections[i].sh_addr);
+      found.push_back({first, first + sections[i].sh_size});
+    }
+  munmap(memory, size);
+  return found;
+}
+const std::vector<Bytes>& static_smem() {
+  static const std::vector<Bytes> found = find_static_smem();
+  return found;
 }
 
+// At the start of every block all of shared memory is ones. Not by memset: AddressSanitizer's would stop at the gaps
+// between variables.
+void fill_with_ones(Bytes bytes) {
+  char* p = bytes.first;
+  for (; p < bytes.end && uintptr_t(p) % 8; p++) *const_cast<volatile char*>(p) = char(0xff);
+  for (; bytes.end - p >= 8; p += 8) *reinterpret_cast<volatile uint64_t*>(p) = ~uint64_t(0);
+  for (; p < bytes.end; p++) *const_cast<volatile char*>(p) = char(0xff);
 #ifdef CUDA_ON_CPU_TSAN
-// Blocks race with each other, but not in shared memory, of which each has its own.
-void forget_accesses(char* p, const char* end) {
-  const uintptr_t first = uintptr_t(p) & ~uintptr_t(7), last = (uintptr_t(end) + 7) & ~uintptr_t(7);
-  if (last > first) __tsan_java_alloc(first, last - first);
-}
+  // Blocks race with each other, but not here, where each has its own: nobody has accessed it yet.
+  static const bool any_address [[maybe_unused]] = (__tsan_java_init(8, uintptr_t(1) << 62), true);
+  const uintptr_t first = uintptr_t(bytes.first) & ~uintptr_t(7), end = (uintptr_t(bytes.end) + 7) & ~uintptr_t(7);
+  if (end > first) __tsan_java_alloc(first, end - first);
 #endif
+}
 
 void run_block(uint3 index) {
   blockIdx = index;
-  fill_with_ones(__start_cuda_shared, __stop_cuda_shared);
-  fill_with_ones(smem, smem + smem_bytes);
+  for (const Bytes& bytes : static_smem()) fill_with_ones(bytes);
+  fill_with_ones({smem, smem + smem_bytes});
 #ifdef CUDA_ON_CPU_TSAN
-  forget_accesses(__start_cuda_shared, __stop_cuda_shared);
-  forget_accesses(smem, smem + smem_bytes);
-  // Nor does a thread continue one of the last block: each gets the stack, for the sanitizer the thread, of another.
+  // A thread does not continue one of the last block: each gets the stack, for the sanitizer the thread, of another.
   static uint64_t state = 1;
   for (int t = n_threads; t > 1; t--) {
     state = state * 6364136223846793005u + 1442695040888963407u;
@@ -391,6 +433,20 @@ void run_block(uint3 index) {
   shuffle_order(ready, unsigned(n_threads));
   switch_to(next());  // comes back when no thread can go on
   if (error.empty() && n_returned < n_threads) error = divergence();
+}
+
+// After an error: what ran on the thread's stack never goes on.
+void give_up(Thread& t) {
+#ifdef CUDA_ON_CPU_TSAN
+  __tsan_switch_to_fiber(t.tsan, 1);
+  __tsan_release(&launch_end);
+  __tsan_switch_to_fiber(host.tsan, 1);
+  __tsan_destroy_fiber(t.tsan);
+  t.tsan = __tsan_create_fiber(0);
+#endif
+  ASAN(__asan_unpoison_memory_region(t.stack, t.stack_size);)
+  t.copies.clear();
+  make_fiber(t);
 }
 
 void run_grid(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& thread) {
@@ -412,7 +468,7 @@ void run_grid(const cudaLaunchConfig_t& config, const void* function, const std:
   smem_bytes = config.dynamicSmemBytes;
   n_threads = int(blockDim.x * blockDim.y * blockDim.z);
   depth_first = draw(2);
-  copy_early = draw(2);
+  copy_early = draw(2) TSAN(&&false);
   for (Warp& w : warps) w.exists = 0;
   for (int t = 0; t < n_threads; t++) {
     if (!threads[t].stack) make_fiber(threads[t]);
@@ -430,15 +486,10 @@ void run_grid(const cudaLaunchConfig_t& config, const void* function, const std:
     if (!error.empty()) break;
   }
   ASAN(__asan_unpoison_memory_region(smem, sizeof smem);)
+  if (!error.empty()) std::for_each(threads, threads + n_threads, give_up);
   TSAN(__tsan_acquire(&launch_end);)
   kernel = nullptr;
   if (error.empty()) return;
-  for (Thread& t : threads)  // what ran on them is given up
-    if (t.stack) {
-      ASAN(__asan_unpoison_memory_region(t.stack, t.stack_size);)
-      t.copies.clear();
-      make_fiber(t);
-    }
   throw std::runtime_error(std::exchange(error, ""));
 }
 
@@ -452,11 +503,11 @@ int set_seed(int value) {
 void fail(const char* text, ...) {
   va_list arguments;
   va_start(arguments, text);
-  const std::string message = format(text, arguments);
+  if (current == &host) throw std::runtime_error(format(text, arguments));
+  error = format(text, arguments) + "\n  " + place();
   va_end(arguments);
-  if (current == &host) throw std::runtime_error(message);
-  error = message + "\n  " + place();
-  switch_to(host);
+  TSAN(if (ignoring_accesses) ignore_accesses(false);)
+  switch_to(host);  // for good: nothing on this stack will be destroyed
   __builtin_unreachable();
 }
 
@@ -502,9 +553,9 @@ void collective(unsigned mask, void* slot, Combine combine, Site site, [[maybe_u
     w.slots[l] = slot;
     w.arrived |= 1u << l;
     if (w.arrived == mask) {
-      TSAN(AnnotateIgnoreReadsBegin("", 0); AnnotateIgnoreWritesBegin("", 0);)
+      TSAN(ignore_accesses(true);)
       combine(w.slots, mask);
-      TSAN(AnnotateIgnoreReadsEnd("", 0); AnnotateIgnoreWritesEnd("", 0);)
+      TSAN(ignore_accesses(false);)
       w.arrived = 0;
       w.generation++;
       for (int i = 0; i < 32; i++)
@@ -516,13 +567,13 @@ void collective(unsigned mask, void* slot, Combine combine, Site site, [[maybe_u
 }
 
 void copy_async(void* to, const void* from, Site site) {
-  const auto within = [&](const char* p, const char* end) { return to >= p && static_cast<char*>(to) + 16 <= end; };
-  if (!within(smem, smem + smem_bytes) && !within(__start_cuda_shared, __stop_cuda_shared))
+  const auto lies_in = [to](const Bytes& b) { return to >= b.first && static_cast<char*>(to) + 16 <= b.end; };
+  if (!lies_in({smem, smem + smem_bytes}) && std::none_of(static_smem().begin(), static_smem().end(), lies_in))
     fail("%s:%d: copy_async: %p is not shared memory", site.file, site.line, to);
   if ((uintptr_t(to) | uintptr_t(from)) % 16)
     fail("%s:%d: copy_async: %p or %p is not aligned to 16 bytes", site.file, site.line, to, from);
-    // The sanitizers see both accesses here, where the kernel asks for them, and for ThreadSanitizer they last until the
-    // next barrier.
+    // The sanitizers see both accesses here, where the kernel asks for them; for ThreadSanitizer the writing lasts until the
+    // thread has waited for it.
 #ifdef CUDA_ON_CPU_ASAN
   static volatile size_t size = 16;  // so that the compiler leaves the calls to memcpy, which the sanitizer checks
   char bytes[16];
@@ -560,6 +611,10 @@ cudaError_t earlier_failure() { return failure.empty() ? cudaSuccess : result(cu
            _exit(1);
          }) == 0;
 }();
+
+// What may not be called while a stream is captured: it would wait, or allocate.
+CUgraph_st* capturing = nullptr;
+cudaError_t capture_in_progress() { return capturing ? result(cudaErrorStreamCaptureUnsupported) : cudaSuccess; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Device memory: a range of addresses that is closed but while work of the device is done. An array ends (but for less
@@ -638,6 +693,7 @@ void watch_signals() {}
 cudaError_t allocate(void** p, size_t bytes) {
   watch_signals();
   *p = nullptr;
+  if (const cudaError_t e = capture_in_progress()) return e;
   if (bytes == 0) return cudaSuccess;
   if (!range) {
     void* memory = mmap(nullptr, range_bytes, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -725,7 +781,6 @@ namespace {
 CUstream_st default_stream{true};
 std::vector<CUstream_st*> streams = {&default_stream};
 uint64_t n_works = 0;
-CUgraph_st* capturing = nullptr;
 const bool at_once = environment("CUDA_LAUNCH_BLOCKING", 0) != 0;
 std::map<const void*, size_t> smem_limits;  // of kernels that asked for more than 48 KB
 
@@ -735,7 +790,7 @@ CUstream_st& stream_of(cudaStream_t s) { return s ? *s : default_stream; }
 template <class Done>
 cudaError_t run_until(Done done) {
   if (const cudaError_t e = earlier_failure()) return e;
-  if (capturing) return result(cudaErrorStreamCaptureUnsupported, "waiting or allocating while a stream is captured");
+  if (const cudaError_t e = capture_in_progress()) return e;
   if (done()) return cudaSuccess;
   watch_signals();
   open_memory(true);
@@ -824,22 +879,21 @@ cudaError_t launch(const cudaLaunchConfig_t& c, const void* function, std::funct
 
 }  // namespace cuda_on_cpu
 
-// AddressSanitizer and ThreadSanitizer call these when they report something.
-extern "C" void __asan_on_error() { cuda_on_cpu::print_place(); }
-extern "C" void __tsan_on_report(void*) { cuda_on_cpu::print_place(); }
+using namespace cuda_on_cpu;
+
+// The sanitizers ask for options, and call when they report something. An address that is closed they shall report
+// themselves: the handler of a test framework, under ThreadSanitizer, would hang.
+#if defined(CUDA_ON_CPU_ASAN) || defined(CUDA_ON_CPU_TSAN)
+extern "C" {
+const char* __asan_default_options() { return "allow_user_segv_handler=0"; }
+const char* __tsan_default_options() { return "allow_user_segv_handler=0"; }
+void __asan_on_error() { print_place(); }
+void __tsan_on_report(void*) { print_place(); }
+}
+#endif
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The runtime's functions
-
-using namespace cuda_on_cpu;
-
-#ifdef CUDA_ON_CPU_TSAN
-[[maybe_unused]] static const bool tsan_heap = [] {  // the addresses for which forget_accesses may be called
-  const uintptr_t first = uintptr_t(__data_start) & ~uintptr_t(7);
-  __tsan_java_init(first, (uintptr_t(_end) - first + 15) & ~uintptr_t(7));
-  return true;
-}();
-#endif
 
 const char* cudaGetErrorName(cudaError_t error_code) {
   switch (error_code) {

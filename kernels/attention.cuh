@@ -1,11 +1,10 @@
 // Causal multi-head self-attention with dropout on the weights, on the GPU; the CPU twin with the equations is
 // attention.h, the numbering of the random draws stands in masks.h. No (T, T) matrix is ever stored: forward goes
-// through the keys in tiles with a running softmax (Dao et al., "FlashAttention", 2022, algorithm 1), a block of threads
-// for each tile of queries (Dao, "FlashAttention-2", 2023, section 3); backward makes the weights again from the
-// logarithm of the softmax's denominator. Backward is two kernels, one that owns queries and one that owns keys, and
-// both make the weights: seven products where one kernel needs five, but every sum stays within a warp, in a fixed
-// order, without atomics.
-// bf16 and fp16 run on tensor cores, float on plain arithmetic.
+// through the keys in tiles with a running softmax (Dao et al., "FlashAttention", 2022, algorithm 1), a block of
+// threads for each tile of queries (Dao, "FlashAttention-2", 2023, section 3); backward makes the weights again from
+// the logarithm of the softmax's denominator. Backward is two kernels, one that owns queries and one that owns keys,
+// and both make the weights: seven products where one kernel needs five, but every sum stays within a warp, in a fixed
+// order, without atomics. bf16 and fp16 run on tensor cores, float on plain arithmetic.
 // defines: attention_forward, attention_backward
 #pragma once
 #include <type_traits>
@@ -40,19 +39,29 @@ struct Head {
         out((size_t(blockIdx.y) * T * NH + blockIdx.x) * HS) {}
 };
 
-// What backward makes of a score: the weight after dropout, without dropout's scale `kept`, and in place of the weight's
-// gradient that of the score, without the softmax's scale. lse is in powers of two.
+// 2^x. A weight that will be rounded to 16 bits can do without the last bits: exp2f takes five times as many instructions.
+template <class Real>
+__device__ inline float power_of_two(float x) {
+  if constexpr (std::is_same_v<Real, float>)
+    return exp2f(x);
+  else
+    return exp2_approx(x);
+}
+
+// What backward makes of a score: the weight after dropout, without dropout's scale `kept`, and in place of the
+// weight's gradient that of the score, without the softmax's scale. lse is in powers of two.
+template <class Real>
 __device__ inline void backward_weight(float& score, float& gradient, float scale, float lse, float D, bool keep,
                                        float kept) {
-  const float P = exp2f(fmaf(score, scale, -lse));
+  const float P = power_of_two<Real>(fmaf(score, scale, -lse));
   score = keep ? P : 0.0f;
   gradient = P * ((keep ? kept * gradient : 0.0f) - D);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tensor cores: matrices are made of blocks of 16 x 16, of which a lane holds eight elements (see mma_16x8x16). Element i
-// of a block's lane is decided by draw i of the lane's eight. Blocks live in registers, so loops over them must be unrolled,
-// which the compiler only needs to be told of the largest.
+// Tensor cores: matrices are made of blocks of 16 x 16, of which a lane holds eight elements (see mma_16x8x16). Element
+// i of a block's lane is decided by draw i of the lane's eight. Blocks live in registers, so loops over them must be
+// unrolled, which the compiler only needs to be told of the largest.
 
 struct Block {
   float half[2][4];  // columns 0 ... 7 and 8 ... 15
@@ -76,15 +85,15 @@ constexpr int own_row = 2 * tile_rows<HS>;  // the first of them
 template <int HS, int OWN_ROWS>
 constexpr int smem_rows = own_row<HS> + (OWN_ROWS > 2 * tile_rows<HS> ? OWN_ROWS : 2 * tile_rows<HS>);
 
-// Blocks of 16 queries of a warp in forward: every fragment of keys and values that it loads serves each of them. For two
-// of 128 channels the registers do not suffice.
+// Blocks of 16 queries of a warp in forward: every fragment of keys and values that it loads serves each of them. For
+// two of 128 channels the registers do not suffice.
 template <int HS>
 constexpr int query_blocks = HS <= 64 ? 2 : 1;
 
-// Where eight elements of a row begin in shared memory. 128 bytes are eight chunks of 16; ldmatrix reads one chunk of eight
-// rows at a time, and the exclusive or puts them into eight different places. at(row + 8, chunk) is 8 HS further, and
-// at(row, chunk ^ x) is at(row, chunk) ^ 8 x: written so, addresses cost a register for each lane's place, not for each
-// fragment.
+// Where eight elements of a row begin in shared memory. 128 bytes are eight chunks of 16; ldmatrix reads one chunk of
+// eight rows at a time, and the exclusive or puts them into eight different places. at(row + 8, chunk) is 8 HS further,
+// and at(row, chunk ^ x) is at(row, chunk) ^ 8 x: written so, addresses cost a register for each lane's place, not for
+// each fragment.
 template <int HS>
 __device__ inline int at(int row, int chunk) {
   constexpr int chunks = HS < 64 ? HS / 8 : 8;
@@ -188,8 +197,8 @@ __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R
   }
 }
 
-// Which elements of a block of weights dropout keeps. TRANSPOSED: the block has keys as rows and queries as columns, but
-// the draws are numbered the other way round, so the quarters' masks change lanes.
+// Which elements of a block of weights dropout keeps. TRANSPOSED: the block has keys as rows and queries as columns,
+// but the draws are numbered the other way round, so the quarters' masks change lanes.
 template <bool TRANSPOSED>
 __device__ inline void mask(bool (&keep)[8], const Dropout& drop, uint64_t bh, int q, int kv, int T) {
   const Philox4 draws = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane());
@@ -217,19 +226,20 @@ __device__ inline void hide_later_keys(Block (&s)[R][N], int first_row, int firs
       }
 }
 
-// One step of the running softmax, for 16 queries: scores become exp(score - the largest so far), which sum and whatever
-// else was summed before must be shrunk to. A query's first step has key 0, so the largest is finite from then on.
-template <int N>
+// One step of the running softmax, for 16 queries: scores become exp(score - the largest so far), which sum and
+// whatever else was summed before must be shrunk to. A query's first step has key 0, so the largest is finite from then
+// on.
+template <class Real, int N>
 __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)[2], float (&shrink)[2], float scale) {
   for (int r = 0; r < 2; r++) {  // the lane's rows: its elements 2r, 2r + 1 of every four
     const float before = max[r];
     float part = 0;
     for (int i = 0; i < 4 * N; i++) max[r] = fmaxf(max[r], s[i / 4].half[i / 2 % 2][2 * r + i % 2]);
     max[r] = lane_max<4>(max[r]);
-    shrink[r] = exp2f((before - max[r]) * scale);
+    shrink[r] = power_of_two<Real>((before - max[r]) * scale);
     for (int i = 0; i < 4 * N; i++) {
       float& x = s[i / 4].half[i / 2 % 2][2 * r + i % 2];
-      x = exp2f(fmaf(x, scale, -max[r] * scale));
+      x = power_of_two<Real>(fmaf(x, scale, -max[r] * scale));
       part += x;
     }
     sum[r] = sum[r] * shrink[r] + part;
@@ -276,7 +286,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
 #pragma unroll
     for (int r = 0; r < R; r++) {
       float shrink[2];
-      softmax_step(s[r], max[r], sum[r], shrink, scale);
+      softmax_step<Real>(s[r], max[r], sum[r], shrink, scale);
       for (int i = 0; i < HS / 2; i++) sums[r][i / 8][i % 8] *= shrink[i / 2 % 2];
       if constexpr (DROPOUT) {  // after the sum: the denominator knows nothing of it
 #pragma unroll
@@ -364,8 +374,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 : 2)
       bool keep[8];
       if constexpr (DROPOUT) mask<false>(keep, drop, head.masks, first, k0 + n * 16, T);
       for (int i = 0; i < 8; i++)
-        backward_weight(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2], !DROPOUT || keep[i],
-                        kept);
+        backward_weight<Real>(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2],
+                              !DROPOUT || keep[i], kept);
     }
     multiply_add<Real, HS>(dq, ds, smem, stream.x_row(k0));
   }
@@ -432,7 +442,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
       if constexpr (DROPOUT) mask<true>(keep, drop, head.masks, q0 + n * 16, first, T);
       for (int j = 0; j < 8; j++) {
         const float2 of_q = lse_and_D[i % (2 * stream.tile) + n * 16 + column_of(j)];
-        backward_weight(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], kept);
+        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], kept);
       }
     }
     multiply_add<Real, HS>(dv, p, smem, stream.y_row(i));
@@ -550,7 +560,7 @@ __global__ void __launch_bounds__(attention::threads, 5)
     float score = dot_with_rows<HS>(query, K + k0 * row, row, count);
     float ds = dot_with_rows<HS>(dO, V + k0 * row, row, count);
     const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, k0 + lane(), T) < drop.threshold;
-    backward_weight(score, ds, scale, lse_of_q, D_of_q, keep, kept);
+    backward_weight<float>(score, ds, scale, lse_of_q, D_of_q, keep, kept);
     add_rows<HS>(dq, ds, K + k0 * row, row, count);
   }
   store4<HS>(dqkv + head.qkv + q * row, dq, softmax_scale<HS>());
@@ -575,7 +585,7 @@ __global__ void __launch_bounds__(attention::threads, 5)
     float weight = dot_with_rows<HS>(key, Q + q0 * row, row, count);
     float ds = dot_with_rows<HS>(value, dO + q0 * out_row, out_row, count);
     const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, kv, T) < drop.threshold;
-    backward_weight(weight, ds, scale, lse[head.bh * T + q] * log2_e, D[head.bh * T + q], keep, kept);
+    backward_weight<float>(weight, ds, scale, lse[head.bh * T + q] * log2_e, D[head.bh * T + q], keep, kept);
     add_rows<HS>(dv, weight, dO + q0 * out_row, out_row, count);
     add_rows<HS>(dk, ds, Q + q0 * row, row, count);
   }

@@ -1,6 +1,6 @@
 // Building blocks of the kernels: eight numbers at a time, sums over lanes, and the tensor cores' instructions. The only
 // file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU (CUDA_ON_CPU).
-// defines: bf16, Float8, load8, store8, lane_sum, lane_max, dynamic_smem, pack2, mma_16x8x16, ldmatrix_x4,
+// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, dynamic_smem, pack2, mma_16x8x16, ldmatrix_x4,
 //          ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit, copy_async_wait
 #pragma once
 #include <cuda_bf16.h>
@@ -61,6 +61,17 @@ __device__ inline float lane_max(float x) {
 #pragma unroll
   for (int d = LANES / 2; d > 0; d /= 2) x = fmaxf(x, __shfl_xor_sync(all_lanes, x, d));
   return x;
+}
+
+// 2^x with an error of 2^-22 of it, in one instruction; 0 instead of a denormal result.
+__device__ inline float exp2_approx(float x) {
+#ifdef CUDA_ON_CPU
+  return exp2f(x);
+#else
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+#endif
 }
 
 // The block's dynamic shared memory: as many bytes as the launch asked for.

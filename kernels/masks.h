@@ -36,7 +36,9 @@ HOST_DEVICE inline uint64_t attention_counter(uint64_t bh, int q, int kv, int T)
   return ((bh * blocks + q / draw_block) * blocks + kv / draw_block) * 32;
 }
 HOST_DEVICE inline uint32_t attention_draw(const Dropout& drop, uint64_t bh, int q, int kv, int T) {
-  const int lane = q % 8 * 4 + kv % 8 / 2, quarter = (kv >> 3 & 1) * 2 + (q >> 3 & 1);
+  const int lane = q % 8 * 4 + kv % 8 / 2;
   const Philox4 r = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane);
-  return r.word[quarter] >> (16 * (kv & 1)) & 0xffff;
+  const bool low = q & 8, right = kv & 8;  // of the quarters; asked one by one, so that the words can be in registers
+  const uint32_t word = right ? (low ? r.word[3] : r.word[2]) : (low ? r.word[1] : r.word[0]);
+  return word >> (16 * (kv & 1)) & 0xffff;
 }

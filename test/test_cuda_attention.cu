@@ -50,9 +50,9 @@ Dropout dropout(double p, int first_row = 0) {
 std::vector<float> random_qkv(const Shape& s, double scale = 1) { return noise(s.rows() * 3 * s.C(), 1, scale); }
 std::vector<float> random_dout(const Shape& s) { return noise(s.rows() * s.C(), 2); }
 
-// How far from the exact numbers the kernels may be. A weight that is rounded to Real errs by up to half a unit, which is
-// more than two standard deviations; a weight in float by what exp makes of a sum over channels of size `scores`. The
-// errors of a sum's terms are independent and add up like squares: twice their root, and half a unit of the result.
+// How far from the exact numbers the kernels may be. A weight that is rounded to Real errs by up to half a unit, which
+// is more than two standard deviations; a weight in float by what exp makes of a sum over channels of size `scores`.
+// The errors of a sum's terms are independent and add up like squares: twice their root, and half a unit of the result.
 struct Budgets {
   std::vector<double> out, dqkv;
 };
@@ -153,9 +153,9 @@ TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf1
   for (const int HS : {64, 128}) check_against_reference<TestType>({1, 70, 1, HS}, dropout(0.2), 5, 100);
 }
 
-// Weights that show: with one-hot values, out (q, c) is the weight of key first_key + c; with one-hot dout, dv (kv, c) is
-// that of query first_query + c; and with D = 0, dout . v = 1 and one-hot keys and queries, dq and dk show dS the same way.
-// All of them are exactly zero where the CPU's draws drop, and nowhere else.
+// Weights that show: with one-hot values, out (q, c) is the weight of key first_key + c; with one-hot dout, dv (kv, c)
+// is that of query first_query + c; and with D = 0, dout . v = 1 and one-hot keys and queries, dq and dk show dS the
+// same way. All of them are exactly zero where the CPU's draws drop, and nowhere else.
 TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, bf16, fp16) {
   const bool plain = std::is_same_v<TestType, float>;
   const Shape s{plain ? 1 : 2, plain ? 70 : 130, 1, 64};

@@ -164,6 +164,10 @@ struct Fiber {
   char* stack = nullptr;
   size_t stack_size = 0;
   void *asan = nullptr, *tsan = nullptr;  // the sanitizer's notes of this stack
+  // For ThreadSanitizer another thread does the copies in the background. The addresses are those of its releases and
+  // acquires: begun by this thread, done for the group of that number, modulo 4.
+  void* copier = nullptr;
+  char begun = 0, done[4]{};
 };
 enum class State { ready, at_barrier, at_collective, returned };
 struct Copy {
@@ -259,7 +263,7 @@ void finish_copies(int end) {
   size_t n = 0;
   for (; n < copies.size() && copies[n].group < end; n++) {
     const Copy& c = copies[n];
-    TSAN(__tsan_write_range(c.to, 16);)
+    TSAN(__tsan_acquire(&current->done[c.group % 4]);)
     if (c.from)
       memcpy(c.to, c.from, 16);
     else
@@ -391,6 +395,14 @@ std::vector<Bytes> find_static_smem() {
 }
 const std::vector<Bytes>& static_smem() {
   static const std::vector<Bytes> found = find_static_smem();
+#ifdef CUDA_ON_CPU_TSAN
+  static const bool announced [[maybe_unused]] = [] {  // the addresses for which __tsan_java_alloc will be called
+    uintptr_t first = uintptr_t(smem), end = uintptr_t(smem + sizeof smem);
+    for (const Bytes& b : found) first = std::min(first, uintptr_t(b.first)), end = std::max(end, uintptr_t(b.end));
+    __tsan_java_init(first / 8 * 8, (end + 7) / 8 * 8 - first / 8 * 8);
+    return true;
+  }();
+#endif
   return found;
 }
 
@@ -403,8 +415,7 @@ void fill_with_ones(Bytes bytes) {
   for (; p < bytes.end; p++) *const_cast<volatile char*>(p) = char(0xff);
 #ifdef CUDA_ON_CPU_TSAN
   // Blocks race with each other, but not here, where each has its own: nobody has accessed it yet.
-  static const bool any_address [[maybe_unused]] = (__tsan_java_init(8, uintptr_t(1) << 62), true);
-  const uintptr_t first = uintptr_t(bytes.first) & ~uintptr_t(7), end = (uintptr_t(bytes.end) + 7) & ~uintptr_t(7);
+  const uintptr_t first = uintptr_t(bytes.first) / 8 * 8, end = (uintptr_t(bytes.end) + 7) / 8 * 8;
   if (end > first) __tsan_java_alloc(first, end - first);
 #endif
 }
@@ -414,11 +425,13 @@ void run_block(uint3 index) {
   for (const Bytes& bytes : static_smem()) fill_with_ones(bytes);
   fill_with_ones({smem, smem + smem_bytes});
 #ifdef CUDA_ON_CPU_TSAN
-  // A thread does not continue one of the last block: each gets the stack, for the sanitizer the thread, of another.
-  static uint64_t state = 1;
-  for (int t = n_threads; t > 1; t--) {
+  // Nor does a thread continue one of the last block: each gets the stack, for the sanitizer the thread, of any other.
+  const unsigned n_stacks = unsigned(std::min(max_threads, n_threads + 32));
+  for (unsigned t = n_stacks; t > 1; t--) {
+    static uint64_t state = 1;
     state = state * 6364136223846793005u + 1442695040888963407u;
-    std::swap<Fiber>(threads[t - 1], threads[(state >> 33) % unsigned(t)]);
+    if (!threads[t - 1].stack) make_fiber(threads[t - 1]);
+    std::swap<Fiber>(threads[t - 1], threads[(state >> 33) % t]);
   }
 #endif
   n_returned = n_ready = ready_first = 0;
@@ -572,15 +585,23 @@ void copy_async(void* to, const void* from, Site site) {
     fail("%s:%d: copy_async: %p is not shared memory", site.file, site.line, to);
   if ((uintptr_t(to) | uintptr_t(from)) % 16)
     fail("%s:%d: copy_async: %p or %p is not aligned to 16 bytes", site.file, site.line, to, from);
-    // The sanitizers see both accesses here, where the kernel asks for them; for ThreadSanitizer the writing lasts until the
-    // thread has waited for it.
+    // The sanitizers see both accesses here, where the kernel asks for them.
 #ifdef CUDA_ON_CPU_ASAN
   static volatile size_t size = 16;  // so that the compiler leaves the calls to memcpy, which the sanitizer checks
   char bytes[16];
   memcpy(bytes, to, size);
   if (from) memcpy(bytes, from, size);
 #endif
-  TSAN(__tsan_write_range(to, 16); if (from) __tsan_read_range(const_cast<void*>(from), 16);)
+#ifdef CUDA_ON_CPU_TSAN
+  if (!current->copier) current->copier = __tsan_create_fiber(0);
+  __tsan_release(&current->begun);
+  __tsan_switch_to_fiber(current->copier, 1);
+  __tsan_acquire(&current->begun);
+  if (from) __tsan_read_range(const_cast<void*>(from), 16);
+  __tsan_write_range(to, 16);
+  __tsan_release(&current->done[current->group % 4]);
+  __tsan_switch_to_fiber(current->tsan, 1);
+#endif
   current->copies.push_back({to, from, current->group});
   if (copy_early) finish_copies(current->group + 1);
 }

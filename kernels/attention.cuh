@@ -16,6 +16,12 @@
 namespace attention {
 
 constexpr int warps = 4, threads = 32 * warps;
+// Of the thread blocks among which a multiprocessor's registers are divided: Turing's code needs more of them.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
+constexpr int fewer_blocks = 1;
+#else
+constexpr int fewer_blocks = 0;
+#endif
 constexpr float log2_e = 1.44269504f;  // exp(x) = exp2(x log2_e): the factor is in the scores' scale
 
 __device__ inline int lane() { return threadIdx.x % 32; }
@@ -249,7 +255,7 @@ __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)
 }  // namespace attention
 
 template <class Real, int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_forward_kernel(Real* out, float* lse, const Real* qkv, Dropout drop, const int* step, float kept, int T,
                              int NH) {
   using namespace attention;
@@ -319,7 +325,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
 // D (B, NH, T) = rowsum(dout * out), and dq = dS @ k: a warp has 16 queries and goes through the keys that they see.
 
 template <class Real, int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 : 2)
+__global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::fewer_blocks : 2)
     attention_backward_queries_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
                                       const float* lse, Dropout drop, const int* step, float kept, int T, int NH) {
   using namespace attention;
@@ -388,7 +394,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 : 2)
 // dv = (m * P)^T @ dout, dk = dS^T @ q: a warp has 16 keys and goes through the queries that see them. Its scores are
 // transposed, keys by queries, as the left side of these products needs them.
 template <class Real, int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
+__global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_backward_keys_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
                                    Dropout drop, const int* step, float kept, int T, int NH) {
   using namespace attention;

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""A training step of the lecture's model by PyTorch on the CPU, in turn with the same step by our benchmark program.
+"""A training step of the lecture's model by PyTorch, in turn with the same step by our benchmark program.
 
     make bench-pytorch PYTHON=python3          or  python dev/bench_pytorch.py BENCH_BINARY [--threads 2] [--rounds 5]
+    make bench-pytorch DEVICE=cuda             or  python dev/bench_pytorch.py --device cuda [BENCH_GPU_BINARY]
 
-Both train 10.8 M parameters on batches of 8 x 256 tokens with dropout 0.2 and AdamW. They take turns, so that what
-else happens on the machine falls on all of them. `BENCH_BINARY step` is to print a line
-`lecture step, B = 8: median X ms (min .. max), Y tokens/s, ...`.
+Both train 10.8 M parameters with dropout 0.2 and AdamW, on batches of 8 x 256 tokens on the CPU and of 64 x 256 on a
+GPU. They take turns, so that what else happens on the machine falls on all of them. `BENCH_BINARY step` is to print a
+line `lecture step, B = 8: median X ms (min .. max), Y tokens/s, ...`, and `BENCH_GPU_BINARY step bfloat16` the lines
+`step bfloat16 graph median X ms (min .. max), ...` and `evaluate bfloat16 median ...`.
 """
 
 import argparse
@@ -105,15 +107,169 @@ def processor():
         return platform.processor() or platform.machine()
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# On a GPU. The text and its batches are there from the beginning, and nothing waits for a step to end, so that PyTorch
+# has no work that ours is spared.
+
+GPU_B = 64
+
+
+class GpuTrainer:
+    """One variant: seconds of a step and of an evaluation batch, each the mean over a turn, and those of its start."""
+
+    def __init__(self, name, model, text, precision, autocast=False, compile_mode=None, steps=100):
+        self.name, self.text, self.precision, self.autocast, self.steps = name, text, precision, autocast, steps
+        self.compiled = compile_mode is not None
+        self.model = model.to(text.device)
+        self.run = torch.compile(self.model, mode=compile_mode) if self.compiled else self.model
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=3e-4, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01, fused=True
+        )
+        self.step_seconds, self.eval_seconds, self.start_seconds = [], [], None
+
+    def batch(self):
+        starts = torch.randint(len(self.text) - T, (GPU_B, 1), device=self.text.device)
+        at = starts + torch.arange(T, device=self.text.device)
+        return self.text[at], self.text[at + 1]
+
+    def loss(self):
+        if self.compiled:  # the graph of the step before may be overwritten
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.autocast(self.text.device.type, torch.bfloat16, enabled=self.autocast):
+            return self.run(*self.batch())[1]
+
+    def step(self):
+        loss = self.loss()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+
+    def train(self, steps):
+        self.model.train()
+        return self.measured(self.step, steps)
+
+    def evaluate(self, batches):
+        self.model.eval()
+        total = torch.zeros((), device=self.text.device)
+        with torch.no_grad():
+            return self.measured(lambda: total.add_(self.loss()), batches)
+
+    def measured(self, work, times):
+        """The seconds that one call of work takes."""
+        torch.set_float32_matmul_precision(self.precision)  # high: TF32
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(times):
+            work()
+        torch.cuda.synchronize()
+        return (time.perf_counter() - start) / times
+
+    def start(self):
+        """Compiles, and whatever else happens only once."""
+        begin = time.perf_counter()
+        self.train(5)
+        self.evaluate(3)
+        self.train(5)
+        self.start_seconds = time.perf_counter() - begin
+
+    def turn(self):
+        for _ in range(3):
+            self.step_seconds.append(self.train(self.steps))
+        self.eval_seconds.append(self.evaluate(self.steps))
+
+
+def our_gpu_step(binary):
+    """Median, fastest and slowest in seconds, of a step as a graph and of an evaluation batch, by our program."""
+    command = [binary, "step", "bfloat16"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    results = []
+    for what in "step bfloat16 graph", "evaluate bfloat16":
+        found = re.search(rf"^{what} +median +([\d.]+) ms \(([\d.]+) \.\. ([\d.]+)\)", printed, re.MULTILINE)
+        if not found:
+            sys.exit(f"{' '.join(command)}: no line '{what} median ...' in what it printed:\n{printed}")
+        results.append([float(ms) / 1e3 for ms in found.groups()])
+    return results
+
+
+def main_gpu(options):
+    begin = time.perf_counter()
+    device = torch.device("cuda")
+    torch.manual_seed(1)
+    text = torch.randint(V, (1_000_000,), device=device)
+    print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}")
+    variants = [  # name, model, and what else a GpuTrainer wants
+        ("head by head, fp32", plain_gpt, dict(precision="highest", steps=20)),
+        ("head by head, TF32", plain_gpt, dict(precision="high", steps=40)),
+        ("fused attention, bf16 autocast", fused_gpt, dict(precision="high", autocast=True)),
+        ("the same, torch.compile", fused_gpt, dict(precision="high", autocast=True, compile_mode="default")),
+        ("the same, CUDA graphs", fused_gpt, dict(precision="high", autocast=True, compile_mode="reduce-overhead")),
+    ]
+    trainers, ours = [], []
+    for name, model, settings in variants:
+        if "compile_mode" in settings and (options.no_compile or time.perf_counter() - begin > 0.6 * options.budget):
+            print(f"left out: {name}")
+            continue
+        trainer = GpuTrainer(name, model(DROPOUT), text, **settings)
+        try:
+            trainer.start()
+        except Exception as error:
+            if not trainer.compiled:
+                raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            print(f"left out: {name}, which does not work here: {reason.strip()}")
+            continue
+        print(f"{name}: the first steps took {trainer.start_seconds:.1f} s", file=sys.stderr)
+        trainers.append(trainer)
+
+    rounds, longest = 0, 0
+    while rounds < options.rounds and (rounds == 0 or time.perf_counter() - begin + longest < options.budget):
+        round_begin = time.perf_counter()
+        if options.binary:
+            ours.append(our_gpu_step(options.binary))
+        for trainer in trainers:
+            trainer.turn()
+        longest = max(longest, time.perf_counter() - round_begin)
+        rounds += 1
+
+    def row(name, steps, evals, start, faster):
+        ms = [1e3 * statistics.median(steps), 1e3 * min(steps), 1e3 * max(steps), 1e3 * statistics.median(evals)]
+        tokens = GPU_B * T / statistics.median(steps)
+        print(f"{name:41}{ms[0]:9.3f}{ms[1]:9.3f}{ms[2]:9.3f}{tokens:11.0f}{ms[3]:9.3f}{start:>9}  {faster}")
+
+    print(f"a step of {GPU_B} x {T} tokens, dropout {DROPOUT}, in {rounds} rounds")
+    columns = ["median", "fastest", "slowest", "tokens/s", "evaluate", "start, s"]
+    print(f"{'in ms':41}" + "".join(f"{c:>{11 if c == 'tokens/s' else 9}}" for c in columns) + "  ours is")
+    if ours:
+        row("microGPT, bf16", [ms for run in ours for ms in run[0]], [run[1][0] for run in ours], "", "")
+        our_median = statistics.median(run[0][0] for run in ours)
+    for t in trainers:
+        faster = f"{statistics.median(t.step_seconds) / our_median:.2f} times as fast" if ours else ""
+        row("PyTorch, " + t.name, t.step_seconds, t.eval_seconds, f"{t.start_seconds:.1f}", faster)
+    return 0
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("binary", metavar="BENCH_BINARY")
+    parser.add_argument("binary", metavar="BENCH_BINARY", nargs="?")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--threads", type=int, default=int(os.environ.get("OMP_NUM_THREADS", 0)) or os.cpu_count(),
-                        help="of both; the default is OMP_NUM_THREADS, or one for each processor")
-    parser.add_argument("--rounds", type=int, default=5, help="turns that each one gets")
-    parser.add_argument("--steps", type=int, default=2, help="steps of PyTorch's in one turn")
+                        help="of both on the CPU; the default is OMP_NUM_THREADS, or one for each processor")
+    parser.add_argument("--rounds", type=int, help="turns that each one gets: 5 on the CPU, 3 on a GPU")
+    parser.add_argument("--steps", type=int, default=2, help="steps of PyTorch's in one turn on the CPU")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which is slow to begin")
+    parser.add_argument("--budget", type=float, default=600, help="seconds: on a GPU no round begins that exceeds them")
     options = parser.parse_args()
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            sys.exit("no GPU: this PyTorch sees none")
+        options.rounds = options.rounds or 3
+        return main_gpu(options)
+    if not options.binary:
+        parser.error("the following arguments are required: BENCH_BINARY")
+    options.rounds = options.rounds or 5
     torch.set_num_threads(options.threads)
 
     # The fused variant must be the same model: without dropout both give the same logits.

@@ -173,7 +173,8 @@ namespace {
 TrainState prepare(const std::vector<float>& gradients, double grad_clip, bool loss_scaling, float loss_scale = 1) {
   DeviceArray<float> grads(gradients);
   DeviceArray<double> partials(gradient_norm_partials);
-  DeviceArray<TrainState> state(std::vector<TrainState>{{.loss_scale = loss_scale, .gradient_scale = a_nan}});
+  DeviceArray<TrainState> state(
+      std::vector<TrainState>{{.loss_scale = loss_scale, .overflow = 7, .gradient_scale = a_nan}});
   prepare_update(state.data(), partials.data(), grads.data(), gradients.size(), grad_clip, loss_scaling, nullptr);
   double sum = 0;
   for (const double partial : partials.read()) sum += partial;

@@ -63,7 +63,9 @@ void check_backward(const Shape& s, bool accumulate) {
   embedding_backward(want_dwte.data(), want_dwpe.data(), rounded<Real>(dout).data(), tokens.data(), B, T, C);
 
   const DeviceArray<Real> dout_device(dout);
-  const DeviceArray<int> x(tokens);
+  std::vector<int> and_more = tokens;
+  and_more.resize(rows + embedding_piece, 0);  // what lies behind the last row is no token of the batch
+  const DeviceArray<int> x(and_more);
   std::vector<float> first_dwte, first_dwpe;
   for (int run = 0; run < (accumulate ? 1 : 2); run++) {
     DeviceArray<float> dwte(dwte_before), dwpe(dwpe_before), partials(embedding_partials(B, T, C, V));

@@ -7,10 +7,8 @@
 #include <algorithm>
 #include <cstdlib>
 #include <filesystem>
-#include <functional>
 #include <limits>
-#include <map>
-#include <set>
+#include <stdexcept>
 #include <string>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -29,13 +27,16 @@ namespace {
 
 constexpr float nan32 = std::numeric_limits<float>::quiet_NaN(), inf32 = std::numeric_limits<float>::infinity();
 
-// Runs body for the seeds 0 ... n - 1; a few of them where everything is slow.
+#ifdef WITH_TSAN  // with which many threads take long
+constexpr int n_seeds = 3;
+#else
+constexpr int n_seeds = 11;
+#endif
+
+// Runs body for the seeds 0 ... n - 1.
 template <class Body>
 void for_each_seed(int n, Body body) {
   const int before = cuda_on_cpu::set_seed(0);
-#ifdef WITH_TSAN
-  n = std::min(n, 5);
-#endif
   for (int seed = 0; seed < n; seed++) {
     cuda_on_cpu::set_seed(seed);
     INFO("seed " << seed);
@@ -97,6 +98,15 @@ __global__ void count_kernel(int* out) {
   out[t] = count * 16 + any * 8 + none * 4 + all * 2 + not_all;
 }
 
+// In which order the threads of all blocks come by, before and after a barrier
+__global__ void order_kernel(int* out, int* count) {
+  const int thread = int(blockIdx.x * blockDim.x + threadIdx.x);
+  for (int turn = 0; turn < 2; turn++) {
+    out[atomicAdd(count, 1)] = thread;
+    __syncthreads();
+  }
+}
+
 // What is in shared memory before anything was written; then writes it.
 __global__ void unwritten_kernel(unsigned* out) {
   __shared__ unsigned fixed[64];
@@ -118,25 +128,57 @@ TEST_CASE("CUDA on the CPU: threads meet at barriers, in any order", "[cuda_on_c
       for (int t = 0; t < n; t++)
         for (int round = 0; round < rounds; round++) want[b * n + t] += x[b * n + (n - 1 - t + round) % n];
     const DeviceArray<float> in(x);
-    for_each_seed(11, [&] {
+    for_each_seed(n_seeds, [&] {
       const DeviceArray<float> out(x.size());
       launch(on_cpu::turn_kernel, {blocks, n, n * sizeof(float)}, out.data(), in.data(), rounds);
       CHECK((out.read() == want));
     });
   }
-  for_each_seed(11, [&] {
+  for_each_seed(n_seeds, [&] {
     const DeviceArray<int> out(128);
     launch(on_cpu::count_kernel, {1, 128}, out.data());
     CHECK((out.read() == std::vector<int>(128, 43 * 16 + 8 + 2)));
   });
 }
 
+TEST_CASE("CUDA on the CPU: seed 0 is in order, the others differ, and each is the same every time", "[cuda_on_cpu]") {
+  const int blocks = 4, n = 64;
+  const auto order = [&] {
+    const DeviceArray<int> out(2 * blocks * n), count(std::vector<int>{0});
+    launch(on_cpu::order_kernel, {blocks, n}, out.data(), count.data());
+    return out.read();
+  };
+  std::vector<int> in_order;
+  for (int b = 0; b < blocks; b++)
+    for (int i = 0; i < 2 * n; i++) in_order.push_back(b * n + i % n);
+  std::vector<std::vector<int>> orders;
+  for (int again = 0; again < 2; again++) for_each_seed(5, [&] { orders.push_back(order()); });
+  CHECK((orders[0] == in_order));
+  for (size_t a = 0; a < 5; a++) {
+    CHECK((orders[a] == orders[a + 5]));
+    for (size_t b = 0; b < a; b++) CHECK((orders[a] != orders[b]));
+    if (a == 0) continue;
+    const std::vector<int>& o = orders[a];
+    CHECK((std::vector<int>{o[0] / n, o[2 * n] / n, o[4 * n] / n} != std::vector<int>{0, 1, 2}));  // the blocks
+    for (const int turn : {0, 1}) {  // of the first block: threads that come right after their neighbour
+      int in_order_here = 0;
+      for (int i = turn * n + 1; i < turn * n + n; i++) in_order_here += o[i] == o[i - 1] + 1;
+      CHECK(in_order_here < n / 2);
+    }
+  }
+}
+
 TEST_CASE("CUDA on the CPU: shared and fresh device memory are all ones", "[cuda_on_cpu]") {
   for_each_seed(3, [] {
-    const DeviceArray<unsigned> out(3 * 128), fresh(1000);
+    const DeviceArray<unsigned> out(3 * 128);
     launch(on_cpu::unwritten_kernel, {3, 64, 64 * sizeof(unsigned)}, out.data());
     CHECK((out.read() == std::vector<unsigned>(3 * 128, ~0u)));
-    CHECK((fresh.read() == std::vector<unsigned>(1000, ~0u)));
+    std::vector<unsigned> fresh(1000);
+    unsigned* memory = nullptr;
+    CUDA_CHECK(cudaMalloc(&memory, fresh.size() * sizeof(unsigned)));
+    CUDA_CHECK(cudaMemcpy(fresh.data(), memory, fresh.size() * sizeof(unsigned), cudaMemcpyDeviceToHost));
+    CUDA_CHECK(cudaFree(memory));
+    CHECK((fresh == std::vector<unsigned>(1000, ~0u)));
   });
   CHECK(std::isnan(__uint_as_float(~0u)));
 }
@@ -255,7 +297,7 @@ TEST_CASE("CUDA on the CPU: votes and reductions, also of some lanes", "[cuda_on
 TEST_CASE("CUDA on the CPU: __syncwarp, and integer atomics between blocks", "[cuda_on_cpu]") {
   std::vector<int> want;
   for (int i = 0; i < 7 * 128; i++) want.push_back((i + 5) % 32);
-  for_each_seed(11, [&] {
+  for_each_seed(n_seeds, [&] {
     const DeviceArray<int> out(7 * 128);
     const DeviceArray<unsigned> counter(std::vector<unsigned>{0});
     launch(on_cpu::relay_kernel, {7, 128}, out.data(), counter.data());
@@ -337,7 +379,7 @@ TEMPLATE_TEST_CASE("CUDA on the CPU: products of tensor cores are exactly the pl
       start.push_back(d[i]);
     }
   const DeviceArray<TestType> da(a), db(b), dbt(bt);
-  for_each_seed(11, [&] {
+  for_each_seed(n_seeds, [&] {
     const DeviceArray<float> out(start);
     launch(on_cpu::mma_kernel<TestType>, {1, 32}, out.data(), da.data(), db.data(), dbt.data());
     CHECK((out.read() == want));
@@ -364,20 +406,20 @@ TEST_CASE("CUDA on the CPU: background copies, early and late", "[cuda_on_cpu]")
   std::vector<float> want(stages * width);
   for (int i = 0; i < valid * width; i++) want[i] = x[i / width * width + width - 1 - i % width];
   const DeviceArray<float> in(x);
-  for_each_seed(11, [&] {
+  for_each_seed(n_seeds, [&] {
     const DeviceArray<float> out(stages * width);
     launch(on_cpu::copy_kernel<0>, {1, 64}, out.data(), in.data(), stages, valid);
     CHECK((out.read() == want));
   });
 #ifndef WITH_TSAN  // it would report the race, and does all copies late
   int nobody_needed_to_wait = 0;
-  for_each_seed(11, [&] {
+  for_each_seed(n_seeds, [&] {
     const DeviceArray<float> out(stages * width);
     launch(on_cpu::copy_kernel<1>, {1, 64}, out.data(), in.data(), stages, valid);
     nobody_needed_to_wait += out.read() == want;
   });
   CHECK(nobody_needed_to_wait > 0);
-  CHECK(nobody_needed_to_wait < 11);
+  CHECK(nobody_needed_to_wait < n_seeds);
   for_each_seed(1, [&] {
     const DeviceArray<float> out(stages * width);
     launch(on_cpu::copy_kernel<1>, {1, 64}, out.data(), in.data(), stages, valid);
@@ -503,15 +545,21 @@ TEST_CASE("alone: little memory", "[.alone]") {
     size_t size;
     int value;
   };
-  std::vector<Piece> pieces;
+  std::vector<Piece> pieces, kept;
+  const auto check_and_free = [](const Piece& piece) {
+    std::vector<unsigned char> content(piece.size);
+    CUDA_CHECK(cudaMemcpy(content.data(), piece.memory, piece.size, cudaMemcpyDeviceToHost));
+    REQUIRE(std::count(content.begin(), content.end(), piece.value) == long(piece.size));
+    CUDA_CHECK(cudaFree(piece.memory));
+  };
   size_t bytes = 0, failed = 0;
   for (int i = 0; i < 1500; i++) {  // 20 times all there is
     const Philox4 r = random4(7, 0, 0, uint64_t(i));
-    Piece piece{nullptr, r.word[0] % (i % 10 == 0 ? 200000 : 5000) + 1, i % 251};
+    Piece piece{nullptr, r.word[0] % (i % 10 == 5 ? 200000 : 5000) + 1, i % 251};
     const size_t before = free_memory();
     if (cudaMalloc(&piece.memory, piece.size) == cudaSuccess) {
       CUDA_CHECK(cudaMemset(piece.memory, piece.value, piece.size));
-      pieces.push_back(piece);
+      (i % 40 == 0 && i < 400 ? kept : pieces).push_back(piece);
       bytes += piece.size;
     } else {
       failed++;
@@ -519,17 +567,14 @@ TEST_CASE("alone: little memory", "[.alone]") {
     }
     while (!pieces.empty() && (bytes > 500000 || r.word[1] % 3 == 0)) {
       const size_t which = r.word[2] % pieces.size();
-      const Piece old = pieces[which];
-      std::vector<unsigned char> content(old.size);
-      CUDA_CHECK(cudaMemcpy(content.data(), old.memory, old.size, cudaMemcpyDeviceToHost));
-      REQUIRE(std::count(content.begin(), content.end(), old.value) == long(old.size));
-      CUDA_CHECK(cudaFree(old.memory));
-      bytes -= old.size;
+      check_and_free(pieces[which]);
+      bytes -= pieces[which].size;
       pieces.erase(pieces.begin() + long(which));
       if (bytes <= 500000) break;
     }
   }
-  for (const Piece& piece : pieces) CUDA_CHECK(cudaFree(piece.memory));
+  for (const std::vector<Piece>* left : {&pieces, &kept})
+    for (const Piece& piece : *left) check_and_free(piece);
   CHECK(failed < 500);
   CHECK(free_memory() > 990000);
 }
@@ -669,6 +714,27 @@ TEST_CASE("CUDA on the CPU: a graph is the calls that it was captured from", "[c
   });
 }
 
+TEST_CASE("CUDA on the CPU: a capture that an exception cut short is forgotten", "[cuda_on_cpu]") {
+  {
+    const TestStream stream;
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    CHECK(cudaDeviceSynchronize() == cudaErrorStreamCaptureUnsupported);
+  }
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);
+}
+
+TEST_CASE("CUDA on the CPU: after an error nothing of what was waiting runs", "[cuda_on_cpu]") {
+  const TestStream stream;
+  bool ran = false;
+  CUDA_CHECK(cuda_on_cpu::enqueue(stream, [] { throw std::runtime_error("thrown"); }));
+  CUDA_CHECK(cuda_on_cpu::enqueue(stream, [&] { ran = true; }));
+  CHECK(cudaStreamSynchronize(stream) == cudaErrorLaunchFailure);
+  CHECK(cudaStreamSynchronize(stream) == cudaErrorLaunchFailure);  // until somebody asks
+  CHECK(cudaGetErrorString(cudaErrorLaunchFailure) == std::string("thrown"));
+  CHECK(cudaStreamSynchronize(stream) == cudaSuccess);
+  CHECK(!ran);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // Planted mistakes that every build reports
 
@@ -712,6 +778,7 @@ __global__ void copy_misaligned(float* x) {
   copy_async_16(buffer + 1, x, true);
 }
 __global__ void trap(float*) { __trap(); }
+__global__ void throws(float*) { throw std::runtime_error("thrown"); }
 __global__ void nothing(float*) {}
 
 // The sum of the block's x. BUG 1: no barrier before the sum is read; 2: none before the buffer is used again
@@ -744,7 +811,7 @@ TEST_CASE("CUDA on the CPU: threads that do not meet are reported", "[cuda_on_cp
   const auto report = [&](void (*kernel)(float*), int block) {
     return failure_of([&] { launch(kernel, {1, block}, x.data()); });
   };
-  for_each_seed(11, [&] {
+  for_each_seed(n_seeds, [&] {
     std::string text = report(planted::early_return, 128);
     CHECK(contains(text, "divergence"));
     CHECK(contains(text, "threads 100-127 have returned"));
@@ -769,6 +836,7 @@ TEST_CASE("CUDA on the CPU: threads that do not meet are reported", "[cuda_on_cp
     CHECK(contains(report(planted::copy_to_global, 1), "is not shared memory"));
     CHECK(contains(report(planted::copy_misaligned, 1), "is not aligned to 16 bytes"));
     CHECK(contains(report(planted::trap, 1), "__trap() at"));
+    CHECK(contains(report(planted::throws, 64), "exception: thrown"));
     CHECK(report(planted::nothing, 128) == "no error");  // and the next kernel runs
   });
 }
@@ -816,10 +884,10 @@ TEST_CASE("CUDA on the CPU: launches and copies that no GPU would make are refus
 
 TEST_CASE("CUDA on the CPU: a missing barrier shows", "[cuda_on_cpu]") {
   const DeviceArray<float> x(counting(128));
-  // How many different results eleven seeds give: one, the right one, if nothing is missing.
+  // With how many seeds every thread gets what it should.
   const auto results = [&](void (*kernel)(float*, const float*), int block, float want) {
     int right = 0;
-    for_each_seed(11, [&] {
+    for_each_seed(n_seeds, [&] {
       const DeviceArray<float> out(block);
       launch(kernel, {1, block}, out.data(), x.data());
       const std::vector<float> got = out.read();
@@ -828,13 +896,13 @@ TEST_CASE("CUDA on the CPU: a missing barrier shows", "[cuda_on_cpu]") {
     return right;
   };
   const float sum = 3 * 127 * 64;
-  CHECK(results(planted::sum_twice<0>, 128, sum) == seeds);
+  CHECK(results(planted::sum_twice<0>, 128, sum) == n_seeds);
 #ifndef WITH_TSAN  // it would report them
   CHECK(results(planted::sum_twice<1>, 128, sum) == 0);
-  CHECK(results(planted::sum_twice<2>, 128, sum) < 11);
+  CHECK(results(planted::sum_twice<2>, 128, sum) < n_seeds);
   const DeviceArray<float> out(32);
   int wrong = 0;
-  for_each_seed(11, [&] {
+  for_each_seed(n_seeds, [&] {
     launch(planted::pass_on<true>, {1, 32}, out.data(), x.data());
     wrong += out.read()[0] != 1;
   });

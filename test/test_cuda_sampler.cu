@@ -4,11 +4,13 @@
 
 namespace {
 
-// Both tokens, of the logits rounded to Real.
+// Both tokens, of the logits rounded to Real. What lies behind the V logits, in a row's padding, is larger than they are.
 template <class Real>
 std::pair<int, int> sample(const std::vector<float>& logits, double temperature, int top_k, double uniform) {
   const int V = int(logits.size());
-  DeviceArray<Real> in(logits);
+  std::vector<float> row = logits;
+  row.resize(V + 8, 6e4f);
+  DeviceArray<Real> in(row);
   DeviceArray<int> token(1);
   sample_token(token.data(), in.data(), V, temperature, top_k, uniform, nullptr);
   const std::vector<float> seen = rounded<Real, float>(logits);
@@ -115,6 +117,15 @@ TEST_CASE("Tokens without weight are never drawn") {
     const auto [got, want] = sample<float>(logits, 1, 0, uniform);
     CHECK(got == want);
     CHECK(got == (uniform < 0.5 ? 40 : 41));
+  }
+  // The last one that has a weight, where the row ends: pieces are four tokens here, the last is three, and in some rows
+  // its sum passes what was drawn while its tokens, one after the other, do not, by a rounding error.
+  for (uint32_t row = 0; row < 40; row++) {
+    logits = noise(1023, row);
+    logits.back() = -1e6f;
+    const auto [got, want] = sample<float>(logits, 1, 0, 1 - 0x1p-53);
+    CHECK(got == want);
+    CHECK(got == 1021);
   }
 }
 

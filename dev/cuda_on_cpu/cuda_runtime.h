@@ -16,8 +16,8 @@
 //   NaN in every floating type; background copies arrive as late as they may, or, drawn by seed, at once;
 // - launches no GPU would take, pointer arguments that are not device memory, copies in the wrong direction, waiting
 //   while a graph is captured; what no call reported ends the program with exit code 1;
-// - host code that touches device memory, kernels that leave an array by more than a few elements, arrays that were
-//   freed: their addresses are closed, so the program ends, and says in which kernel. Addresses are not used again soon.
+// - host code that touches device memory, kernels that run far beyond the end of an array, arrays that were freed: those
+//   addresses are closed, so the program ends, and says in which kernel. Addresses are not used again soon.
 // AddressSanitizer and UndefinedBehaviorSanitizer see every access: arrays have gaps around them, static shared ones
 // have types. ThreadSanitizer sees the threads as threads: what no __syncthreads or __syncwarp orders is a race.
 //

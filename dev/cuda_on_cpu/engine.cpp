@@ -32,11 +32,14 @@
 #include <sanitizer/asan_interface.h>
 #include <sanitizer/common_interface_defs.h>
 #define ASAN(...) __VA_ARGS__
+constexpr bool with_asan = true;
 #else
 #define ASAN(...)
+constexpr bool with_asan = false;
 #endif
 #ifdef CUDA_ON_CPU_TSAN
 #define TSAN(...) __VA_ARGS__
+constexpr bool with_tsan = true;
 extern "C" {
 void* __tsan_get_current_fiber();
 void* __tsan_create_fiber(unsigned flags);
@@ -55,6 +58,7 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 }
 #else
 #define TSAN(...)
+constexpr bool with_tsan = false;
 #endif
 
 // Pushes the registers that a function must preserve, leaves the stack pointer in *from and goes on where the stack `to`
@@ -157,7 +161,8 @@ void shuffle_order(Element* first, unsigned n) {
 
 constexpr int max_threads = 1024;
 constexpr size_t default_smem = 48 << 10, max_smem = 227 << 10;
-constexpr size_t stack_bytes = (64 ASAN(*4)) << 10;  // AddressSanitizer's frames are larger
+constexpr size_t stack_bytes = (with_asan ? 256 : 64) << 10;  // AddressSanitizer's frames are larger
+const size_t page = size_t(sysconf(_SC_PAGESIZE));
 
 struct Fiber {
   void* stack_pointer = nullptr;
@@ -198,13 +203,14 @@ Thread threads[max_threads], host;  // host: the stack that runs the grid
 Warp warps[max_threads / 32];
 Thread* current = &host;
 int n_threads, n_returned;
-int ready[max_threads], ready_first, n_ready;  // a ring
-struct {
+int ready[max_threads];  // a ring
+unsigned ready_first, n_ready;
+struct Barrier {
   int arrived = 0, predicates = 0, result = 0;
   bool same_site = true;
   Site site{};
-  unsigned generation = 0;
-} block_barrier;
+};
+Barrier block_barrier;
 
 // Habits of a launch, drawn: the latest thread that became ready is the next, not any; background copies are done early.
 bool depth_first, copy_early;
@@ -218,6 +224,7 @@ alignas(1024) char smem[max_smem + 1024];
 // For ThreadSanitizer a barrier is a release and an acquire of an address. Each has its own for a long time, so that
 // nothing is ordered that only happens to meet the same address.
 constexpr unsigned n_addresses = 4096;
+unsigned barrier_generation = 0;
 [[maybe_unused]] char launch_start, launch_end, barrier_addresses[n_addresses], warp_addresses[32][n_addresses];
 
 #ifdef CUDA_ON_CPU_TSAN
@@ -252,7 +259,7 @@ Thread& next() {
   n_ready--;
   int& first = ready[ready_first % max_threads];
   if (depth_first) return threads[ready[(ready_first + n_ready) % max_threads]];
-  if (seed) std::swap(first, ready[(ready_first + int(draw(unsigned(n_ready + 1)))) % max_threads]);
+  if (seed) std::swap(first, ready[(ready_first + draw(n_ready + 1)) % max_threads]);
   ready_first++;
   return threads[first];
 }
@@ -272,13 +279,15 @@ void finish_copies(int end) {
   copies.erase(copies.begin(), copies.begin() + long(n));
 }
 
+std::string place();
+
 void fiber_main() {
   ASAN(__sanitizer_finish_switch_fiber(nullptr, nullptr, nullptr);)
   for (;;) {  // once for every block
     TSAN(__tsan_acquire(&launch_start);)
     try {
       (*thread_function)();
-    } catch (const std::exception& e) { fail("exception: %s", e.what()); }
+    } catch (const std::exception& e) { error = std::string("exception: ") + e.what() + "\n  " + place(); }
     finish_copies(current->group + 1);
     current->state = State::returned;
     n_returned++;
@@ -289,7 +298,6 @@ void fiber_main() {
 
 // A stack that has been left just before the first instruction of fiber_main.
 void make_fiber(Fiber& f) {
-  const size_t page = size_t(sysconf(_SC_PAGESIZE));
   if (!f.stack) {
     void* memory =
         mmap(nullptr, stack_bytes + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -435,9 +443,8 @@ void run_block(uint3 index) {
   }
 #endif
   n_returned = n_ready = ready_first = 0;
-  const unsigned generation = block_barrier.generation;
   block_barrier = {};
-  block_barrier.generation = generation + 1;
+  barrier_generation++;
   for (int t = 0; t < n_threads; t++) {
     threads[t].group = 0;
     make_ready(t);
@@ -456,6 +463,7 @@ void give_up(Thread& t) {
   __tsan_switch_to_fiber(host.tsan, 1);
   __tsan_destroy_fiber(t.tsan);
   t.tsan = __tsan_create_fiber(0);
+  if (t.copier) __tsan_destroy_fiber(std::exchange(t.copier, nullptr));
 #endif
   ASAN(__asan_unpoison_memory_region(t.stack, t.stack_size);)
   t.copies.clear();
@@ -481,7 +489,7 @@ void run_grid(const cudaLaunchConfig_t& config, const void* function, const std:
   smem_bytes = config.dynamicSmemBytes;
   n_threads = int(blockDim.x * blockDim.y * blockDim.z);
   depth_first = draw(2);
-  copy_early = draw(2) TSAN(&&false);
+  copy_early = !with_tsan && draw(2);
   for (Warp& w : warps) w.exists = 0;
   for (int t = 0; t < n_threads; t++) {
     if (!threads[t].stack) make_fiber(threads[t]);
@@ -514,13 +522,16 @@ int set_seed(int value) {
 }
 
 void fail(const char* text, ...) {
-  va_list arguments;
-  va_start(arguments, text);
-  if (current == &host) throw std::runtime_error(format(text, arguments));
-  error = format(text, arguments) + "\n  " + place();
-  va_end(arguments);
+  {
+    va_list arguments;
+    va_start(arguments, text);
+    const std::string message = format(text, arguments);
+    va_end(arguments);
+    if (current == &host) throw std::runtime_error(message);
+    error = message + "\n  " + place();
+  }
   TSAN(if (ignoring_accesses) ignore_accesses(false);)
-  switch_to(host);  // for good: nothing on this stack will be destroyed
+  switch_to(host);  // for good: nothing that is on this stack now will be destroyed
   __builtin_unreachable();
 }
 
@@ -528,18 +539,18 @@ int lane() { return int(current - threads) % 32; }
 void* dynamic_smem() { return smem; }
 
 int barrier(bool predicate, Site site) {
-  auto& b = block_barrier;
+  Barrier& b = block_barrier;
   if (b.arrived++ == 0) b.site = site;
   b.same_site &= same(b.site, site);
   b.predicates += predicate;
   current->state = State::at_barrier;
   current->site = site;
-  [[maybe_unused]] char* const address = &barrier_addresses[b.generation % n_addresses];
+  [[maybe_unused]] char* const address = &barrier_addresses[barrier_generation % n_addresses];
   TSAN(__tsan_release(address);)
   if (b.arrived == n_threads && b.same_site) {
     b.result = std::exchange(b.predicates, 0);
     b.arrived = 0;
-    b.generation++;
+    barrier_generation++;
     for (int t = 0; t < n_threads; t++) make_ready(t);
   }
   switch_to(next());
@@ -585,9 +596,8 @@ void copy_async(void* to, const void* from, Site site) {
     fail("%s:%d: copy_async: %p is not shared memory", site.file, site.line, to);
   if ((uintptr_t(to) | uintptr_t(from)) % 16)
     fail("%s:%d: copy_async: %p or %p is not aligned to 16 bytes", site.file, site.line, to, from);
-    // The sanitizers see both accesses here, where the kernel asks for them.
 #ifdef CUDA_ON_CPU_ASAN
-  static volatile size_t size = 16;  // so that the compiler leaves the calls to memcpy, which the sanitizer checks
+  static volatile size_t size = 16;  // so that the calls to memcpy remain, which the sanitizer checks
   char bytes[16];
   memcpy(bytes, to, size);
   if (from) memcpy(bytes, from, size);
@@ -642,7 +652,7 @@ cudaError_t capture_in_progress() { return capturing ? result(cudaErrorStreamCap
 // than 256 bytes, its alignment) at the end of a page, and the page behind it is never open. When an array is freed,
 // its pages are given back; its addresses come again only when the range has been gone through.
 
-const size_t page = size_t(sysconf(_SC_PAGESIZE)), alignment = 256;
+constexpr size_t alignment = 256;
 const size_t memory_bytes = size_t(environment("CUDA_ON_CPU_MEMORY", 16ll << 30)) / page * page;
 const size_t range_bytes = 16 * memory_bytes;  // addresses cost nothing
 char* range = nullptr;
@@ -907,7 +917,7 @@ using namespace cuda_on_cpu;
 #if defined(CUDA_ON_CPU_ASAN) || defined(CUDA_ON_CPU_TSAN)
 extern "C" {
 const char* __asan_default_options() { return "allow_user_segv_handler=0"; }
-const char* __tsan_default_options() { return "allow_user_segv_handler=0"; }
+const char* __tsan_default_options() { return "allow_user_segv_handler=0:atexit_sleep_ms=0"; }
 void __asan_on_error() { print_place(); }
 void __tsan_on_report(void*) { print_place(); }
 }
@@ -1023,6 +1033,7 @@ cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags) {
 cudaError_t cudaStreamCreate(cudaStream_t* stream) { return cudaStreamCreateWithFlags(stream, cudaStreamDefault); }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return run_stream(stream_of(stream)); }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  if (cudaGraph_t unfinished; stream->graph && !cudaStreamEndCapture(stream, &unfinished)) delete unfinished;
   const cudaError_t waited = run_stream(*stream);
   std::erase(streams, stream);
   delete stream;
@@ -1047,7 +1058,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   });
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (event->graph) {  // the stream joins the capture
+  if (event->graph && event->graph == capturing) {  // the stream joins the capture
     stream_of(stream).graph = event->graph;
     return cudaSuccess;
   }

@@ -1,0 +1,498 @@
+// How fast the GPU trainer is, as shares of what this card can do.
+//   bench_gpu ceilings              memory bandwidth, second-level cache, large products, gaps between kernels
+//   bench_gpu kernels [DTYPE]       every kernel and matrix product of a step beside the least time it could take
+//   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
+//   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
+//   bench_gpu planted               a kernel with errors that compute-sanitizer is to find, or else it finds nothing
+// Flags of train_gpt may follow (--batch_size 8); without, it is the preset lecture, on random tokens. A figure is the
+// median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
+// was measured beside it, so both stand in one output.
+#define MICROGPT_NO_MAIN
+#include "../train_gpt.cu"
+
+#include <chrono>
+#include <filesystem>
+#if __has_include(<cuda_profiler_api.h>) && !defined(CUDA_ON_CPU)
+#include <cuda_profiler_api.h>
+#else
+inline void cudaProfilerStart() {}
+inline void cudaProfilerStop() {}
+#endif
+
+namespace {
+
+struct Times {
+  double median, min, max;  // seconds
+};
+Times of(std::vector<double> seconds) {
+  std::sort(seconds.begin(), seconds.end());
+  return {seconds[seconds.size() / 2], seconds.front(), seconds.back()};
+}
+
+// Seconds that the device takes for what `work` puts onto the stream.
+template <class Work>
+double device_seconds(cudaStream_t stream, Work work) {
+  cudaEvent_t begin, end;
+  CUDA_CHECK(cudaEventCreate(&begin));
+  CUDA_CHECK(cudaEventCreate(&end));
+  CUDA_CHECK(cudaEventRecord(begin, stream));
+  work();
+  CUDA_CHECK(cudaEventRecord(end, stream));
+  CUDA_CHECK(cudaEventSynchronize(end));
+  float ms = 0;
+  CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+  CUDA_CHECK(cudaEventDestroy(begin));
+  CUDA_CHECK(cudaEventDestroy(end));
+  return ms / 1e3;
+}
+
+// One of `count` launches: they run as a graph, so that the host's time for a launch does not count.
+template <class Launch>
+Times in_graph(cudaStream_t stream, int count, int runs, Launch launch_one) {
+  for (int i = 0; i < count; i++) launch_one(i);
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+  Graph graph;
+  graph.capture(stream, [&] {
+    for (int i = 0; i < count; i++) launch_one(i);
+  });
+  std::vector<double> seconds;
+  for (int i = -3; i < runs; i++) {
+    const double s = device_seconds(stream, [&] { graph.launch(stream); });
+    if (i >= 0) seconds.push_back(s / count);
+  }
+  return of(seconds);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// What the card can do
+
+__global__ void empty_kernel(int*) {}
+
+// Reads 16 bytes at a time past the first-level cache; in every pass a block has another part, which is in no other.
+__global__ void __launch_bounds__(512) read_kernel(float* sink, const float4* from, size_t count, int passes) {
+  const size_t threads = size_t(gridDim.x) * blockDim.x, self = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
+  float sum = 0;
+  for (int pass = 0; pass < passes; pass++) {
+#pragma unroll 8
+    for (size_t i = (self + size_t(pass) * 37 * blockDim.x) % threads; i < count; i += threads) {
+      const float4 x = __ldcg(from + i);
+      sum += x.x + x.y + x.z + x.w;
+    }
+  }
+  if (sum == 1) *sink = sum;  // never, but the loads must not be left out
+}
+
+cudaDeviceProp device() {
+  cudaDeviceProp card;
+  CUDA_CHECK(cudaGetDeviceProperties(&card, 0));
+  return card;
+}
+
+#ifdef CUDA_ON_CPU
+constexpr size_t megabyte = 1000;  // what runs on the CPU only shows that it runs
+#else
+constexpr size_t megabyte = 1000000;
+#endif
+
+// Bytes a second, read and written, of a copy of 2 GB.
+double copy_bandwidth(cudaStream_t stream) {
+  const size_t bytes = 2000 * megabyte;
+  const DeviceBuffer<char> from(bytes, "a copy"), to(bytes, "a copy");
+  return 2.0 * double(bytes) /
+         in_graph(stream, 2, 7, [&](int) {
+           CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, stream));
+         }).min;
+}
+
+void print_card() {
+  const cudaDeviceProp card = device();
+  std::printf("%s, compute capability %d.%d, %d multiprocessors, %.0f GB, %.0f MB of second-level cache\n", card.name,
+              card.major, card.minor, card.multiProcessorCount, double(card.totalGlobalMem) / 1e9,
+              double(card.l2CacheSize) / 1e6);
+}
+
+void print_clocks() {
+  std::fflush(stdout);
+  if (std::system("c=$(nvidia-smi -i 0 --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version "
+                  "--format=csv,noheader 2>/dev/null) && echo \"clocks, power, temperature, driver now: $c\"") != 0)
+    std::printf("clocks: not known\n");
+}
+
+void ceilings(const Config&, const std::vector<std::string>& dtypes) {
+  const Stream stream;
+  const cudaDeviceProp card = device();
+  print_clocks();
+  std::printf("copy of 2 GB, read and written  %7.0f GB/s\n", copy_bandwidth(stream) / 1e9);
+  const DeviceBuffer<float> memory(2000 * megabyte / 4, "reading"), sink(1, "a sum");
+  const unsigned blocks = 4 * unsigned(card.multiProcessorCount);
+  for (const size_t megabytes : {8, 16, 32, 48, 2000}) {
+    const size_t bytes = megabytes * megabyte, passes = std::max<size_t>(4000 / megabytes, 1);
+    const Times t = in_graph(stream, 1, 7, [&](int) {
+      launch(read_kernel, {blocks, 512, 0, stream}, sink.data(), reinterpret_cast<const float4*>(memory.data()),
+             bytes / 16, int(passes));
+    });
+    std::printf("%4zu MB read again and again     %7.0f GB/s\n", megabytes, double(bytes * passes) / t.min / 1e9);
+  }
+  const auto print_peak = [&](const char* name, double tflops) {
+    std::printf("large product, %-10s       %7.0f TFLOP/s\n", name, tflops);
+  };
+  for (const std::string& dtype : dtypes) {
+    Matmul matmul(dtype == "tf32", stream);
+    print_peak(dtype.c_str(), dtype == "bfloat16"  ? matmul.measure_peak<bf16>()
+                              : dtype == "float16" ? matmul.measure_peak<fp16>()
+                                                   : matmul.measure_peak<float>());
+  }
+  constexpr int count = 200;
+  const auto empty = [&](int) { launch(empty_kernel, {1, 32, 0, stream}, static_cast<int*>(nullptr)); };
+  std::vector<double> eager;
+  for (int run = 0; run < 9; run++)
+    eager.push_back(device_seconds(stream,
+                                   [&] {
+                                     for (int i = 0; i < count; i++) empty(i);
+                                   }) /
+                    count);
+  std::printf("empty kernel, from one to the next  %.2f us by themselves, %.2f us in a graph\n", of(eager).median * 1e6,
+              in_graph(stream, count, 9, empty).median * 1e6);
+  print_clocks();
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// A model on random tokens
+
+// A folder for shards and for the table of algorithms, which is removed at the end. With --out_dir the table is that
+// run's, and the products are computed as there.
+class Folder {
+ public:
+  Folder() : path_((std::filesystem::temp_directory_path() / "bench_gpu_XXXXXX").string()) {
+    if (!mkdtemp(path_.data())) fail_errno("make a folder in " + std::filesystem::temp_directory_path().string());
+  }
+  ~Folder() {
+    std::error_code ignored;
+    std::filesystem::remove_all(path_, ignored);
+  }
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+constexpr int V = 65;
+
+Data random_data(const std::string& folder) {
+  std::vector<char32_t> characters;
+  for (int i = 0; i < V; i++) characters.push_back(char32_t(33 + i));
+  const Vocabulary vocabulary(characters);
+  vocabulary.save(folder + "/vocab.json");
+  for (const auto& [split, count] : {std::pair{"train", 1000000}, {"val", 100000}}) {
+    std::vector<uint16_t> tokens(count);
+    for (size_t i = 0; i < tokens.size(); i++) tokens[i] = uint16_t(random4(1, 0, 0, i).word[0] % V);
+    ShardWriter writer(folder, split, tokens.size(), vocabulary);
+    writer.write(tokens.data(), tokens.size());
+    writer.finish();
+  }
+  return open_data(folder);
+}
+
+// body(model) with the model that --dtype asks for, a few steps after its start.
+template <class Body>
+void with_model(Config config, const std::string& dtype, Body body) {
+  const Folder folder;
+  const Data data = random_data(folder.path());
+  if (!config.given.count("out_dir")) config.out_dir = folder.path();
+  config.dtype = dtype;
+  const auto run = [&](auto zero) {
+    using Model = GpuModel<decltype(zero)>;
+    const ModelShape shape = model_shape(config, V);
+    Model::plan(config, shape, &data, true).require(Model::memory());
+    Model model(config, shape, &data, true);
+    std::vector<float> params(model.layout().size()), zeros(params.size());
+    init_parameters(params.data(), model.layout(), config.seed);
+    model.restore(params.data(), zeros.data(), zeros.data());
+    model.train_steps(0, 3);
+    body(model);
+  };
+  if (dtype == "bfloat16")
+    run(bf16());
+  else if (dtype == "float16")
+    run(fp16());
+  else
+    run(0.0f);
+}
+
+void print_times(const std::string& what, const Times& t, double tokens, double flops_per_token, double peak) {
+  std::printf("%-24s median %8.3f ms (%.3f .. %.3f), %.0f tokens/s, %s\n", what.c_str(), t.median * 1e3, t.min * 1e3,
+              t.max * 1e3, tokens / t.median, flops_text(tokens * flops_per_token / t.median, peak).c_str());
+  std::fflush(stdout);
+}
+
+// A step's share of `runs` times `steps` steps, by the host's clock: as the training loop waits, so does this.
+template <class Model>
+Times time_steps(Model& model, int runs, int steps) {
+  using Clock = std::chrono::steady_clock;
+  std::vector<double> seconds;
+  int iteration = 0;
+  for (int i = -1; i < runs; i++) {  // the first is a warm-up
+    const Clock::time_point start = Clock::now();
+    model.train_steps(iteration, steps);
+    if (i >= 0) seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count() / steps);
+    iteration += steps;
+  }
+  return of(seconds);
+}
+constexpr int max_steps = 10000;  // longer than all that is asked for here: the schedule of learning rates has so many
+
+void step(const Config& config, const std::vector<std::string>& dtypes) {
+  for (const std::string& dtype : dtypes)
+    with_model(config, dtype, [&](auto& model) {
+      const double tokens = double(config.batch_size) * config.gradient_accumulation_steps * config.block_size;
+      const double flops = flops_per_token(model.shape()), peak = model.peak_flops();
+      std::printf("%s, batches of %d x %d, %.1f MFLOP a token (attention causal), peak %.0f TFLOP/s\n", dtype.c_str(),
+                  config.batch_size, config.block_size, flops / 1e6, peak / 1e12);
+      const bool slow = tokens * flops / (peak + 1) > 0.01;
+      const int steps = peak == 0 ? 1 : slow ? 40 : 200;
+      for (const bool graph : {true, false}) {
+        model.use_graph = graph;
+        print_times(text("step ", dtype, graph ? " graph" : " eager"), time_steps(model, 5, steps), tokens, flops,
+                    peak);
+      }
+      std::vector<double> seconds;
+      for (int i = -1; i < 5; i++) {
+        const auto start = std::chrono::steady_clock::now();
+        model.random_losses(Split::val, 0, 0, steps);
+        const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+        if (i >= 0) seconds.push_back(taken.count() / steps);
+      }
+      print_times("evaluate " + dtype, of(seconds), double(config.batch_size) * config.block_size, flops / 3, peak);
+    });
+}
+
+void profile(const Config& config, const std::vector<std::string>& dtypes) {
+  with_model(config, dtypes.front(), [&](auto& model) {
+    model.use_graph = false;
+    model.train_steps(3, 2);
+    cudaProfilerStart();
+    const float loss = model.train_steps(5, 1)[0];
+    cudaProfilerStop();
+    std::printf("one step of %s, kernel by kernel: loss %.4f\n", dtypes.front().c_str(), loss);
+  });
+}
+
+// Reads memory that nothing has written, exchanges it between warps without a barrier, and writes behind the end.
+__global__ void __launch_bounds__(256) planted_kernel(float* memory) {
+  __shared__ float exchange[256];
+  exchange[threadIdx.x] = memory[threadIdx.x];
+  memory[threadIdx.x + 1] = exchange[255 - threadIdx.x];
+}
+
+void planted(const Config&, const std::vector<std::string>&) {
+  float* memory = nullptr;
+  CUDA_CHECK(cudaMalloc(&memory, 256 * sizeof(float)));
+  launch(planted_kernel, {1, 256}, memory);
+  CUDA_CHECK(cudaDeviceSynchronize());
+  CUDA_CHECK(cudaFree(memory));
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Kernel by kernel. What has a slice for each layer is taken in turn, so that most of what a launch reads has left the
+// cache since the launch that read it last; in a step much of it would still be there. What has none is marked.
+
+class KernelTable {
+ public:
+  KernelTable(cudaStream_t stream, int layers, double peak, double bandwidth)
+      : stream_(stream), layers_(layers), peak_(peak), bandwidth_(bandwidth) {
+    std::printf("%-37s %7s %9s %18s %8s %6s %10s\n", "", "a step", "us", "(min .. max)", "floor", "share", "us a step");
+  }
+  // flops, bytes: the least of a launch, every input read once, every output written once. call(l): that of layer l
+  template <class Call>
+  void row(const char* name, int per_step, double flops, double bytes, Call call, bool one_buffer = false) {
+    const Times t = in_graph(stream_, ceil_div(24, layers_) * layers_, 9, [&](int i) { call(i % layers_); });
+    const double floor = std::max(peak_ > 0 ? flops / peak_ : 0, bytes / bandwidth_);
+    std::printf("%-35s %s %7d %9.2f (%7.2f ..%7.2f) %8.2f %5.0f%% %10.1f\n", name, one_buffer ? "*" : " ", per_step,
+                t.median * 1e6, t.min * 1e6, t.max * 1e6, floor * 1e6, 100 * floor / t.median,
+                per_step * t.median * 1e6);
+    std::fflush(stdout);
+    sum_ += per_step * t.median;
+    floors_ += per_step * floor;
+  }
+  template <class Call>
+  void row_of_one(const char* name, int per_step, double flops, double bytes, Call call) {
+    row(name, per_step, flops, bytes, call, true);
+  }
+  void finish(double step_seconds) {
+    std::printf("a step: sum of the kernels %.0f us, of their floors %.0f us; the whole, measured, %.0f us\n",
+                sum_ * 1e6, floors_ * 1e6, step_seconds * 1e6);
+    std::printf("* the same buffers every time; else those of %d layers in turn\n", layers_);
+  }
+
+ private:
+  cudaStream_t stream_;
+  int layers_;
+  double peak_, bandwidth_, sum_ = 0, floors_ = 0;
+};
+
+template <class Real>
+void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
+  const Activations<Real>& a = m.a;
+  const ActivationGrads<Real>& g = m.g;
+  const Statistics<float>& s = m.s;
+  const GradStatistics<float>& gs = m.gs;
+  const Params<Real>& w = m.w;
+  const Params<float>&p = m.p, &dw = m.dw;
+  const int B = m.B, T = m.shape.T, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, Vp = padded_vocabulary(V);
+  const int rows = B * T;
+  const cudaStream_t st = m.stream;
+  const Dropout drop = {config.seed, 0, 0, dropout_threshold(config.dropout), 0};
+  const DeviceBuffer<uint16_t> text(100001, "a text");
+  const DeviceBuffer<AdamWStep> schedule(max_steps, "the learning rates");
+  const std::vector<AdamWStep> nothing_moves(max_steps, {1, 0, 1});
+  CUDA_CHECK(cudaMemcpy(schedule.data(), nothing_moves.data(), max_steps * sizeof(AdamWStep), cudaMemcpyHostToDevice));
+
+  // A: bytes of one activation; CC: elements of a square weight, FCC: operations of the product with it
+  const double R = sizeof(Real), A = double(rows) * C * R, stats = 8.0 * rows, lse = 4.0 * rows * NH;
+  const double CC = double(C) * C, FCC = 2.0 * rows * CC, mask = double(relu_mask_bytes(rows, 4 * C));
+  const double logits = double(rows) * Vp * R, head = 2.0 * rows * C * V, tables = double(V + T) * C;
+  const double attention = 4.0 * B * NH * m.shape.HS() * (T * (T + 1.0) / 2);  // two products over the visible keys
+  const double partials = 4.0 * double(layernorm_partials(rows, C)), count = double(m.param_layout.size());
+
+  table.row_of_one("gather_random", 1, 0, 12.0 * rows,
+                   [&](int) { gather_random(m.x, m.y, text.data(), 100000, 1, m.step(), site::batch, 0, B, T, st); });
+  table.row_of_one("embedding_forward", 1, 0, A + tables * R + 4.0 * rows,
+                   [&](int) { embedding_forward(a.inp[0], m.x, w.wte, w.wpe, B, T, C, st); });
+  table.row("layernorm_forward", 1, 0, 2 * A + stats, [&](int l) {
+    layernorm_forward(a.ln1[l], s.ln1_mean[l], s.ln1_rstd[l], a.inp[l], p.ln1w[l], p.ln1b[l], rows, C, st);
+  });
+  table.row("residual_layernorm_forward", 2 * L, 0, 4 * A + stats, [&](int l) {
+    residual_layernorm_forward(a.mid[l], a.ln2[l], s.ln2_mean[l], s.ln2_rstd[l], a.inp[l], a.branch, p.attprojb[l],
+                               drop.at(site::proj_dropout, l), m.step(), p.ln2w[l], p.ln2b[l], B, T, C, st);
+  });
+  table.row("qkv forward", L, 3 * FCC, 4 * A + 3 * CC * R,
+            [&](int l) { m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C); });
+  table.row("attention_forward", L, attention, 4 * A + lse, [&](int l) {
+    attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), m.step(), B, T, C, NH, st);
+  });
+  table.row("attproj forward", L, FCC, 2 * A + CC * R,
+            [&](int l) { m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C); });
+  table.row("fc forward, bias, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
+    m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, true), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+  });
+  table.row("fcproj forward", L, 4 * FCC, 5 * A + 4 * CC * R,
+            [&](int l) { m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C); });
+  table.row_of_one("head forward, bias", 1, head, A + logits,
+                   [&](int) { m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, V, Vp); });
+  table.row_of_one("crossentropy_forward", 0, 0, logits + 8.0 * rows,
+                   [&](int) { crossentropy_forward(s.losses, a.logits, m.y, rows, V, Vp, st); });
+  table.row_of_one("crossentropy_forward_backward", 1, 0, 2 * logits + 8.0 * rows, [&](int) {
+    crossentropy_forward_backward(s.losses, a.logits, m.y, 1.0f / float(rows), &m.state->loss_scale, rows, V, Vp, st);
+  });
+  table.row_of_one("sum_losses", 1, 0, 4.0 * rows,
+                   [&](int) { sum_losses(&m.state->loss_sum, s.losses, false, rows, st); });
+
+  table.row_of_one("head dX", 1, head, A + logits,
+                   [&](int) { m.matmul.backward_input(g.dnorm, a.logits, w.headw, rows, C, V, Vp); });
+  table.row_of_one("head dW, bias", 1, head, A + logits + 4.0 * V * C,
+                   [&](int) { m.matmul.backward_weight(dw.headw, dw.headb, a.logits, a.lnf, false, rows, C, V, Vp); });
+  table.row("residual_layernorm_backward", 2 * L + 1, 0, 5 * A + stats + partials, [&](int l) {
+    residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
+                                p.ln2w[l], false, drop.at(site::proj_dropout, l), m.step(), B, T, C, st);
+  });
+  table.row("fcproj dX, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
+    m.matmul.backward_input_relu(g.dfc, g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l], rows, 4 * C, C);
+  });
+  table.row("fcproj dW", L, 4 * FCC, 5 * A + 16 * CC, [&](int l) {
+    m.matmul.backward_weight(dw.fcprojw[l], nullptr, g.dbranch, a.fc[l], false, rows, 4 * C, C, C);
+  });
+  table.row("fc dX", L, 4 * FCC, 5 * A + 4 * CC * R,
+            [&](int l) { m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C); });
+  table.row("fc dW, bias", L, 4 * FCC, 5 * A + 16 * CC, [&](int l) {
+    m.matmul.backward_weight(dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], false, rows, C, 4 * C, 4 * C);
+  });
+  table.row("attproj dX", L, FCC, 2 * A + CC * R,
+            [&](int l) { m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C); });
+  table.row("attproj dW", L, FCC, 2 * A + 4 * CC, [&](int l) {
+    m.matmul.backward_weight(dw.attprojw[l], nullptr, g.dbranch, a.att[l], false, rows, C, C, C);
+  });
+  // Five products: the weights are not kept, so they have to be made again.
+  table.row("attention_backward", L, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
+    attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
+                       m.step(), B, T, C, NH, st);
+  });
+  table.row("qkv dX", L, 3 * FCC, 4 * A + 3 * CC * R,
+            [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });
+  table.row("qkv dW", L, 3 * FCC, 4 * A + 12 * CC, [&](int l) {
+    m.matmul.backward_weight(dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], false, rows, C, 3 * C, 3 * C);
+  });
+  table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables, [&](int) {
+    embedding_backward(dw.wte, dw.wpe, gs.embedding_sums, g.dstream, m.x, false, B, T, C, V, st);
+  });
+  table.row_of_one("layernorm_backward_finish, L layers", 2, 0, L * (partials + 12.0 * C), [&](int) {
+    layernorm_backward_finish(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, false, rows, C, L, st);
+  });
+  table.row("layernorm_backward_finish, one", 2, 0, partials + 12.0 * C, [&](int l) {
+    layernorm_backward_finish(dw.ln2w[l], dw.ln2b[l], dw.attprojb[l], gs.ln2_sums[l], false, rows, C, st);
+  });
+
+  const DeviceBuffer<double> norm_parts(gradient_norm_partials, "the gradient's norm");
+  table.row_of_one("prepare_update", 0, 0, 4 * count, [&](int) {
+    prepare_update(m.state, norm_parts.data(), m.grads_memory.data(), m.param_layout.size(), 1, false, st);
+  });
+  table.row_of_one("adamw_update", 1, 0, count * (28 + (m.has_working_copy ? R : 0)), [&](int) {
+    adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(),
+                 m.grads_memory.data(), m.param_layout.size(), config.beta1, config.beta2, 1e-8, schedule.data(),
+                 m.state, st);
+  });
+  const DeviceBuffer<float> ring(1, "losses");
+  table.row_of_one("end_step", 1, 0, 0, [&](int) { end_step(m.state, ring.data(), 1, 1.0 / rows, false, st); });
+  const DeviceBuffer<int> token(1, "a token");
+  table.row_of_one("sample_token", 0, 0, 0, [&](int) { sample_token(token.data(), a.logits, V, 1, 0, 0.5, st); });
+}
+
+void kernels(const Config& config, const std::vector<std::string>& dtypes) {
+  with_model(config, dtypes.front(), [&](auto& model) {
+    const double peak = model.peak_flops(), bandwidth = copy_bandwidth(model.gpt().stream);
+    const Times whole = time_steps(model, 5, peak > 0 ? 100 : 1);
+    std::printf("%s, batches of %d x %d, peak %.0f TFLOP/s, copy %.0f GB/s\n", dtypes.front().c_str(),
+                config.batch_size, config.block_size, peak / 1e12, bandwidth / 1e9);
+    KernelTable table(model.gpt().stream, model.shape().L, peak, bandwidth);
+    time_kernels(model.gpt(), config, table);
+    table.finish(whole.median);
+  });
+}
+
+int run(int argc, char** argv) {
+  using Command = void (*)(const Config&, const std::vector<std::string>&);
+  const std::map<std::string, Command> commands = {
+      {"ceilings", ceilings}, {"kernels", kernels}, {"step", step}, {"profile", profile}, {"planted", planted}};
+  const auto command = commands.find(argc > 1 ? argv[1] : "");
+  if (command == commands.end())
+    fail("usage: bench_gpu ceilings | kernels [DTYPE] | step [DTYPE ...] | profile [DTYPE] | planted, then flags of ",
+         "train_gpt");
+  std::vector<std::string> dtypes;
+  int first = 2;  // argument that is a flag
+  for (; first < argc && argv[first][0] != '-'; first++) dtypes.push_back(argv[first]);
+  argv[first - 1] = argv[0];
+  Config config = parse_command_line(argc - first + 1, argv + first - 1);
+  apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
+  config.max_iters = max_steps;
+
+  if (const std::string why = no_gpu(); !why.empty()) fail(why);
+  CUDA_CHECK(cudaSetDevice(0));
+  const bool ampere = device().major >= 8;
+  if (dtypes.empty()) {
+    dtypes = ampere ? std::vector<std::string>{"bfloat16", "float16", "tf32", "float32"}
+                    : std::vector<std::string>{"float16", "float32"};
+  }
+  for (const std::string& dtype : dtypes) {
+    if (dtype != "bfloat16" && dtype != "float16" && dtype != "tf32" && dtype != "float32")
+      fail("'", dtype, "' is none of bfloat16, float16, tf32, float32");
+    if (!ampere && (dtype == "bfloat16" || dtype == "tf32")) fail(device().name, " has no ", dtype, " arithmetic");
+  }
+  print_card();
+  command->second(config, dtypes);
+  return 0;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  return run_main([&] { return run(argc, argv); });
+}

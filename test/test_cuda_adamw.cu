@@ -64,7 +64,7 @@ TrainState run_end_step(TrainState s, bool loss_scaling, int times = 1) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("AdamW on the device", "", float, bf16, fp16) {
+TEMPLATE_TEST_CASE("AdamW on the device", "[cuda]", float, bf16, fp16) {
   for (const size_t count : {4, 1000, 1024, 2500}) {
     const std::vector<float> p = noise(count, 1), m0 = noise(count, 2), v0 = absolute(noise(count, 3)),
                              g = noise(count, 4);
@@ -101,7 +101,7 @@ TEMPLATE_TEST_CASE("AdamW on the device", "", float, bf16, fp16) {
   }
 }
 
-TEST_CASE("AdamW on the device with the constants of a real run") {
+TEST_CASE("AdamW on the device with the constants of a real run", "[cuda]") {
   // Parameters of 0 show the update alone.
   const size_t count = 400;
   const std::vector<float> p(count, 0), m0 = noise(count, 1, 1e-3), v0 = absolute(noise(count, 2, 1e-6)),
@@ -123,7 +123,7 @@ TEST_CASE("AdamW on the device with the constants of a real run") {
   }
 }
 
-TEST_CASE("AdamW on the device: 1 - beta is that of doubles") {
+TEST_CASE("AdamW on the device: 1 - beta is that of doubles", "[cuda]") {
   // m = (1 - beta1) * g: with the betas rounded first, 1 - 0.9 would be 4 units in the last place too large.
   const std::vector<float> zeros(4, 0), ones(4, 1);
   Training<float> a(zeros, zeros, zeros, ones);
@@ -132,7 +132,7 @@ TEST_CASE("AdamW on the device: 1 - beta is that of doubles") {
   CHECK(a.v.read()[0] == float(1 - beta2));
 }
 
-TEMPLATE_TEST_CASE("AdamW on the device leaves everything alone after an overflow", "", float, bf16, fp16) {
+TEMPLATE_TEST_CASE("AdamW on the device leaves everything alone after an overflow", "[cuda]", float, bf16, fp16) {
   const size_t count = 1000;
   const std::vector<float> p = noise(count, 1), v0 = absolute(noise(count, 3));
   Training<TestType> a(p, p, v0, std::vector<float>(count, infinity), {.overflow = 1});
@@ -143,7 +143,7 @@ TEMPLATE_TEST_CASE("AdamW on the device leaves everything alone after an overflo
   CHECK(same_bits(a.working.read(), DeviceArray<TestType>(count).read()));
 }
 
-TEST_CASE("AdamW on the device: a gap between tensors harms nobody and stays NaN") {
+TEST_CASE("AdamW on the device: a gap between tensors harms nobody and stays NaN", "[cuda]") {
   const size_t count = 256;
   std::vector<float> p = noise(count, 1), m0 = noise(count, 2), v0 = absolute(noise(count, 3)), g = noise(count, 4);
   const auto gap = [](size_t i) { return i >= 65 && i < 130; };
@@ -161,7 +161,7 @@ TEST_CASE("AdamW on the device: a gap between tensors harms nobody and stays NaN
   CHECK(wrong == 0);
 }
 
-TEST_CASE("AdamW on the device refuses a count that is not a multiple of 4") {
+TEST_CASE("AdamW on the device refuses a count that is not a multiple of 4", "[cuda]") {
   const std::vector<float> x(6, 1);
   Training<float> a(x, x, x, x);
   CHECK_THROWS_WITH(a.update(), ContainsSubstring("count = 6"));
@@ -186,7 +186,7 @@ TrainState prepare(const std::vector<float>& gradients, double grad_clip, bool l
 
 }  // namespace
 
-TEST_CASE("The gradient's norm on the device decides about clipping") {
+TEST_CASE("The gradient's norm on the device decides about clipping", "[cuda]") {
   const std::vector<float> gradients = noise(11716, 1);
   const double norm = std::sqrt(gradient_norm_squared(gradients.data(), gradients.size()));
   const auto scale = [&](double grad_clip, float loss_scale = 1) {
@@ -207,14 +207,14 @@ TEST_CASE("The gradient's norm on the device decides about clipping") {
   CHECK(scale(1, 16) == scale(1, 16));
 }
 
-TEST_CASE("The gradient's norm on the device: more gradients than the blocks have threads") {
+TEST_CASE("The gradient's norm on the device: more gradients than the blocks have threads", "[cuda]") {
   const size_t count = 4 * 256 * gradient_norm_partials + 68;
   std::vector<float> gradients(count, 0);
   for (const size_t i : {size_t{0}, size_t{777}, count - 69, count - 68, count - 1}) gradients[i] = 3;
   CHECK(std::fabs(prepare(gradients, 1, false).gradient_scale * std::sqrt(45.0) - 1) < 0x1p-23);
 }
 
-TEST_CASE("A gradient that is not finite is found wherever it is") {
+TEST_CASE("A gradient that is not finite is found wherever it is", "[cuda]") {
   const size_t count = 5000;
   for (const auto& [at, bad] : {std::pair{size_t{0}, infinity}, {1, a_nan}, {1026, -infinity}, {count - 1, a_nan}}) {
     std::vector<float> gradients = noise(count, 1);
@@ -232,7 +232,7 @@ TEST_CASE("A gradient that is not finite is found wherever it is") {
   CHECK(std::fabs(prepare(gradients, 1, true).gradient_scale * 1e30 * std::sqrt(double(count)) - 1) < 0x1p-22);
 }
 
-TEST_CASE("A scaled loss leads to the same update, bit for bit") {
+TEST_CASE("A scaled loss leads to the same update, bit for bit", "[cuda]") {
   const size_t count = 5000;
   const std::vector<float> gradients = noise(count, 1);
   std::vector<float> scaled = gradients;
@@ -248,7 +248,7 @@ TEST_CASE("A scaled loss leads to the same update, bit for bit") {
   CHECK(same_bits(run(scaled, 4096), run(gradients, 1)));
 }
 
-TEST_CASE("The end of a step records the loss and counts") {
+TEST_CASE("The end of a step records the loss and counts", "[cuda]") {
   DeviceArray<TrainState> state(std::vector<TrainState>{{.loss_sum = 12, .step = 4}});
   DeviceArray<float> ring(3);
   end_step(state.data(), ring.data(), 3, 0.25, false, nullptr);
@@ -263,7 +263,7 @@ TEST_CASE("The end of a step records the loss and counts") {
   CHECK(s.gradient_scale == 1);
 }
 
-TEST_CASE("The loss scale follows the gradients") {
+TEST_CASE("The loss scale follows the gradients", "[cuda]") {
   CHECK(initial_state(false).loss_scale == 1);
   TrainState start = initial_state(true);
   start.step = 10;

@@ -104,7 +104,7 @@ void check_shape(int rows, int V, int Vp) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("Cross-entropy on the device", "", float, bf16, fp16) {
+TEMPLATE_TEST_CASE("Cross-entropy on the device", "[cuda]", float, bf16, fp16) {
   for (const int V : {1, 2, 8, 65, 120, 128, 129, 256, 300, 1000}) check_shape<TestType>(5, V, padded(V));
   for (const int rows : {1, 2, 8, 31}) check_shape<TestType>(rows, 65, 72);
   check_shape<TestType>(9, 200, 200);
@@ -112,7 +112,7 @@ TEMPLATE_TEST_CASE("Cross-entropy on the device", "", float, bf16, fp16) {
   check_shape<TestType>(3, 65, 640);
 }
 
-TEMPLATE_TEST_CASE("Cross-entropy on the device: every column can be the target", "", float, bf16, fp16) {
+TEMPLATE_TEST_CASE("Cross-entropy on the device: every column can be the target", "[cuda]", float, bf16, fp16) {
   for (const int V : {65, 300}) {
     std::vector<int> targets(V);
     for (int v = 0; v < V; v++) targets[v] = v;
@@ -124,7 +124,7 @@ TEMPLATE_TEST_CASE("Cross-entropy on the device: every column can be the target"
   }
 }
 
-TEST_CASE("Cross-entropy on the device: logits far apart") {
+TEST_CASE("Cross-entropy on the device: logits far apart", "[cuda]") {
   const std::vector<float> logits = {1e38f,  -1e38f,
                                      0,      3e38f,  // one token has all the weight
                                      -3e38f, -3e38f,
@@ -148,7 +148,7 @@ TEST_CASE("Cross-entropy on the device: logits far apart") {
   CHECK(forward<float>(wide, {5}, 300, 304)[0] == float(infinity));
 }
 
-TEST_CASE("Cross-entropy on the device: a logit that is not finite makes the loss NaN, in its row alone") {
+TEST_CASE("Cross-entropy on the device: a logit that is not finite makes the loss NaN, in its row alone", "[cuda]") {
   for (const float bad : {float(a_nan), float(infinity)})
     for (const int V : {65, 300}) {
       std::vector<float> logits = noise(size_t(3) * V, 3);
@@ -163,7 +163,7 @@ TEST_CASE("Cross-entropy on the device: a logit that is not finite makes the los
     }
 }
 
-TEST_CASE("Cross-entropy on the device refuses rows that it cannot load") {
+TEST_CASE("Cross-entropy on the device refuses rows that it cannot load", "[cuda]") {
   DeviceArray<float> a(80);
   DeviceArray<int> y(1);
   CHECK_THROWS_WITH(crossentropy_forward(a.data(), a.data(), y.data(), 1, 65, 65, nullptr),
@@ -172,7 +172,7 @@ TEST_CASE("Cross-entropy on the device refuses rows that it cannot load") {
                     ContainsSubstring("64 elements for V = 65"));
 }
 
-TEST_CASE("The losses' sum on the device is that of doubles") {
+TEST_CASE("The losses' sum on the device is that of doubles", "[cuda]") {
   for (const int rows : {1, 31, 1024, 5000}) {
     const std::vector<float> losses = noise(rows, 4);
     double want = 0, absolute = 0;

@@ -19,7 +19,7 @@ std::pair<int, int> sample(const std::vector<float>& logits, double temperature,
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("The device draws the token that the host draws", "", float, bf16, fp16) {
+TEMPLATE_TEST_CASE("The device draws the token that the host draws", "[cuda]", float, bf16, fp16) {
   uint64_t draw = 0;
   size_t different = 0, nonzero = 0, count = 0;
   for (const int V : {1, 2, 65, 300, 5000}) {
@@ -46,7 +46,7 @@ TEMPLATE_TEST_CASE("The device draws the token that the host draws", "", float, 
   CHECK(nonzero > count / 2);
 }
 
-TEST_CASE("The device draws from both ends of the distribution") {
+TEST_CASE("The device draws from both ends of the distribution", "[cuda]") {
   for (const int V : {2, 65, 257, 1000}) {
     const std::vector<float> equal(V, 0.25f);
     const auto check = [&](double uniform, int top_k, int want) {
@@ -67,7 +67,7 @@ TEST_CASE("The device draws from both ends of the distribution") {
   }
 }
 
-TEST_CASE("The device draws as the host does on both sides of a border between tokens") {
+TEST_CASE("The device draws as the host does on both sides of a border between tokens", "[cuda]") {
   // Weights in float, or a sum of them, would be wrong by 1e-7.
   for (const int V : {65, 700}) {
     const std::vector<float> logits = noise(V, 1);
@@ -90,7 +90,7 @@ TEST_CASE("The device draws as the host does on both sides of a border between t
     }
 }
 
-TEST_CASE("The device takes the first of the largest logits") {
+TEST_CASE("The device takes the first of the largest logits", "[cuda]") {
   const auto best = [](const std::vector<float>& logits, double temperature, int top_k) {
     const auto [got, want] = sample<float>(logits, temperature, top_k, 0.9);
     CHECK(got == want);
@@ -110,7 +110,7 @@ TEST_CASE("The device takes the first of the largest logits") {
   CHECK(best(many, 0, 0) == 600);
 }
 
-TEST_CASE("Tokens without weight are never drawn") {
+TEST_CASE("Tokens without weight are never drawn", "[cuda]") {
   std::vector<float> logits(300, -1e6f);
   logits[40] = logits[41] = 1;
   for (const double uniform : {1e-12, 0.3, 0.499999, 0.500001, 1 - 1e-12}) {
@@ -129,7 +129,7 @@ TEST_CASE("Tokens without weight are never drawn") {
   }
 }
 
-TEST_CASE("The device draws the same token twice, and refuses a vocabulary that is too large") {
+TEST_CASE("The device draws the same token twice, and refuses a vocabulary that is too large", "[cuda]") {
   const std::vector<float> logits = noise(1000, 3);
   CHECK(sample<bf16>(logits, 1, 50, 0.7).first == sample<bf16>(logits, 1, 50, 0.7).first);
   DeviceArray<float> in(8);

@@ -55,8 +55,8 @@ else ifeq ($(ARCH),all)
 else
   GENCODE := -gencode arch=compute_$(ARCH),code=sm_$(ARCH)
 endif
-# -lineinfo lets the profiler show source lines. No --use_fast_math: see above.
-NVCC_FLAGS := -std=c++20 -O3 -lineinfo -MMD -MP -Xcompiler=-Wall,-Wextra,-fopenmp -Xptxas -warn-spills
+# Spills are for make kernel-stats. -lineinfo lets the profiler show source lines. No --use_fast_math: see above.
+NVCC_FLAGS := -std=c++20 -O3 -lineinfo -MMD -MP -Xcompiler=-Wall,-Wextra,-fopenmp
 CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart_static -lpthread -ldl -lrt
 
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.

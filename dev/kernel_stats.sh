@@ -26,7 +26,7 @@ folder=build/kernel_stats
 mkdir -p "$folder"
 
 compile() {  # compile ARCH: what ptxas says goes to $folder/sm_ARCH.log
-  "$nvcc" -std=c++20 -O3 --expt-relaxed-constexpr -arch="sm_$1" -Xptxas -v -cubin train_gpt.cu \
+  "$nvcc" -std=c++20 -O3 -arch="sm_$1" -Xptxas -v -cubin train_gpt.cu \
     -o "$folder/sm_$1.cubin" >"$folder/sm_$1.log" 2>&1 && return
   grep -E 'error|fatal' "$folder/sm_$1.log" >&2
   echo "kernel_stats: sm_$1 did not compile, see $folder/sm_$1.log" >&2

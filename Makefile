@@ -178,7 +178,7 @@ $(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) cuda_
 
 # CUDA on the CPU: the kernels' tests, and through them the whole GPU trainer, by the C++ compiler (dev/cuda_on_cpu).
 # Kernels read memory as vectors, hence no strict aliasing; -Wa: the assembler dislikes the sections of shared memory.
-CUDA_ON_CPU := -Idev/cuda_on_cpu -O$(if $(SANITIZE),1,2) -fno-strict-aliasing -Wno-unknown-pragmas -Wa,--no-warn
+CUDA_ON_CPU := -Idev/cuda_on_cpu -O2 -fno-strict-aliasing -Wno-unknown-pragmas -Wa,--no-warn
 $(BUILD)/test/%.o: test/%.cu $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(CUDA_ON_CPU) $(OPENMP) -DCANARIES -x c++ -c $< -o $@

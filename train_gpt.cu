@@ -148,6 +148,14 @@ class DeviceBuffer {
   std::unique_ptr<Element, Free> memory_;
 };
 
+// Copies to the device and waits until it has arrived: cudaMemcpy from ordinary memory may return before, and the stream
+// of the kernels does not wait for it, nor for the zeros of a new buffer.
+template <class Element>
+void copy_to_device(Element* to, const Element* from, size_t count) {
+  CUDA_CHECK(cudaMemcpy(to, from, count * sizeof(Element), cudaMemcpyHostToDevice));
+  CUDA_CHECK(cudaDeviceSynchronize());
+}
+
 template <class Real>
 struct GPT {
   // float is its own working copy.
@@ -403,7 +411,7 @@ struct DeviceTokens {
       const size_t n = size_t(std::min(piece, count - at));
       from.copy(at, n, wide.data());
       std::copy(wide.begin(), wide.begin() + long(n), narrow.begin());
-      CUDA_CHECK(cudaMemcpy(tokens.data() + at, narrow.data(), n * sizeof(uint16_t), cudaMemcpyHostToDevice));
+      copy_to_device(tokens.data() + at, narrow.data(), n);
     }
   }
 };
@@ -499,8 +507,7 @@ class GpuModel {
     if (v) upload(gpt_.v_memory.data(), v);
     if constexpr (GPT<Real>::has_working_copy) {
       std::vector<Real> working(params, params + layout().size());
-      CUDA_CHECK(cudaMemcpy(gpt_.working_memory.data(), working.data(), working.size() * sizeof(Real),
-                            cudaMemcpyHostToDevice));
+      copy_to_device(gpt_.working_memory.data(), working.data(), working.size());
     }
   }
   void snapshot(float* params, float* m, float* v) const {
@@ -524,7 +531,7 @@ class GpuModel {
       state.loss_scale = std::stof(saved.at("loss_scale"));
       state.steps_since_overflow = std::stoi(saved.at("steps_since_overflow"));
     }
-    CUDA_CHECK(cudaMemcpy(gpt_.state, &state, sizeof state, cudaMemcpyHostToDevice));
+    copy_to_device(gpt_.state, &state, 1);
     step_ = state.step;
     if (saved.count("matmul") && saved.at("matmul") != algorithms_)
       std::fprintf(stderr,
@@ -615,13 +622,12 @@ class GpuModel {
     for (int i = 0; i < config_.max_iters; i++)
       schedule.push_back(
           adamw_step(learning_rate_at(config_, i), config_.beta1, config_.beta2, config_.weight_decay, i + 1));
-    schedule_ = DeviceBuffer<AdamWStep>(schedule.size(), "the learning rates");
-    CUDA_CHECK(
-        cudaMemcpy(schedule_.data(), schedule.data(), schedule.size() * sizeof(AdamWStep), cudaMemcpyHostToDevice));
     norm_parts_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");
+    schedule_ = DeviceBuffer<AdamWStep>(schedule.size(), "the learning rates");
+    plant_all_canaries(gpt_);
+    copy_to_device(schedule_.data(), schedule.data(), schedule.size());
     optimizer_ = {config_.beta1,    config_.beta2,     1e-8, config_.grad_clip, loss_scaling,
                   schedule_.data(), norm_parts_.data()};
-    plant_all_canaries(gpt_);
     peak_flops_ = gpt_.matmul.template measure_peak<Real>() * 1e12;
     // One step and one evaluation load every kernel and choose the products' algorithms, which nothing may do while a
     // graph is captured; what they change is overwritten by restore and set_state.
@@ -649,7 +655,7 @@ class GpuModel {
   }
 
   void set_step(int step) {
-    if (step != step_) CUDA_CHECK(cudaMemcpy(&gpt_.state->step, &step, sizeof step, cudaMemcpyHostToDevice));
+    if (step != step_) copy_to_device(&gpt_.state->step, &step, 1);
     step_ = step;
   }
   TrainState read_state() const {
@@ -660,7 +666,7 @@ class GpuModel {
   }
   void upload(float* to, const float* from) {
     CUDA_CHECK(cudaStreamSynchronize(stream_));
-    CUDA_CHECK(cudaMemcpy(to, from, layout().size() * sizeof(float), cudaMemcpyHostToDevice));
+    copy_to_device(to, from, layout().size());
   }
   void download(float* to, const float* from) const {
     CUDA_CHECK(cudaStreamSynchronize(stream_));

@@ -63,6 +63,7 @@ class DeviceArray {
       std::memcpy(static_cast<void*>(all.data() + guard), values.data(), values.size() * sizeof(Real));
     CUDA_CHECK(cudaMalloc(&memory_, all.size() * sizeof(Real)));
     CUDA_CHECK(cudaMemcpy(memory_, all.data(), all.size() * sizeof(Real), cudaMemcpyHostToDevice));
+    CUDA_CHECK(cudaDeviceSynchronize());  // the copy may still be under way, and other streams would not wait for it
   }
 
   size_t count_;

@@ -1,11 +1,14 @@
 // Compares two arrays of numbers, tensor by tensor: the gaps between a buffer's tensors hold NaN in test builds.
-// defines: Worst, compare, mismatch
+// defines: Worst, compare, mismatch, check_close
 #pragma once
 #include <cmath>
 #include <cstddef>
 #include <limits>
 #include <sstream>
 #include <string>
+#include <vector>
+
+#include "test.h"
 
 // The element that comes closest to its budget, or exceeds it the most. Share: its error over the budget; above 1 the
 // arrays differ, infinity says that no error can be stated, because a number is not finite or the budget is zero.
@@ -46,4 +49,12 @@ std::string mismatch(const A* got, const B* want, size_t n, double tolerance) {
   else
     out << "and no error is allowed or finite";
   return out.str();
+}
+
+template <class A, class B>
+void check_close(const std::vector<A>& got, const std::vector<B>& want, double tolerance) {
+  REQUIRE(got.size() == want.size());
+  const std::string message = mismatch(got.data(), want.data(), got.size(), tolerance);
+  INFO(message);
+  CHECK(message.empty());
 }

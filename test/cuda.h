@@ -1,9 +1,10 @@
 // What the tests of CUDA kernels share. They run on the CPU (dev/cuda_on_cpu) or, built by nvcc, on a GPU.
-// defines: DeviceArray, rounded, rounding_of, noise, check_close
+// defines: DeviceArray, rounded, rounding_of, noise
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -15,8 +16,9 @@
 #include "compare.h"
 #include "test.h"
 
-// Device memory with a guard of 64 elements before and after it. Fresh memory, and so an output that no kernel has
-// written, is all ones: NaN in every floating type, -1 in integers. Reading it back checks the guards.
+// Device memory with a guard before and after it. Fresh memory, and so an output that no kernel has written, is all
+// ones: NaN in every floating type, -1 in integers. Reading it back checks that the guards are as they were. On the CPU
+// the array ends where its memory does, up to a vector of 16 bytes, so that reading behind it is noticed too.
 template <class Real>
 class DeviceArray {
  public:
@@ -30,20 +32,21 @@ class DeviceArray {
   ~DeviceArray() { cudaFree(memory_); }
   DeviceArray(const DeviceArray&) = delete;
 
-  Real* data() const { return memory_ + guard; }
+  Real* data() const { return reinterpret_cast<Real*>(memory_ + before_); }
   size_t size() const { return count_; }
 
   // The elements, after all work on the device; fails if something was written around them.
   std::vector<Real> read() const {
-    std::vector<Real> all(count_ + 2 * guard), inside(count_);
+    std::vector<unsigned char> all(before_ + bytes() + behind_);
+    std::vector<Real> inside(count_);
     CUDA_CHECK(cudaDeviceSynchronize());
-    CUDA_CHECK(cudaMemcpy(all.data(), memory_, all.size() * sizeof(Real), cudaMemcpyDeviceToHost));
-    const auto* bytes = reinterpret_cast<const unsigned char*>(all.data());
-    size_t overwritten = 0;
-    for (size_t i = 0; i < guard * sizeof(Real); i++)
-      overwritten += (bytes[i] != 0xff) + (bytes[(guard + count_) * sizeof(Real) + i] != 0xff);
-    CHECK(overwritten == 0);
-    std::memcpy(inside.data(), all.data() + guard, count_ * sizeof(Real));
+    CUDA_CHECK(cudaMemcpy(all.data(), memory_, all.size(), cudaMemcpyDeviceToHost));
+    const auto unwritten = [&](size_t first, size_t n) {
+      return std::all_of(&all[first], &all[first] + n, [](unsigned char byte) { return byte == 0xff; });
+    };
+    CHECK(unwritten(0, before_));
+    CHECK(unwritten(before_ + bytes(), behind_));
+    if (count_) std::memcpy(static_cast<void*>(inside.data()), &all[before_], bytes());
     return inside;
   }
   std::vector<float> floats() const {
@@ -54,20 +57,23 @@ class DeviceArray {
   }
 
  private:
-  static constexpr size_t guard = 64;
+  size_t bytes() const { return count_ * sizeof(Real); }
 
   void allocate(const std::vector<Real>& values) {
-    std::vector<Real> all(count_ + 2 * guard);
-    std::memset(static_cast<void*>(all.data()), 0xff, all.size() * sizeof(Real));
-    if (!values.empty())
-      std::memcpy(static_cast<void*>(all.data() + guard), values.data(), values.size() * sizeof(Real));
-    CUDA_CHECK(cudaMalloc(&memory_, all.size() * sizeof(Real)));
-    CUDA_CHECK(cudaMemcpy(memory_, all.data(), all.size() * sizeof(Real), cudaMemcpyHostToDevice));
+    before_ = behind_ = 512;
+#ifdef CUDA_ON_CPU
+    behind_ = (16 - bytes() % 16) % 16;
+    before_ += (256 - (bytes() + behind_) % 256) % 256;  // arrays of multiples of 256 bytes end where a page does
+#endif
+    std::vector<unsigned char> all(before_ + bytes() + behind_, 0xff);
+    if (!values.empty()) std::memcpy(&all[before_], values.data(), bytes());
+    CUDA_CHECK(cudaMalloc(&memory_, all.size()));
+    CUDA_CHECK(cudaMemcpy(memory_, all.data(), all.size(), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaDeviceSynchronize());  // the copy may still be under way, and other streams would not wait for it
   }
 
-  size_t count_;
-  Real* memory_ = nullptr;
+  size_t count_, before_, behind_;  // elements, and bytes of the guards
+  unsigned char* memory_ = nullptr;
 };
 
 // What Real makes of numbers: the reference is computed from the inputs that the kernel really sees.
@@ -95,13 +101,4 @@ inline std::vector<float> noise(size_t count, uint32_t which, double scale = 1) 
     for (size_t j = 0; j < 4 && i + j < count; j++) out[i + j] = float(scale * x[j]);
   }
   return out;
-}
-
-// Every element within tolerance * (|want| + rms(want)); see compare.h.
-template <class A, class B>
-void check_close(const std::vector<A>& got, const std::vector<B>& want, double tolerance) {
-  REQUIRE(got.size() == want.size());
-  const std::string message = mismatch(got.data(), want.data(), got.size(), tolerance);
-  INFO(message);
-  CHECK(message.empty());
 }

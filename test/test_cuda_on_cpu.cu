@@ -638,17 +638,25 @@ TEST_CASE("CUDA on the CPU: streams wait for events, and need to", "[cuda_on_cpu
 }
 
 TEST_CASE("CUDA on the CPU: the default stream and the others", "[cuda_on_cpu]") {
-  for (const unsigned flags : {cudaStreamDefault, cudaStreamNonBlocking}) {
+  for (const int variant : {0, 1, 2, 3}) {
+    const unsigned flags = variant % 2 ? cudaStreamNonBlocking : cudaStreamDefault;
+    const bool copy = variant / 2;
     int wrong = 0;
     for_each_seed(20, [&] {
       const TestStream stream(flags);
       const DeviceArray<float> x(counting(32)), y(32);
-      CUDA_CHECK(cudaMemset(x.data(), 0, 32 * sizeof(float)));  // does not wait, and a non-blocking stream not for it
+      std::vector<float> zeros(32);
+      if (copy) {  // has read the host's memory when it returns, but does not wait until all has arrived
+        CUDA_CHECK(cudaMemcpy(x.data(), zeros.data(), 32 * sizeof(float), cudaMemcpyHostToDevice));
+        zeros.assign(32, 7);
+      } else {
+        CUDA_CHECK(cudaMemset(x.data(), 0, 32 * sizeof(float)));  // does not wait either
+      }
       launch(on_cpu::add_kernel, {1, 32, 0, stream}, y.data(), x.data(), 1.0f);
       CUDA_CHECK(cudaStreamSynchronize(stream));
       wrong += y.read()[31] != 1;
     });
-    CHECK((wrong > 0) == (flags == cudaStreamNonBlocking));
+    CHECK((wrong > 0) == (flags == cudaStreamNonBlocking));  // which does not wait for the default stream
     CHECK(wrong < 20);
   }
   // Nothing runs before somebody waits for it.

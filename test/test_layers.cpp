@@ -53,17 +53,7 @@ void check_gradient(Doubles& x, const Doubles& grad, const std::function<double(
     got.push_back(grad[i]);
     want.push_back((up - down) / (2 * h));
   }
-  const std::string message = mismatch(got.data(), want.data(), got.size(), tolerance);
-  INFO(message);
-  CHECK(message.empty());
-}
-
-template <class A, class B>
-void check_close(const std::vector<A>& got, const std::vector<B>& want, double tolerance) {
-  REQUIRE(got.size() == want.size());
-  const std::string message = mismatch(got.data(), want.data(), got.size(), tolerance);
-  INFO(message);
-  CHECK(message.empty());
+  check_close(got, want, tolerance);
 }
 
 // Rounding of a float sum of K terms.

@@ -995,25 +995,43 @@ cudaError_t cudaFreeHost(void* p) {
   return waited;
 }
 
+namespace {
+std::pair<bool, bool> sides(const void* to, const void* from, cudaMemcpyKind kind) {  // whether each is on the device
+  if (kind == cudaMemcpyDefault) return {on_device(to), on_device(from)};
+  return {kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice,
+          kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice};
+}
+cudaError_t check_copy(const void* to, bool to_device, const void* from, bool from_device, size_t bytes) {
+  const auto wrong = [&](const char* word, const void* p, bool device) {
+    return result(cudaErrorInvalidValue, format("cudaMemcpy %s %p, which is not %zu bytes of %s memory", word, p, bytes,
+                                                device ? "device" : "host"));
+  };
+  if (!lies_in(to, bytes, to_device)) return wrong("to", to, to_device);
+  if (!lies_in(from, bytes, from_device)) return wrong("from", from, from_device);
+  return cudaSuccess;
+}
+}  // namespace
+
 // As with memory from cudaMallocHost, for which this is so on a GPU too, a copy from or to the host is made when the
 // stream comes to it, not by the call.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
-  const bool to_device =
-      kind == cudaMemcpyDefault ? on_device(to) : kind == cudaMemcpyHostToDevice || kind == cudaMemcpyDeviceToDevice;
-  const bool from_device =
-      kind == cudaMemcpyDefault ? on_device(from) : kind == cudaMemcpyDeviceToHost || kind == cudaMemcpyDeviceToDevice;
-  if (!lies_in(to, bytes, to_device))
-    return result(cudaErrorInvalidValue, format("cudaMemcpy to %p, which is not %zu bytes of %s memory", to, bytes,
-                                                to_device ? "device" : "host"));
-  if (!lies_in(from, bytes, from_device))
-    return result(cudaErrorInvalidValue, format("cudaMemcpy from %p, which is not %zu bytes of %s memory", from, bytes,
-                                                from_device ? "device" : "host"));
+  const auto [to_device, from_device] = sides(to, from, kind);
+  if (const cudaError_t e = check_copy(to, to_device, from, from_device, bytes)) return e;
   return enqueue(stream, [=] { memmove(to, from, bytes); });
 }
+// To the device from pageable memory, as on a GPU: it returns when it has read everything, which need not have arrived.
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
-  if (const cudaError_t e = cudaMemcpyAsync(to, from, bytes, kind, nullptr)) return e;
-  return run_stream(default_stream);
+  const auto [to_device, from_device] = sides(to, from, kind);
+  if (!to_device || from_device || bytes == 0) {
+    if (const cudaError_t e = cudaMemcpyAsync(to, from, bytes, kind, nullptr)) return e;
+    return run_stream(default_stream);
+  }
+  if (const cudaError_t e = check_copy(to, to_device, from, from_device, bytes)) return e;
+  if (const cudaError_t e = run_stream(default_stream)) return e;
+  const auto* first = static_cast<const char*>(from);
+  return enqueue(nullptr,
+                 [to, read = std::vector<char>(first, first + bytes)] { memmove(to, read.data(), read.size()); });
 }
 cudaError_t cudaMemsetAsync(void* to, int byte, size_t bytes, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;

@@ -11,13 +11,14 @@
 #include <cmath>
 #include <vector>
 
-#include "host/batch.h"       // defines: random_batch
-#include "host/config.h"      // defines: Config, parse_command_line
-#include "host/data.h"        // defines: Data, Split
-#include "host/error.h"       // defines: fail, run_main
-#include "host/memory.h"      // defines: Buffer, MemoryPlan
-#include "host/tensors.h"     // defines: ModelShape, PARAMETERS, Params, Layout
-#include "host/train_loop.h"  // defines: run_command
+#include "host/batch.h"         // defines: random_batch
+#include "host/config.h"        // defines: Config, parse_command_line
+#include "host/cpu_features.h"  // defines: built_for
+#include "host/data.h"          // defines: Data, Split
+#include "host/error.h"         // defines: fail, run_main
+#include "host/memory.h"        // defines: Buffer, MemoryPlan
+#include "host/tensors.h"       // defines: ModelShape, PARAMETERS, Params, Layout
+#include "host/train_loop.h"    // defines: run_command
 #include "kernels/adamw.h"
 #include "kernels/attention.h"
 #include "kernels/crossentropy.h"
@@ -54,8 +55,7 @@ namespace cpu {
   ONE(lnf_rstd,        rows)                                                                  \
   ONE(logits,          rows, V)                                                               \
   ONE(probs,           rows, V)                                                               \
-  ONE(losses,          rows)                                                                  \
-  ONE(branch,          rows, C)      /* scratch: what a branch adds, before dropout */
+  ONE(losses,          rows)
 
 // Gradients of activations: none outlives its layer, so one of each serves all layers.
 #define ACTIVATION_GRADS(ONE, EACH_LAYER) \
@@ -68,8 +68,17 @@ namespace cpu {
   ONE(dlogits, rows, V)
 // clang-format on
 
+// The weights once more, as products of few rows read them: text is sampled a row at a time. K terms, N outputs.
+#define PACKED_WEIGHTS(ONE, EACH_LAYER) \
+  EACH_LAYER(qkvw, C, 3 * C)            \
+  EACH_LAYER(attprojw, C, C)            \
+  EACH_LAYER(fcw, C, 4 * C)             \
+  EACH_LAYER(fcprojw, 4 * C, C)         \
+  ONE(headw, C, V)
+
 DEFINE_POINTERS(Activations, ACTIVATIONS)
 DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
+DEFINE_POINTERS(PackedWeights, PACKED_WEIGHTS)
 
 inline Layout activation_layout(const ModelShape& s, size_t rows, bool for_backward) {
   const size_t V = s.V, C = s.C, NH = s.NH;
@@ -88,7 +97,20 @@ inline Layout activation_layout(const ModelShape& s, size_t rows, bool for_backw
   return layout;
 }
 
-template <class Real>
+template <class Factor>
+Layout packed_layout(const ModelShape& s) {
+  const int V = s.V, C = s.C;
+  Layout layout;
+#define ADD_ONE(name, K, N) layout.add(#name, 1, {product::packed_size<Factor>(K, N)});
+#define ADD_EACH_LAYER(name, K, N) layout.add(#name, s.L, {product::packed_size<Factor>(K, N)});
+  PACKED_WEIGHTS(ADD_ONE, ADD_EACH_LAYER)
+#undef ADD_ONE
+#undef ADD_EACH_LAYER
+#undef PACKED_WEIGHTS
+  return layout;
+}
+
+template <class Real, class Factor = Real>
 struct GPT {
   ModelShape shape;
   int max_B;  // rows of a batch that the activations have room for, of shape.T tokens each
@@ -102,6 +124,8 @@ struct GPT {
   Params<Real> dw;
   Activations<Real> a{acts_memory.data(), act_layout};
   ActivationGrads<Real> g;
+  Buffer<Unit<Factor>> packed_memory;
+  PackedWeights<Unit<Factor>> packed;  // nullptrs, unless pack_weights was called and they are those of w
 
   GPT(const ModelShape& model_shape, int batch) : shape(model_shape), max_B(batch) {}
 
@@ -118,40 +142,66 @@ struct GPT {
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward: logits (B, T, V) of the tokens x (B, T).
 // With first > 0 (B = 1, no dropout) only the positions first ... T - 1 are computed: x and logits hold these alone,
-// and the keys and values of the earlier ones are still in a.qkv. That is how text is sampled token by token.
+// and the keys and values of the earlier ones are still in a.qkv. That is how text is sampled token by token. With
+// last_only (B = 1) the last layer goes on with the last position alone. Returns the logits of the last row (V).
 
-template <class Real>
-void forward(GPT<Real>& m, const int* x, int B, int T, const Dropout& drop = {}, int first = 0) {
+template <class Real, class Factor>
+const Real* forward(GPT<Real, Factor>& m, const int* x, int B, int T, const Dropout& drop = {}, int first = 0,
+                    bool last_only = false) {
   const Params<Real>& w = m.w;
+  const PackedWeights<Unit<Factor>>& p = m.packed;
   const Activations<Real>& a = m.a;
   const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH;
-  const int n = T - first, rows = B * n;
-  const size_t stream = size_t(rows) * C;
+  int n = T - first, rows = B * n;
 
   embedding_forward(L ? a.inp[0] : a.out, x, w.wte, w.wpe + size_t(first) * C, B, n, C);
   for (int l = 0; l < L; l++) {
+    const Real* inp = a.inp[l];
     Real* out = l + 1 < L ? a.inp[l + 1] : a.out;
     Real* qkv = a.qkv[l] + size_t(first) * 3 * C;
 
-    layernorm_forward(a.ln1[l], a.ln1_mean[l], a.ln1_rstd[l], a.inp[l], w.ln1w[l], w.ln1b[l], rows, C);
-    matmul_forward<Real>(qkv, a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C);
-    attention_forward(a.att[l], a.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, first);
-    matmul_forward(a.branch, a.att[l], w.attprojw[l], w.attprojb[l], rows, C, C);
-    residual_forward(a.mid[l], a.inp[l], a.branch, drop.at(site::proj_dropout, l), B, n, C);
+    layernorm_forward(a.ln1[l], a.ln1_mean[l], a.ln1_rstd[l], inp, w.ln1w[l], w.ln1b[l], rows, C);
+    matmul_forward<Real, Factor>(qkv, a.ln1[l], {w.qkvw[l], p.qkvw[l]}, nullptr, rows, C, 3 * C);
+    if (last_only && l + 1 == L) {
+      inp += size_t(n - 1) * C;
+      first = T - 1;
+      n = rows = 1;
+    }
+    attention_forward<Real, Factor>(a.att[l], a.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH,
+                                    first);
+    matmul_forward<Real, Factor>(a.mid[l], a.att[l], {w.attprojw[l], p.attprojw[l]}, w.attprojb[l], rows, C, C,
+                                 add_residual(a.mid[l], inp, drop.at(site::proj_dropout, l), T, C));
 
     layernorm_forward(a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l], a.mid[l], w.ln2w[l], w.ln2b[l], rows, C);
-    matmul_forward(a.fc[l], a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
-    relu_forward(a.fc[l], 4 * stream);
-    matmul_forward(a.branch, a.fc[l], w.fcprojw[l], w.fcprojb[l], rows, 4 * C, C);
-    residual_forward(out, a.mid[l], a.branch, drop.at(site::fc_dropout, l), B, n, C);
+    matmul_forward<Real, Factor>(a.fc[l], a.ln2[l], {w.fcw[l], p.fcw[l]}, w.fcb[l], rows, C, 4 * C,
+                                 apply_relu(a.fc[l]));
+    matmul_forward<Real, Factor>(out, a.fc[l], {w.fcprojw[l], p.fcprojw[l]}, w.fcprojb[l], rows, 4 * C, C,
+                                 add_residual(out, a.mid[l], drop.at(site::fc_dropout, l), T, C));
   }
   layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, a.out, w.lnfw, w.lnfb, rows, C);
-  matmul_forward(a.logits, a.lnf, w.headw, w.headb, rows, C, V);
+  matmul_forward<Real, Factor>(a.logits, a.lnf, {w.headw, p.headw}, w.headb, rows, C, V);
+  return a.logits + size_t(rows - 1) * V;
+}
+
+// Makes m.packed, for sampling; it holds until the weights change.
+template <class Real, class Factor>
+void pack_weights(GPT<Real, Factor>& m) {
+  const int V = m.shape.V, C = m.shape.C;
+  const Layout layout = packed_layout<Factor>(m.shape);
+  if (!m.packed_memory.data()) m.packed_memory = Buffer<Unit<Factor>>(layout);
+  m.packed = PackedWeights<Unit<Factor>>(m.packed_memory.data(), layout);
+  for (int l = 0; l < m.shape.L; l++) {
+    pack_weight<Real, Factor>(m.packed.qkvw[l], m.w.qkvw[l], C, 3 * C);
+    pack_weight<Real, Factor>(m.packed.attprojw[l], m.w.attprojw[l], C, C);
+    pack_weight<Real, Factor>(m.packed.fcw[l], m.w.fcw[l], C, 4 * C);
+    pack_weight<Real, Factor>(m.packed.fcprojw[l], m.w.fcprojw[l], 4 * C, C);
+  }
+  pack_weight<Real, Factor>(m.packed.headw, m.w.headw, C, V);
 }
 
 // The sum of the losses of the targets y (B, T), after forward; in double, in the order of the rows.
-template <class Real>
-double loss_sum(GPT<Real>& m, const int* y, int B, int T) {
+template <class Real, class Factor>
+double loss_sum(GPT<Real, Factor>& m, const int* y, int B, int T) {
   crossentropy_forward(m.a.losses, m.a.probs, m.a.logits, y, B * T, m.shape.V);
   double sum = 0;
   for (int r = 0; r < B * T; r++) sum += m.a.losses[r];
@@ -162,8 +212,8 @@ double loss_sum(GPT<Real>& m, const int* y, int B, int T) {
 // Backward: adds to every parameter's gradient that of dloss * (sum of the losses), after forward and loss_sum. It is
 // forward read from bottom to top.
 
-template <class Real>
-void backward(GPT<Real>& m, const int* x, const int* y, int B, int T, double dloss, const Dropout& drop = {}) {
+template <class Real, class Factor>
+void backward(GPT<Real, Factor>& m, const int* x, const int* y, int B, int T, double dloss, const Dropout& drop = {}) {
   const Params<Real>&w = m.w, &dw = m.dw;
   const Activations<Real>& a = m.a;
   const ActivationGrads<Real>& g = m.g;
@@ -171,22 +221,24 @@ void backward(GPT<Real>& m, const int* x, const int* y, int B, int T, double dlo
   const size_t stream = size_t(rows) * C;
 
   crossentropy_backward(g.dlogits, a.probs, y, Real(dloss), rows, V);
-  matmul_backward(g.dnorm, dw.headw, dw.headb, g.dlogits, a.lnf, w.headw, rows, C, V);
+  matmul_backward<Real, Factor>(g.dnorm, dw.headw, dw.headb, g.dlogits, a.lnf, w.headw, rows, C, V);
   std::fill(g.dstream, g.dstream + stream, Real(0));
   layernorm_backward(g.dstream, dw.lnfw, dw.lnfb, g.dnorm, a.out, a.lnf_mean, a.lnf_rstd, w.lnfw, rows, C);
 
   for (int l = L - 1; l >= 0; l--) {
     residual_backward(g.dbranch, g.dstream, drop.at(site::fc_dropout, l), B, T, C);
-    matmul_backward(g.dfc, dw.fcprojw[l], dw.fcprojb[l], g.dbranch, a.fc[l], w.fcprojw[l], rows, 4 * C, C);
-    relu_backward(g.dfc, a.fc[l], 4 * stream);
-    matmul_backward(g.dnorm, dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], w.fcw[l], rows, C, 4 * C);
+    matmul_backward<Real, Factor>(g.dfc, dw.fcprojw[l], dw.fcprojb[l], g.dbranch, a.fc[l], w.fcprojw[l], rows, 4 * C, C,
+                                  apply_relu_backward(g.dfc, a.fc[l]));
+    matmul_backward<Real, Factor>(g.dnorm, dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], w.fcw[l], rows, C, 4 * C);
     layernorm_backward(g.dstream, dw.ln2w[l], dw.ln2b[l], g.dnorm, a.mid[l], a.ln2_mean[l], a.ln2_rstd[l], w.ln2w[l],
                        rows, C);
 
     residual_backward(g.dbranch, g.dstream, drop.at(site::proj_dropout, l), B, T, C);
-    matmul_backward(g.datt, dw.attprojw[l], dw.attprojb[l], g.dbranch, a.att[l], w.attprojw[l], rows, C, C);
-    attention_backward(g.dqkv, g.datt, a.qkv[l], a.att[l], a.lse[l], drop.at(site::attention_dropout, l), B, T, C, NH);
-    matmul_backward<Real>(g.dnorm, dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], w.qkvw[l], rows, C, 3 * C);
+    matmul_backward<Real, Factor>(g.datt, dw.attprojw[l], dw.attprojb[l], g.dbranch, a.att[l], w.attprojw[l], rows, C,
+                                  C);
+    attention_backward<Real, Factor>(g.dqkv, g.datt, a.qkv[l], a.att[l], a.lse[l], drop.at(site::attention_dropout, l),
+                                     B, T, C, NH);
+    matmul_backward<Real, Factor>(g.dnorm, dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], w.qkvw[l], rows, C, 3 * C);
     layernorm_backward(g.dstream, dw.ln1w[l], dw.ln1b[l], g.dnorm, a.inp[l], a.ln1_mean[l], a.ln1_rstd[l], w.ln1w[l],
                        rows, C);
   }
@@ -196,22 +248,22 @@ void backward(GPT<Real>& m, const int* x, const int* y, int B, int T, double dlo
 // ---------------------------------------------------------------------------------------------------------------------
 // Update: clip the gradient's norm if asked to, then AdamW over the whole buffer at once.
 
-template <class Real>
-void zero_gradients(GPT<Real>& m) {
+template <class Real, class Factor>
+void zero_gradients(GPT<Real, Factor>& m) {
   std::fill(m.grads_memory.data(), m.grads_memory.data() + m.param_layout.size(), Real(0));
   plant_canaries(m.grads_memory.data(), m.param_layout);
 }
 
-template <class Real>
-void check_all_canaries(const GPT<Real>& m) {
+template <class Real, class Factor>
+void check_all_canaries(const GPT<Real, Factor>& m) {
   check_canaries(m.params_memory.data(), m.param_layout, "params");
   check_canaries(m.grads_memory.data(), m.param_layout, "grads");
   check_canaries(m.acts_memory.data(), m.act_layout, "activations");
   check_canaries(m.act_grads_memory.data(), m.act_grad_layout, "activation gradients");
 }
 
-template <class Real>
-void update(GPT<Real>& m, AdamW optimizer, double grad_clip) {
+template <class Real, class Factor>
+void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip) {
   optimizer.gradient_scale = 1;
   if (grad_clip > 0) {
     std::vector<double> squares;  // by tensor and layer, added in this order
@@ -223,6 +275,7 @@ void update(GPT<Real>& m, AdamW optimizer, double grad_clip) {
     norm = std::sqrt(norm);
     if (norm > grad_clip) optimizer.gradient_scale = grad_clip / norm;
   }
+  m.packed = {};
   adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.grads_memory.data(),
                m.param_layout.size(), optimizer);
 }
@@ -230,6 +283,8 @@ void update(GPT<Real>& m, AdamW optimizer, double grad_clip) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The model as the training loop sees it (host/train_loop.h).
 
+// Factor: what the products' operands are rounded to, kernels/factors.h
+template <class Factor>
 class CpuModel {
  public:
   CpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
@@ -248,6 +303,7 @@ class CpuModel {
     plan.add("parameters", params);
     if (training) plan.add("their gradients", params);
     if (training) plan.add("AdamW's m and v", 2 * params);
+    plan.add("weights packed for sampling", 4.0 * packed_layout<Factor>(shape).size());
     plan.add("activations", 4.0 * activation_layout(shape, rows, false).size());
     if (training) plan.add("their gradients", 4.0 * activation_layout(shape, rows, true).size());
     if (training) plan.add("a snapshot for checkpoints", 3 * params);
@@ -257,14 +313,15 @@ class CpuModel {
 
   const ModelShape& shape() const { return gpt_.shape; }
   const Layout& layout() const { return gpt_.param_layout; }
-  std::string describe() const { return text(omp_get_max_threads(), " threads"); }
+  std::string describe() const { return text(config_.dtype, ", ", omp_get_max_threads(), " threads"); }
   double peak_flops() const { return 0; }
   int chunk() const { return 1; }
-  GPT<float>& gpt() { return gpt_; }
+  GPT<float, Factor>& gpt() { return gpt_; }
 
   void restore(const float* params, const float* m, const float* v) {
     const size_t n = layout().size();
     std::copy(params, params + n, gpt_.params_memory.data());
+    gpt_.packed = {};
     if (m) std::copy(m, m + n, gpt_.m_memory.data());
     if (v) std::copy(v, v + n, gpt_.v_memory.data());
   }
@@ -303,8 +360,8 @@ class CpuModel {
   }
 
   int next_token(const int* context, int n, int known, const Choice& choice) {
-    forward(gpt_, context + known, 1, n, {}, known);
-    const float* logits = gpt_.a.logits + size_t(n - known - 1) * shape().V;
+    if (!gpt_.packed.headw) pack_weights(gpt_);
+    const float* logits = forward(gpt_, context + known, 1, n, {}, known, true);
     return choose_token(logits, shape().V, choice.temperature, choice.top_k, choice.uniform);
   }
 
@@ -333,16 +390,20 @@ class CpuModel {
 
   Config config_;
   const Data* data_;
-  GPT<float> gpt_;
+  GPT<float, Factor> gpt_;
   std::vector<int> x_, y_;  // (B, T)
 };
 
 // Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU. It is emitted
 // (used) although nothing here calls it: train_gpt.cu does.
 [[gnu::used]] inline int run(Config config, const std::string& why) {
-  if (config.dtype != "auto" && config.dtype != "float32")
-    fail("--dtype ", config.dtype, " needs a GPU; on the CPU all arithmetic is float32");
-  config.dtype = "float32";
+  if (config.dtype == "auto") config.dtype = "float32";
+  if (config.dtype == "bfloat16" && !built_for.avx512_bf16)
+    fail(
+        "--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what the program was built for, does not "
+        "have");
+  if (config.dtype != "float32" && config.dtype != "bfloat16")
+    fail("--dtype ", config.dtype, " needs a GPU; a CPU has float32 and, with AVX512_BF16, bfloat16");
   if (config.threads) omp_set_num_threads(config.threads);
   if (config.command == "train") {
     if (config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
@@ -351,7 +412,8 @@ class CpuModel {
     apply_preset(config, config.preset == "auto" ? "small" : config.preset);
   }
   config.device = "cpu";
-  return run_command<CpuModel>(config);
+  if (config.dtype == "bfloat16") return run_command<CpuModel<bfloat16>>(config);
+  return run_command<CpuModel<float>>(config);
 }
 
 }  // namespace cpu

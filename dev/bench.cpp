@@ -1,6 +1,8 @@
 // How fast the layers and a whole training step are, as shares of what this machine can do.
-//   bench          the peak, the memory bandwidth, every layer forward and backward, and whole steps
-//   bench step     the peak and the whole steps only
+//   bench [all] [dtype]   the peak, the memory bandwidth, every layer of the lecture's model, and whole steps
+//   bench layers [dtype]  the same with one whole step
+//   bench step [dtype]    the peak and this step only
+// dtype: float32 or bfloat16; none: those that this processor has.
 // Each figure is the median of several runs after a warm-up, with the fastest and the slowest: machines are noisy, and
 // a share is only as good as the peak that was measured beside it.
 #define MICROGPT_NO_MAIN
@@ -31,26 +33,30 @@ Times measure(int runs, Work work) {
   return {seconds[seconds.size() / 2], seconds.front(), seconds.back()};
 }
 
-// The fused-multiply-add peak of all threads, in GFLOP/s: in registers, with as many independent chains as the
-// product's tile has. The fastest run counts: nothing is faster than the peak.
-double fma_peak() {
+// The peak of all threads' multiply-adds, in GFLOP/s: in registers, with as many independent chains as the product's
+// tile has. The fastest run counts: nothing is faster than the peak.
+template <class Factor>
+double product_peak() {
   constexpr int chains = product::MR, rounds = 10'000'000 / chains;
   const int threads = omp_get_max_threads();
   std::vector<float> sink(size_t(threads) * 16);
   const Times t = measure(9, [&] {
 #pragma omp parallel
     {
-      const float seed = 1 + float(omp_get_thread_num());
-      Vec<float> sum[chains][2], x = broadcast(seed), y = broadcast(0.999f);
-      for (int i = 0; i < chains; i++) sum[i][0] = sum[i][1] = broadcast(seed * float(i));
+      const float seed = float(omp_get_thread_num() + 1);
+      const Unit<Factor> x = Factors<Factor>::unit(seed, seed);
+      Vec<Unit<Factor>> y[2] = {broadcast(x), broadcast(x)};
+      Vec<float> sum[chains][2];
+      for (auto& row : sum)
+        for (auto& s : row) s = Vec<float>{};
       for (int r = 0; r < rounds; r++)
         for (int i = 0; i < chains; i++)
-          for (int j = 0; j < 2; j++) sum[i][j] = sum[i][j] * y + x;
+          for (int j = 0; j < 2; j++) sum[i][j] = multiply_add(sum[i][j], x, y[j]);
       for (int i = 1; i < chains; i++) sum[0][0] += sum[i][0] + sum[i][1];
       sink[size_t(omp_get_thread_num()) * 16] = horizontal_sum<float>(sum[0][0]);
     }
   });
-  return 2.0 * 2 * chains * rounds * lanes<float> * threads / t.min / 1e9;
+  return 2.0 * 2 * chains * rounds * lanes<float> * Factors<Factor>::terms * threads / t.min / 1e9;
 }
 
 // Bytes that all threads together read and write in a second, in GB/s: a = b + c * a over 256 MB.
@@ -71,24 +77,101 @@ std::string processor() {
   return "unknown processor";
 }
 
-double peak, bandwidth;
+double bandwidth;
 
-void print_flops(const std::string& what, const Times& t, double flops) {
-  const double rate = flops / t.median / 1e9;
-  std::printf("%-26s median %8.2f ms (%.2f .. %.2f)  %6.1f GFLOP/s  %3.0f %% of peak\n", what.c_str(), t.median * 1e3,
-              t.min * 1e3, t.max * 1e3, rate, 100 * rate / peak);
+const ModelShape lecture = {65, 256, 384, 6, 6}, small = {65, 128, 128, 4, 4};
+
+// A table of layers: how often a step calls each, its time, and its share of what bounds it, the peak of the products'
+// type or the memory bandwidth. What fits the caches can exceed 100 % of the latter.
+class Layers {
+ public:
+  explicit Layers(double peak) : peak_(peak) {}
+
+  template <class Work>
+  void products(const std::string& name, int calls, double flops, Work work) {
+    print(name, calls, measure(runs, work), flops / 1e9, "GFLOP/s", peak_, "peak");
+  }
+  template <class Work>
+  void memory(const std::string& name, int calls, double bytes, Work work) {
+    print(name, calls, measure(runs, work), bytes / 1e9, "GB/s", bandwidth, "bandwidth");
+  }
+  double sum() const { return sum_; }  // seconds of a step's calls
+
+ private:
+  static constexpr int runs = 9;
+  void print(const std::string& name, int calls, const Times& t, double work, const char* unit, double limit,
+             const char* of) {
+    std::printf("%-26s %2d x %7.2f ms (%.2f .. %.2f)  %6.1f %-7s  %3.0f %% of %s\n", name.c_str(), calls,
+                t.median * 1e3, t.min * 1e3, t.max * 1e3, work / t.median, unit, 100 * work / t.median / limit, of);
+    std::fflush(stdout);
+    sum_ += calls * t.median;
+  }
+  double peak_, sum_ = 0;
+};
+
+template <class Factor>
+double layers_of_a_step(double peak, const ModelShape& shape, int B, double p) {
+  const int T = shape.T, C = shape.C, NH = shape.NH, V = shape.V, L = shape.L, rows = B * T;
+  const size_t stream = size_t(rows) * C, n_params = parameter_layout(shape).size();
+  std::vector<float> wide(4 * stream, 0.1f), wide2(4 * stream, 0.2f), inp(4 * stream), weight(4 * size_t(C) * C, 0.02f),
+      dweight(weight.size()), bias(4 * C), dbias(4 * C), stats(size_t(rows) * NH), stats2(size_t(rows) * NH);
+  for (size_t i = 0; i < inp.size(); i++) inp[i] = float(int(random4(1, 0, 0, i).word[0] % 2001) - 1000) / 1000;
+  const Dropout drop = {1, 1, site::attention_dropout, dropout_threshold(p), 0};
+  Layers table(peak);
+  const auto linear = [&](const std::string& name, int calls, int in, int out, auto after, auto after_backward) {
+    const double flops = 2.0 * rows * in * out;
+    table.products(name + " forward", calls, flops, [&] {
+      matmul_forward<float, Factor>(wide.data(), inp.data(), weight.data(), bias.data(), rows, in, out, after);
+    });
+    table.products(name + " backward", calls, 2 * flops, [&] {
+      matmul_backward<float, Factor>(wide.data(), dweight.data(), dbias.data(), wide2.data(), inp.data(), weight.data(),
+                                     rows, in, out, after_backward);
+    });
+  };
+  const product::Nothing nothing;
+  const auto add = add_residual(wide.data(), wide2.data(), drop, T, C);
+  linear("qkv", L, C, 3 * C, nothing, nothing);
+  linear("attproj + residual", L, C, C, add, nothing);
+  linear("fc + relu", L, C, 4 * C, apply_relu(wide.data()), nothing);
+  linear("fcproj + residual, relu", L, 4 * C, C, add, apply_relu_backward(wide.data(), wide2.data()));
+  linear("head", 1, C, V, nothing, nothing);
+  const double attention = 4.0 * B * C * T * (T + 1) / 2;
+  table.products("attention forward", L, attention,
+                 [&] { attention_forward<float, Factor>(wide.data(), stats.data(), inp.data(), drop, B, T, C, NH); });
+  table.products("attention backward", L, 2 * attention, [&] {
+    attention_backward<float, Factor>(wide2.data(), inp.data(), inp.data(), wide.data(), stats.data(), drop, B, T, C,
+                                      NH);
+  });
+  const double bytes = sizeof(float) * double(stream);
+  std::vector<int> tokens(rows);
+  table.memory("layernorm forward", 2 * L + 1, 2 * bytes, [&] {
+    layernorm_forward(wide.data(), stats.data(), stats2.data(), inp.data(), bias.data(), bias.data(), rows, C);
+  });
+  table.memory("layernorm backward", 2 * L + 1, 4 * bytes, [&] {
+    layernorm_backward(wide.data(), dbias.data(), dbias.data() + C, wide2.data(), inp.data(), stats.data(),
+                       stats2.data(), bias.data(), rows, C);
+  });
+  table.memory("residual backward", 2 * L, 2 * bytes,
+               [&] { residual_backward(wide.data(), inp.data(), drop, B, T, C); });
+  table.memory("cross-entropy", 1, 3 * sizeof(float) * double(rows) * V, [&] {
+    crossentropy_forward(stats.data(), wide.data(), inp.data(), tokens.data(), rows, V);
+    crossentropy_backward(wide2.data(), wide.data(), tokens.data(), 1.f, rows, V);
+  });
+  table.memory("embedding", 1, 3 * bytes, [&] {
+    embedding_forward(wide.data(), tokens.data(), inp.data(), inp.data(), B, T, C);
+    embedding_backward(wide2.data(), inp.data(), wide.data(), tokens.data(), B, T, C);
+  });
+  std::vector<float> params(n_params), grads(n_params, 0.1f), m(n_params), v(n_params);
+  table.memory("AdamW, gradients to zero", 1, 8.0 * sizeof(float) * double(n_params), [&] {
+    adamw_update(params.data(), m.data(), v.data(), grads.data(), n_params, {1e-4, 0.9, 0.99, 1e-8, 0.01, 1, 1});
+    std::fill(grads.begin(), grads.end(), 0.1f);
+  });
+  return table.sum();
 }
 
-void print_bytes(const std::string& what, const Times& t, double bytes) {
-  const double rate = bytes / t.median / 1e9;
-  std::printf("%-26s median %8.2f ms (%.2f .. %.2f)  %6.1f GB/s     %3.0f %% of bandwidth\n", what.c_str(),
-              t.median * 1e3, t.min * 1e3, t.max * 1e3, rate, 100 * rate / bandwidth);
-}
-
-const ModelShape lecture = {65, 256, 384, 6, 6};
-
-void bench_step(const char* name, const ModelShape& shape, int B, double dropout, int runs) {
-  GPT<float> m(shape, B);
+template <class Factor>
+double whole_step(const char* name, double peak, const ModelShape& shape, int B, double dropout, int runs) {
+  GPT<float, Factor> m(shape, B);
   m.prepare_training();
   init_parameters(m.params_memory.data(), m.param_layout, 1);
   const int T = shape.T;
@@ -111,105 +194,34 @@ void bench_step(const char* name, const ModelShape& shape, int B, double dropout
   std::printf("%s step, B = %d: median %.2f ms (%.2f .. %.2f), %.0f tokens/s, %.1f GFLOP/s, %.1f %% of peak\n", name, B,
               t.median * 1e3, t.min * 1e3, t.max * 1e3, tokens / t.median, rate, 100 * rate / peak);
   std::fflush(stdout);
+  return t.median;
 }
 
-void bench_layers(int B) {
-  const int T = lecture.T, C = lecture.C, NH = lecture.NH, V = lecture.V, rows = B * T, runs = 9;
-  const size_t stream = size_t(rows) * C;
-  std::printf("\nlayers of the lecture model, B = %d\n", B);
-  std::vector<float> wide(4 * stream, 0.1f), wide2(4 * stream, 0.2f), inp(4 * stream), weight(4 * size_t(C) * C, 0.02f),
-      dweight(weight.size()), bias(4 * C), dbias(4 * C), stats(size_t(rows) * NH), stats2(size_t(rows) * NH);
-  for (size_t i = 0; i < inp.size(); i++) inp[i] = float(int(random4(1, 0, 0, i).word[0] % 2001) - 1000) / 1000;
-  struct Linear {
-    const char* name;
-    int in, out;
-  };
-  for (const Linear& l :
-       {Linear{"qkv", C, 3 * C}, {"attproj", C, C}, {"fc", C, 4 * C}, {"fcproj", 4 * C, C}, {"head", C, V}}) {
-    const double flops = 2.0 * rows * l.in * l.out;
-    print_flops(
-        text("matmul ", l.name, " forward"),
-        measure(runs, [&] { matmul_forward(wide.data(), inp.data(), weight.data(), bias.data(), rows, l.in, l.out); }),
-        flops);
-    print_flops(text("matmul ", l.name, " backward"),
-                measure(runs,
-                        [&] {
-                          matmul_backward(wide.data(), dweight.data(), dbias.data(), wide2.data(), inp.data(),
-                                          weight.data(), rows, l.in, l.out);
-                        }),
-                2 * flops);
-  }
-  const double attention = 4.0 * B * NH * lecture.HS() * T * (T + 1) / 2;
-  for (const double p : {0.0, 0.2}) {
-    const Dropout drop = {1, 1, site::attention_dropout, dropout_threshold(p), 0};
-    const char* with = p > 0 ? ", dropout" : "";
-    print_flops(text("attention forward", with),
-                measure(runs, [&] { attention_forward(wide.data(), stats.data(), inp.data(), drop, B, T, C, NH); }),
-                attention);
-    print_flops(text("attention backward", with),
-                measure(runs,
-                        [&] {
-                          attention_backward(wide2.data(), inp.data(), inp.data(), wide.data(), stats.data(), drop, B,
-                                             T, C, NH);
-                        }),
-                2 * attention);
-  }
-  const double bytes = sizeof(float) * double(stream);
-  print_bytes("layernorm forward",
-              measure(runs,
-                      [&] {
-                        layernorm_forward(wide.data(), stats.data(), stats2.data(), inp.data(), bias.data(),
-                                          bias.data(), rows, C);
-                      }),
-              2 * bytes);
-  print_bytes("layernorm backward",
-              measure(runs,
-                      [&] {
-                        layernorm_backward(wide.data(), dbias.data(), dbias.data() + C, wide2.data(), inp.data(),
-                                           stats.data(), stats2.data(), bias.data(), rows, C);
-                      }),
-              4 * bytes);
-  for (const double p : {0.0, 0.2}) {
-    const Dropout drop = {1, 1, site::proj_dropout, dropout_threshold(p), 0};
-    const char* with = p > 0 ? ", dropout" : "";
-    print_bytes(text("residual forward", with),
-                measure(runs, [&] { residual_forward(wide.data(), inp.data(), wide2.data(), drop, B, T, C); }),
-                3 * bytes);
-    print_bytes(text("residual backward", with),
-                measure(runs, [&] { residual_backward(wide.data(), inp.data(), drop, B, T, C); }), 2 * bytes);
-  }
-  print_bytes("relu forward", measure(runs, [&] { relu_forward(wide.data(), 4 * stream); }), 8 * bytes);
-  print_bytes("relu backward", measure(runs, [&] { relu_backward(wide.data(), wide2.data(), 4 * stream); }),
-              12 * bytes);
-  std::vector<int> targets(rows);
-  print_bytes(
-      "cross-entropy forward",
-      measure(runs, [&] { crossentropy_forward(stats.data(), wide.data(), inp.data(), targets.data(), rows, V); }),
-      2 * sizeof(float) * double(rows) * V);
-  const size_t n = parameter_layout(lecture).size();
-  std::vector<float> p(n), g(n, 0.1f), m(n), v(n);
-  print_bytes("AdamW",
-              measure(runs,
-                      [&] {
-                        adamw_update(p.data(), m.data(), v.data(), g.data(), n, {1e-4, 0.9, 0.99, 1e-8, 0.01, 1, 1});
-                      }),
-              7.0 * sizeof(float) * double(n));
+template <class Factor>
+void bench(const char* dtype, bool layers, bool all_steps) {
+  const double peak = product_peak<Factor>();
+  std::printf("\n%s: peak %.0f GFLOP/s\n", dtype, peak);
+  const double sum = layers ? layers_of_a_step<Factor>(peak, lecture, 8, 0.2) : 0;
+  const double step = whole_step<Factor>("lecture", peak, lecture, 8, 0.2, 5);
+  if (layers) std::printf("  of which its layers, measured alone, %.2f ms, %.1f %%\n", sum * 1e3, 100 * sum / step);
+  if (all_steps) whole_step<Factor>("lecture", peak, lecture, 64, 0.2, 3);
+  if (all_steps) whole_step<Factor>("small", peak, small, 16, 0, 15);
+  std::printf("peak after: %.0f GFLOP/s\n", product_peak<Factor>());
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const bool only_step = argc > 1 && std::string(argv[1]) == "step";
-  peak = fma_peak();
-  std::printf("%s, %d threads, vectors of %d bits: peak %.0f GFLOP/s", processor().c_str(), omp_get_max_threads(),
-              8 * vector_bytes, peak);
-  if (!only_step) std::printf(", memory %.1f GB/s", bandwidth = memory_bandwidth());
-  std::printf("\n");
-  std::fflush(stdout);
-  if (!only_step) bench_layers(8);
-  std::printf("\n");
-  bench_step("lecture", lecture, 8, 0.2, 5);
-  if (!only_step) bench_step("small", {65, 128, 128, 4, 4}, 16, 0, 15);
-  std::printf("peak after: %.0f GFLOP/s\n", fma_peak());
-  return 0;
+  return run_main([&] {
+    const std::string what = argc > 1 ? argv[1] : "all", dtype = argc > 2 ? argv[2] : "";
+    if (what != "all" && what != "layers" && what != "step") fail("usage: bench [all|layers|step] [float32|bfloat16]");
+    if (dtype == "bfloat16" && !built_for.avx512_bf16) fail("bfloat16 needs AVX512_BF16");
+    std::printf("%s, %d threads, vectors of %d bits", processor().c_str(), omp_get_max_threads(), 8 * vector_bytes);
+    if (what != "step") std::printf(", memory %.1f GB/s", bandwidth = memory_bandwidth());
+    std::printf("\n");
+    if (dtype != "bfloat16") bench<float>("float32", what != "step", what == "all");
+    if (dtype == "bfloat16" || (dtype.empty() && built_for.avx512_bf16))
+      bench<bfloat16>("bfloat16", what != "step", what == "all");
+    return 0;
+  });
 }

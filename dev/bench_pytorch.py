@@ -5,8 +5,8 @@
     make bench-pytorch DEVICE=cuda             or  python dev/bench_pytorch.py --device cuda [BENCH_GPU_BINARY]
 
 Both train 10.8 M parameters with dropout 0.2 and AdamW, on batches of 8 x 256 tokens on the CPU and of 64 x 256 on a
-GPU. They take turns, so that what else happens on the machine falls on all of them. `BENCH_BINARY step` is to print a
-line `lecture step, B = 8: median X ms (min .. max), Y tokens/s, ...`, and `BENCH_GPU_BINARY step bfloat16` the lines
+GPU. They take turns, so that what else happens on the machine falls on all of them. `BENCH_BINARY step DTYPE` is to
+print a line `lecture step, B = 8: median X ms (min .. max), Y tokens/s, ...`, and `BENCH_GPU_BINARY step bfloat16` the lines
 `step bfloat16 graph median X ms (min .. max), ...` and `evaluate bfloat16 median ...`.
 """
 
@@ -89,14 +89,17 @@ class Trainer:
         return time.perf_counter() - start
 
 
-def our_step(binary, threads):
-    """Median, fastest and slowest step, in seconds, by a run of our program."""
+def our_steps(binary, threads, dtype):
+    """[(median, fastest, slowest)] of our program's steps in seconds; [] where the processor does not have the type."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    printed = subprocess.run([binary, "step"], env=environment, capture_output=True, text=True, check=True).stdout
+    run = subprocess.run([binary, "step", dtype], env=environment, capture_output=True, text=True)
+    if "AVX512_BF16" in run.stderr:
+        return []
+    printed = run.stdout
     found = re.search(rf"^lecture step, B = {B}: median ([\d.]+) ms \(([\d.]+) \.\. ([\d.]+)\)", printed, re.MULTILINE)
     if not found:
-        sys.exit(f"{binary} step: no line 'lecture step, B = {B}: median ...' in what it printed:\n{printed}")
-    return [float(ms) / 1e3 for ms in found.groups()]
+        sys.exit(f"{binary} step: no line 'lecture step, B = {B}: median ...' in what it printed:\n{printed}{run.stderr}")
+    return [tuple(float(ms) / 1e3 for ms in found.groups())]
 
 
 def processor():
@@ -299,22 +302,25 @@ def main():
             print(f"skipped torch.compile, which does not work here: {reason.strip()}")
             trainers.remove(trainer)
 
-    ours = []
+    ours = {"float32": [], "bfloat16": []}
     for turn in range(options.rounds):
         print(f"\rround {turn + 1} of {options.rounds}", end="", file=sys.stderr, flush=True)
-        ours.append(our_step(options.binary, options.threads))
+        for dtype, runs in ours.items():
+            runs += our_steps(options.binary, options.threads, dtype)
         for trainer in trainers:
             trainer.seconds += [trainer.step() for _ in range(options.steps)]
     print(file=sys.stderr)
 
-    our_median = statistics.median(run[0] for run in ours)
-    rows = [("microGPT, fp32", our_median, min(run[1] for run in ours), max(run[2] for run in ours))]
+    medians = {dtype: statistics.median(run[0] for run in runs) for dtype, runs in ours.items() if runs}
+    rows = [(f"microGPT, {dtype}", median, min(r[1] for r in ours[dtype]), max(r[2] for r in ours[dtype]))
+            for dtype, median in medians.items()]
     rows += [("PyTorch, " + t.name, statistics.median(t.seconds), min(t.seconds), max(t.seconds)) for t in trainers]
     print(f"a step of {B} x {T} tokens, dropout {DROPOUT}, in {options.rounds} rounds")
-    print(f"{'':41}{'median':>9}{'fastest':>10}{'slowest':>10}{'tokens/s':>10}   ours is")
+    print(f"{'':41}{'median':>9}{'fastest':>10}{'slowest':>10}{'tokens/s':>10}   ours, of the same type, is")
     for name, median, fastest, slowest in rows:
-        print(f"{name:41}{median:7.3f} s{fastest:8.3f} s{slowest:8.3f} s{B * T / median:10.0f}"
-              f"   {median / our_median:.2f} times as fast")
+        ours_of_type = medians.get("bfloat16" if "bf16" in name else "float32", median)
+        faster = f"{median / ours_of_type:.2f} times as fast" if name.startswith("PyTorch") else ""
+        print(f"{name:41}{median:7.3f} s{fastest:8.3f} s{slowest:8.3f} s{B * T / median:10.0f}   {faster}")
     return 0
 
 

@@ -18,6 +18,7 @@ __attribute__((constructor(101))) void check_cpu() {
   if (built_for.fma && !__builtin_cpu_supports("fma")) missing = "FMA";
   if (built_for.avx2 && !__builtin_cpu_supports("avx2")) missing = "AVX2";
   if (built_for.avx512 && !__builtin_cpu_supports("avx512f")) missing = "AVX-512";
+  if (built_for.avx512_bf16 && !__builtin_cpu_supports("avx512bf16")) missing = "AVX512_BF16";
   if (!missing) return;
   say("error: this program was built for a processor with ");
   say(missing);

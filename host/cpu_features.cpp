@@ -17,4 +17,10 @@ constexpr bool avx512 = true;
 constexpr bool avx512 = false;
 #endif
 
-extern const CpuFeatures built_for = {fma, avx2, avx512};
+#ifdef __AVX512BF16__
+constexpr bool avx512_bf16 = true;
+#else
+constexpr bool avx512_bf16 = false;
+#endif
+
+extern const CpuFeatures built_for = {fma, avx2, avx512, avx512_bf16};

@@ -3,6 +3,6 @@
 #pragma once
 
 struct CpuFeatures {
-  bool fma, avx2, avx512;
+  bool fma, avx2, avx512, avx512_bf16;
 };
 extern const CpuFeatures built_for;

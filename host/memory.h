@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <vector>
 
 #include "error.h"
@@ -19,7 +20,7 @@ class Buffer {
     memory_.reset(static_cast<Real*>(std::aligned_alloc(64, bytes)));
     if (!memory_) throw std::bad_alloc();
     for (size_t i = 0; i < layout.size(); i++) memory_.get()[i] = 0;
-    plant_canaries(memory_.get(), layout);
+    if constexpr (std::is_floating_point_v<Real>) plant_canaries(memory_.get(), layout);
   }
   Real* data() const { return memory_.get(); }
 

@@ -82,11 +82,12 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The blocked version. A thread takes one head of one batch row, packs its keys and values once (kernels/matmul.h), and
-// goes through the queries in blocks; keys beyond a block's last query are never touched.
+// goes through the queries in blocks; keys beyond a tile's last query are never touched. Factor is the type of the
+// products' operands, kernels/factors.h; the softmax is computed in Real.
 
 namespace attention {
 
-constexpr int QB = 48;  // queries of a block: a multiple of the product's row tile and of draw_block
+constexpr int QB = 96;  // queries of a block: a multiple of the product's row tile and of draw_block
 
 template <class Real>
 int padded(int T) {
@@ -109,37 +110,61 @@ inline void block_draws(uint16_t* draws, const Dropout& drop, uint64_t bh, int q
     }
 }
 
+// A vector of x where the draw is below the threshold, else 0.
+template <class Real>
+inline Vec<Real> kept(const Vec<Real>& x, const uint16_t* draws, uint32_t threshold) {
+  typedef uint16_t Draws __attribute__((vector_size(vector_bytes / sizeof(Real) * 2)));
+  Draws drawn;
+  std::memcpy(&drawn, draws, sizeof drawn);
+  return __builtin_convertvector(drawn, Vec<Real>) < Real(threshold) ? x : Vec<Real>{};
+}
+
+// The rows of x (M, K), `row` apart, as a product's left operand: where they are, or rounded to Factor in memory.
+template <class Factor>
+product::PackedA<Factor> left(Unit<Factor>* memory, const Sum<Factor>* x, size_t row, int M, int K) {
+  if constexpr (std::is_same_v<Unit<Factor>, Sum<Factor>>)
+    return {x, row, product::MR * row, true};
+  else
+    return product::pack_a<Factor>(memory, {x, row, 1}, M, K);
+}
+
 }  // namespace attention
 
 // out (B, T, C) =, lse (B, NH, T) =; qkv (B, T, 3, NH, HS)
 // With first > 0 (B = 1, no dropout) only the queries first ... T - 1 are computed, out (T - first, C): the earlier
 // rows of qkv serve as cached keys and values. A query's result does not depend on which others are computed with it.
-template <class Real>
+template <class Real, class Factor = Real>
 void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& drop, int B, int T, int C, int NH,
                        int first = 0) {
   using namespace attention;
+  using namespace product;
   constexpr int W = lanes<Real>;
-  const int HS = C / NH, TP = padded<Real>(T), ld = TP + W;
-  const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
+  const int HS = C / NH, ld = padded<Factor>(T) + W;
+  const size_t by_channel = packed_size<Factor>(HS, NR<Factor>), by_key = packed_size<Factor>(T, NR<Factor>);
+  const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     const int b = bh / NH, h = bh % NH;
-    const Real *Q = qkv + size_t(b) * T * 3 * C + h * HS, *K = Q + C, *V = K + C;
+    const size_t row = size_t(3) * C;
+    const Real *Q = qkv + b * T * row + h * HS, *K = Q + C, *V = K + C;
     struct Keys;
     struct Values;
+    struct Left;
     struct Weights;
     struct Draws;
-    Real* k_packed = scratch<Keys, Real>(product::packed_size<Real>(HS, T));
-    Real* v_packed = scratch<Values, Real>(product::packed_size<Real>(T, HS));
+    Unit<Factor>* k_packed = scratch<Keys, Unit<Factor>>(packed_size<Factor>(HS, T));
+    Unit<Factor>* v_packed = scratch<Values, Unit<Factor>>(packed_size<Factor>(T, HS));
+    Unit<Factor>* a = scratch<Left, Unit<Factor>>(packed_a_size<Factor>(QB, std::max(T, HS)));
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
-    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
-    product::pack_b<Real>(k_packed, {K, 1, size_t(3 * C)}, HS, T);
-    product::pack_b<Real>(v_packed, {V, size_t(3 * C), 1}, T, HS);
+    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T) + W);
+    pack_b<Factor>(k_packed, {K, 1, row}, HS, T);
+    pack_b<Factor>(v_packed, {V, row, 1}, T, HS);
     for (int q0 = first; q0 < T; q0 += QB) {
       const int rows = std::min(QB, T - q0), keys = q0 + rows;
-      product::multiply_packed<Real>(P, ld, {}, {Q + size_t(q0) * 3 * C, size_t(3 * C), 1}, k_packed,
-                                     size_t(HS) * product::NR<Real>, rows, padded<Real>(keys), HS);
+      multiply_packed<Factor>(P, ld, {}, left<Factor>(a, Q + q0 * row, row, rows, HS), k_packed, by_channel, rows,
+                              padded<Factor>(keys), HS, {.n_end = q0 + 1});
       if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
+      Real tops[QB], norm[QB];  // loops of their own: the rows do not wait for each other
       for (int i = 0; i < rows; i++) {
         Real* p = P + size_t(i) * ld;
         const int visible = q0 + i + 1;
@@ -149,37 +174,43 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
           const Vec<Real> x = load(p + kv);
           max = x > max ? x : max;
         }
-        const Real top = horizontal_max<Real>(max) * scale;
+        tops[i] = horizontal_max<Real>(max) * scale;
+      }
+      for (int i = 0; i < rows; i++) {
+        Real* p = P + size_t(i) * ld;
+        const int visible = q0 + i + 1;
+        const Real top = tops[i];
         Vec<Real> sums{};
         for (int kv = 0; kv < visible; kv += W) {
           const Vec<Real> e = exp_vec(load(p + kv) * scale - top);
           sums += e;
-          store(p + kv, e);
+          store(p + kv, drop.active() ? kept<Real>(e, draws + i * draws_row(T) + kv, drop.threshold) : e);
         }
-        const Real sum = horizontal_sum<Real>(sums), norm = (drop.active() ? kept : Real(1)) / sum;
+        const Real sum = horizontal_sum<Real>(sums);
         lse[size_t(bh) * T + q0 + i] = top + std::log(sum);
-        const uint16_t* draw = draws + i * draws_row(T);
-        if (drop.active())
-          for (int kv = 0; kv < visible; kv++) p[kv] = draw[kv] < drop.threshold ? p[kv] * norm : Real(0);
-        else
-          for (int kv = 0; kv < visible; kv++) p[kv] *= norm;
+        norm[i] = dropout / sum;
         std::fill(p + visible, p + keys, Real(0));
       }
-      product::multiply_packed<Real>(out + (size_t(b) * (T - first) + q0 - first) * C + h * HS, C, {},
-                                     {P, size_t(ld), 1}, v_packed, size_t(T) * product::NR<Real>, rows, HS, keys);
+      Real* o = out + (size_t(b) * (T - first) + q0 - first) * C + h * HS;
+      multiply_packed<Factor>(o, C, {}, left<Factor>(a, P, ld, rows, keys), v_packed, by_key, rows, HS, keys,
+                              {.k_end = q0 + 1});
+      for (int i = 0; i < rows; i++)
+        for (int c = 0; c < HS; c++) o[size_t(i) * C + c] *= norm[i];
     }
   }
 }
 
 // dqkv (B, T, 3, NH, HS) =; dout (B, T, C), qkv, out (B, T, C), lse (B, NH, T); the equations stand at the reference
-template <class Real>
+template <class Real, class Factor = Real>
 void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const Real* lse,
                         const Dropout& drop, int B, int T, int C, int NH) {
   using namespace attention;
+  using namespace product;
   constexpr int W = lanes<Real>;
-  const int HS = C / NH, TP = padded<Real>(T), ld = TP + W;
-  const size_t row = size_t(3) * C, by_channel = size_t(HS) * product::NR<Real>;
-  const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
+  const int HS = C / NH, ld = padded<Factor>(T) + W;
+  const size_t row = size_t(3) * C;
+  const size_t by_channel = packed_size<Factor>(HS, NR<Factor>), by_key = packed_size<Factor>(T, NR<Factor>);
+  const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     const int b = bh / NH, h = bh % NH;
@@ -191,56 +222,66 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
     struct ValuesByChannel;
     struct Keys;
     struct Block;
+    struct Left;
     struct Weights;
     struct Gradients;
     struct Draws;
-    Real* kt_packed = scratch<KeysByChannel, Real>(product::packed_size<Real>(HS, T));
-    Real* vt_packed = scratch<ValuesByChannel, Real>(product::packed_size<Real>(HS, T));
-    Real* k_packed = scratch<Keys, Real>(product::packed_size<Real>(T, HS));
-    Real* block_packed = scratch<Block, Real>(product::packed_size<Real>(QB, HS));
+    Unit<Factor>* kt_packed = scratch<KeysByChannel, Unit<Factor>>(packed_size<Factor>(HS, T));
+    Unit<Factor>* vt_packed = scratch<ValuesByChannel, Unit<Factor>>(packed_size<Factor>(HS, T));
+    Unit<Factor>* k_packed = scratch<Keys, Unit<Factor>>(packed_size<Factor>(T, HS));
+    Unit<Factor>* block_packed = scratch<Block, Unit<Factor>>(packed_size<Factor>(QB, HS));
+    Unit<Factor>* a =
+        scratch<Left, Unit<Factor>>(std::max(packed_a_size<Factor>(QB, std::max(T, HS)), packed_a_size<Factor>(T, QB)));
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
     Real* dP = scratch<Gradients, Real>(size_t(QB) * ld);
-    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
-    product::pack_b<Real>(kt_packed, {K, 1, row}, HS, T);
-    product::pack_b<Real>(vt_packed, {V, 1, row}, HS, T);
-    product::pack_b<Real>(k_packed, {K, row, 1}, T, HS);
-    for (int t = 0; t < T; t++) {
-      std::fill(dK + t * row, dK + t * row + HS, Real(0));
-      std::fill(dV + t * row, dV + t * row + HS, Real(0));
-    }
-    for (int q0 = 0; q0 < T; q0 += QB) {
-      const int rows = std::min(QB, T - q0), keys = q0 + rows, columns = padded<Real>(keys);
+    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T) + W);
+    pack_b<Factor>(kt_packed, {K, 1, row}, HS, T);
+    pack_b<Factor>(vt_packed, {V, 1, row}, HS, T);
+    pack_b<Factor>(k_packed, {K, row, 1}, T, HS);
+    // The last queries see all keys: they write dK and dV, the blocks before them add to what is there.
+    for (int q0 = (T - 1) / QB * QB; q0 >= 0; q0 -= QB) {
+      const int rows = std::min(QB, T - q0), keys = q0 + rows, columns = padded<Factor>(keys);
       const Real *Qb = Q + q0 * row, *dOb = dO + size_t(q0) * C, *Ob = O + size_t(q0) * C;
-      product::multiply_packed<Real>(P, ld, {}, {Qb, row, 1}, kt_packed, by_channel, rows, columns, HS);
-      product::multiply_packed<Real>(dP, ld, {}, {dOb, size_t(C), 1}, vt_packed, by_channel, rows, columns, HS);
+      multiply_packed<Factor>(P, ld, {}, left<Factor>(a, Qb, row, rows, HS), kt_packed, by_channel, rows, columns, HS,
+                              {.n_end = q0 + 1});
+      multiply_packed<Factor>(dP, ld, {}, left<Factor>(a, dOb, C, rows, HS), vt_packed, by_channel, rows, columns, HS,
+                              {.n_end = q0 + 1});
       if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
+      Real dots[QB];
+      for (int i = 0; i < rows; i++) {
+        Real dot = 0;
+#pragma omp simd reduction(+ : dot)
+        for (int c = 0; c < HS; c++) dot += dOb[size_t(i) * C + c] * Ob[size_t(i) * C + c];
+        dots[i] = dot;
+      }
       for (int i = 0; i < rows; i++) {
         Real *p = P + size_t(i) * ld, *dp = dP + size_t(i) * ld;
-        const uint16_t* draw = draws + i * draws_row(T);
         const int visible = q0 + i + 1;
-        const Real log_sum = lse[size_t(bh) * T + q0 + i];
-        Real D = 0;
-#pragma omp simd reduction(+ : D)
-        for (int c = 0; c < HS; c++) D += dOb[size_t(i) * C + c] * Ob[size_t(i) * C + c];
-        for (int kv = 0; kv < visible; kv += W) store(p + kv, exp_vec(load(p + kv) * scale - log_sum));
-        if (drop.active())
-          for (int kv = 0; kv < visible; kv++) {
-            const Real mask = draw[kv] < drop.threshold ? kept : Real(0), weight = p[kv];
-            dp[kv] = weight * (mask * dp[kv] - D) * scale;
-            p[kv] = mask * weight;
+        const Real log_sum = lse[size_t(bh) * T + q0 + i], D = dots[i];
+        for (int kv = 0; kv < visible; kv += W) {
+          const Vec<Real> weight = exp_vec(load(p + kv) * scale - log_sum);
+          Vec<Real> dweight = load(dp + kv) * dropout, dropped = weight * dropout;
+          if (drop.active()) {
+            const uint16_t* draw = draws + i * draws_row(T) + kv;
+            dweight = kept<Real>(dweight, draw, drop.threshold);
+            dropped = kept<Real>(dropped, draw, drop.threshold);
           }
-        else
-          for (int kv = 0; kv < visible; kv++) dp[kv] = p[kv] * (dp[kv] - D) * scale;
+          store(dp + kv, weight * (dweight - D) * scale);
+          store(p + kv, dropped);
+        }
         std::fill(p + visible, p + keys, Real(0));
         std::fill(dp + visible, dp + keys, Real(0));
       }
-      product::multiply_packed<Real>(dQ + q0 * row, row, {}, {dP, size_t(ld), 1}, k_packed,
-                                     size_t(T) * product::NR<Real>, rows, HS, keys);
-      const size_t panel = size_t(rows) * product::NR<Real>;
-      product::pack_b<Real>(block_packed, {Qb, row, 1}, rows, HS);
-      product::multiply_packed<Real>(dK, row, {dK, row}, {dP, 1, size_t(ld)}, block_packed, panel, keys, HS, rows);
-      product::pack_b<Real>(block_packed, {dOb, size_t(C), 1}, rows, HS);
-      product::multiply_packed<Real>(dV, row, {dV, row}, {P, 1, size_t(ld)}, block_packed, panel, keys, HS, rows);
+      multiply_packed<Factor>(dQ + q0 * row, row, {}, left<Factor>(a, dP, ld, rows, keys), k_packed, by_key, rows, HS,
+                              keys, {.k_end = q0 + 1});
+      const size_t panel = packed_size<Factor>(rows, NR<Factor>);
+      const auto add = [&](Real* to) { return keys < T ? Start<Real>{to, row} : Start<Real>{}; };
+      pack_b<Factor>(block_packed, {Qb, row, 1}, rows, HS);
+      multiply_packed<Factor>(dK, row, add(dK), pack_a<Factor>(a, {dP, 1, size_t(ld)}, keys, rows), block_packed, panel,
+                              keys, HS, rows, {.k_begin = -q0});
+      pack_b<Factor>(block_packed, {dOb, size_t(C), 1}, rows, HS);
+      multiply_packed<Factor>(dV, row, add(dV), pack_a<Factor>(a, {P, 1, size_t(ld)}, keys, rows), block_packed, panel,
+                              keys, HS, rows, {.k_begin = -q0});
     }
   }
 }

@@ -33,29 +33,25 @@ inline void dropout_draws(uint16_t draws[draws_at_once], const Dropout& drop, ui
     for (int w = 0; w < 4; w++) std::memcpy(draws + 8 * i + 2 * w, &words[w][i], 4);  // both halves: little-endian
 }
 
-// out (rows, C) = base + dropout(inp); base may be null (0). Element e of the whole batch has draw e.
+// out (count) = base + dropout(inp); base may be null (0), and out may be inp. The arrays are a piece of a tensor that
+// begins at its element `first`, counted over the whole batch: element e has draw e.
 template <class Real>
-void dropout_apply(Real* out, const Real* base, const Real* inp, const Dropout& drop, int B, int T, int C) {
-  const size_t count = size_t(B) * T * C;
+void dropout_apply(Real* out, const Real* base, const Real* inp, const Dropout& drop, uint64_t first, size_t count) {
   if (!drop.active()) {
-#pragma omp parallel for simd schedule(static) if (parallel : count > worth_threads)
     for (size_t i = 0; i < count; i++) out[i] = base ? base[i] + inp[i] : inp[i];
     return;
   }
   const Real scale = Real(dropout_scale(drop.threshold));
-  const uint64_t first = uint64_t(drop.first_row) * T * C;  // of this batch's elements
-  const uint64_t first_block = first / draws_at_once, last_block = (first + count - 1) / draws_at_once;
-#pragma omp parallel for schedule(static) if (count > worth_threads)
-  for (uint64_t block = first_block; block <= last_block; block++) {
+  for (uint64_t start = first / draws_at_once * draws_at_once; start < first + count; start += draws_at_once) {
     uint16_t draws[draws_at_once];
-    dropout_draws(draws, drop, block * (draws_at_once / 8));
-    const uint64_t start = block * draws_at_once;
+    dropout_draws(draws, drop, start / 8);
     const int begin = int(std::max(first, start) - start),
               end = int(std::min(first + count - start, uint64_t{draws_at_once}));
     const size_t shift = start - first;  // may wrap around in the first block; shift + begin does not
+    // One expression, so that it becomes the same fused multiply-add wherever an element comes to lie in a piece.
     for (int j = begin; j < end; j++) {
-      const Real kept = draws[j] < drop.threshold ? inp[shift + j] * scale : Real(0);
-      out[shift + j] = base ? base[shift + j] + kept : kept;
+      const Real factor = draws[j] < drop.threshold ? scale : Real(0);
+      out[shift + j] = base ? inp[shift + j] * factor + base[shift + j] : inp[shift + j] * factor;
     }
   }
 }

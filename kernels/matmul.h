@@ -1,12 +1,15 @@
 // Linear layer: out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC), and its gradients.
 // Nine tenths of a training step are these three products, so they are blocked for registers and caches; the plain
-// loops that say what is computed stand first.
-// defines: matmul_forward, matmul_backward, their reference:: loops, and product::, which attention uses as well
+// loops that say what is computed stand first. doc/cpu-matmul.md explains the blocking, with a picture.
+// defines: Weight, pack_weight, matmul_forward, matmul_backward, their reference:: loops, and product::, which attention uses as well
 #pragma once
+#include <omp.h>
+
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
 
+#include "factors.h"
 #include "simd.h"
 
 namespace reference {
@@ -45,14 +48,18 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
 // ---------------------------------------------------------------------------------------------------------------------
 // The blocked product: c (M, N) = start + a (M, K) @ b (K, N).
 //
-//   for each block of KC of the K terms:
+//   for each block of the K terms:
 //     b's block is copied into panels of NR columns, so that the innermost loop reads it contiguously       (pack_b)
-//     for each task of MC rows by NC columns, in parallel; for each panel; for each MR rows:
-//       MR x NR sums stay in registers while k runs: per k, NR/lanes vectors of b are loaded and MR numbers
-//       of a broadcast, for MR * NR/lanes fused multiply-adds                                                  (tile)
+//     for each task of MC rows, in parallel:
+//       a's block is copied, so that it lies close together in the L2 cache                                  (pack_a)
+//       for each panel, which stays in the L1 cache; for each MR rows:
+//         MR x NR sums stay in registers while k runs: per k, NV vectors of b are loaded and MR numbers of a
+//         broadcast, for MR * NV fused multiply-adds                                                          (tile)
 //
 // Every element of c is one chain of multiply-adds over k = 0, 1, ..., K-1. Which tile, task or thread it falls to does
 // not enter, so the result is bit-identical for any number of threads, and a row of it for any number of other rows.
+//
+// Factor is the type that the operands are rounded to as they are copied: Real itself or bfloat16, kernels/factors.h.
 
 namespace product {
 
@@ -63,16 +70,13 @@ constexpr int MR = 12;
 constexpr int MR = 6;
 #endif
 constexpr int NV = 2;
-template <class Real>
-constexpr int NR = lanes<Real>* NV;
+template <class Factor>
+constexpr int NR = lanes<Sum<Factor>>* NV;
 
-constexpr int KC = 384;  // a panel of KC x NR floats is 48 KB, a tile of a 18 KB: they stream from the L2 cache
-template <class Real>
-constexpr size_t A_STRIDE = KC + lanes<Real>;
-constexpr int MC = 8 * MR;  // rows of a task
-constexpr int PANELS = 4;   // panels of a task
+constexpr int KC = 384;     // units of k in a block: a panel is 48 KB, a tile of a 18 KB
+constexpr int MC = 8 * MR;  // rows of a task: a's block is 150 KB
 
-// A matrix by its strides: element (i, j) is data[i * row + j * column].
+// A matrix by its strides: element (i, j) is data[i * row + j * column], and one of the strides is 1.
 template <class Real>
 struct View {
   const Real* data;
@@ -86,148 +90,284 @@ struct Start {
   size_t row = 0;
 };
 
-template <class Real>
+// Numbers of k in units: the last may be half empty, filled up with 0.
+template <class Factor>
+constexpr int units(int K) {
+  return (K + Factors<Factor>::terms - 1) / Factors<Factor>::terms;
+}
+
+// to (count) = the units of x (count) with, for pairs, y (count); the last row has none: nullptr
+template <class Factor>
+inline void pair_up(Unit<Factor>* to, const Sum<Factor>* x, const Sum<Factor>* y, int count) {
+  if constexpr (Factors<Factor>::terms == 1)
+    std::memcpy(to, x, count * sizeof *x);
+  else
+    for (int i = 0; i < count; i++) to[i] = Factors<Factor>::unit(x[i], y ? y[i] : 0);
+}
+
+template <class Factor>
 size_t packed_size(int K, int N) {
-  return size_t(K) * ((N + NR<Real> - 1) / NR<Real>)*NR<Real>;
+  return size_t(units<Factor>(K)) * ((N + NR<Factor> - 1) / NR<Factor>)*NR<Factor>;
 }
 
 // panel (K, NR) = columns [n, n + NR) of b (K, N), filled up with zeros: what is computed with them is thrown away, but
 // numbers that happened to lie there could be denormal, and slow
-template <class Real>
-void pack_panel(Real* panel, const View<Real>& b, int K, int n, int N) {
-  const int columns = std::min(NR<Real>, N - n);
-  if (columns < NR<Real>) std::memset(panel, 0, size_t(K) * NR<Real> * sizeof(Real));
+template <class Factor>
+void pack_panel(Unit<Factor>* panel, const View<Sum<Factor>>& b, int K, int n, int N) {
+  using F = Factors<Factor>;
+  constexpr int width = NR<Factor>, terms = F::terms, W = lanes<Sum<Factor>>;
+  const int columns = std::min(width, N - n), whole = K / terms, count = units<Factor>(K);
+  if (columns < width) std::memset(panel, 0, size_t(count) * width * sizeof *panel);
   if (b.column == 1) {
-    for (int k = 0; k < K; k++)
-      std::memcpy(panel + size_t(k) * NR<Real>, b.data + k * b.row + n, columns * sizeof(Real));
-  } else {
-    for (int j = 0; j < columns; j++) {
-      const Real* from = b.data + (n + j) * b.column;
-      for (int k = 0; k < K; k++) panel[size_t(k) * NR<Real> + j] = from[k * b.row];
+    for (int u = 0; u < count; u++) {
+      const Sum<Factor>*x = b.data + size_t(u) * terms * b.row + n, *y = u < whole ? x + (terms - 1) * b.row : nullptr;
+      Unit<Factor>* to = panel + size_t(u) * width;
+      if (columns == width && y)
+        for (int j = 0; j < width; j += W) store(to + j, units_across<Factor>(load(x + j), load(y + j)));
+      else
+        pair_up<Factor>(to, x, y, columns);
     }
+    return;
   }
+  const Sum<Factor>* column = b.data + n * b.column;
+  int u = 0;
+  for (; u + W <= whole; u += W)  // squares of W columns by W units
+    for (int j0 = 0; j0 < width; j0 += W) {
+      Vec<Unit<Factor>> square[W];
+      for (int j = 0; j < W; j++)
+        square[j] =
+            j0 + j < columns ? units_along<Factor>(column + (j0 + j) * b.column + u * terms) : Vec<Unit<Factor>>{};
+      transpose<Unit<Factor>>(square);
+      for (int k = 0; k < W; k++) store(panel + size_t(u + k) * width + j0, square[k]);
+    }
+  for (; u < count; u++)
+    for (int j = 0; j < columns; j++) {
+      const Sum<Factor>* x = column + j * b.column + u * terms;
+      panel[size_t(u) * width + j] = F::unit(x[0], u < whole ? x[terms - 1] : 0);
+    }
 }
 
-// All of b, for those who work alone: panel after panel, each K * NR.
-template <class Real>
-void pack_b(Real* packed, const View<Real>& b, int K, int N) {
-  for (int n = 0; n < N; n += NR<Real>) pack_panel(packed + size_t(K) * n, b, K, n, N);
+// All of b, for those who work alone: panel after panel.
+template <class Factor>
+void pack_b(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
+  for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + size_t(units<Factor>(K)) * n, b, K, n, N);
 }
 
-// c (ROWS, NR) = start + a (ROWS, K) @ panel (K, NR); a's element (i, k) is a[i * a_row + k * a_column]
-template <int ROWS, class Real>
-inline void tile(Real* c, size_t ldc, const Start<Real>& start, const Real* a, size_t a_row, size_t a_column,
-                 const Real* panel, int K) {
-  constexpr int W = lanes<Real>;
-  Vec<Real> sum[ROWS][NV];
+// a (M, K), copied. By rows: unit (i, u) is data[i * row + u]. By columns: the units of MR rows lie side by side, and it
+// is data[i / MR * tile + u * MR + i % MR]; row is 1.
+template <class Factor>
+struct PackedA {
+  const Unit<Factor>* data;
+  size_t row, tile;
+  bool by_rows;
+};
+constexpr size_t a_row_units(int units) { return size_t(units + 15) / 16 * 16 + 16; }  // no power of two
+template <class Factor>
+size_t packed_a_size(int M, int K) {
+  return size_t(M + MR - 1) / MR * MR * a_row_units(units<Factor>(K));
+}
+
+// sums (M) += a's rows added up in the order of k; none wanted: nullptr. They are to be had for views by columns alone.
+template <class Factor>
+PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums = nullptr) {
+  using F = Factors<Factor>;
+  constexpr int terms = F::terms, W = lanes<Sum<Factor>>;
+  const int whole = K / terms, count = units<Factor>(K);
+  if (a.row != 1) {
+    const size_t row = a_row_units(count);
+    for (int i = 0; i < M; i++) {
+      const Sum<Factor>* x = a.data + i * a.row;
+      Unit<Factor>* to = packed + i * row;
+      int u = 0;
+      for (; u + W <= whole; u += W) store(to + u, units_along<Factor>(x + u * terms));
+      for (; u < count; u++) to[u] = F::unit(x[u * terms], u < whole ? x[u * terms + terms - 1] : 0);
+    }
+    return {packed, row, MR * row, true};
+  }
+  const size_t tile = size_t(count) * MR;
+  for (int u = 0; u < count; u++) {
+    const Sum<Factor>*x = a.data + size_t(u) * terms * a.column, *y = u < whole ? x + (terms - 1) * a.column : nullptr;
+    for (int i = 0; i < M; i += MR) {
+      Unit<Factor>* to = packed + i / MR * tile + u * MR;
+      if (terms == 1 && i + MR <= M) {
+        pair_up<Factor>(to, x + i, nullptr, MR);
+      } else if (terms == 2 && MR <= W && i + W <= M && y) {
+        const Vec<Unit<Factor>> v = units_across<Factor>(load(x + i), load(y + i));
+        std::memcpy(to, &v, std::min(MR, W) * sizeof *to);
+      } else {
+        pair_up<Factor>(to, x + i, y ? y + i : nullptr, std::min(MR, M - i));
+      }
+    }
+    if (sums)
+      for (int i = 0; i < M; i++) sums[i] += y && terms > 1 ? x[i] + y[i] : x[i];
+  }
+  return {packed, 1, tile, false};
+}
+
+// c (ROWS, NR) = start + a (ROWS, K) @ panel (K, NR); a's unit (i, u) is a[i * a_row + u * a_column]
+template <int ROWS, class Factor>
+inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const Unit<Factor>* a, size_t a_row,
+                 size_t a_column, const Unit<Factor>* panel, int n_units) {
+  constexpr int W = lanes<Sum<Factor>>;
+  Vec<Sum<Factor>> sum[ROWS][NV];
   for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < NV; j++) sum[i][j] = start.data ? load(start.data + i * start.row + j * W) : Vec<Real>{};
-  for (int k = 0; k < K; k++) {
-    Vec<Real> b[NV];
+    for (int j = 0; j < NV; j++) sum[i][j] = start.data ? load(start.data + i * start.row + j * W) : Vec<Sum<Factor>>{};
+  for (int u = 0; u < n_units; u++) {
+    Vec<Unit<Factor>> b[NV];
     for (int j = 0; j < NV; j++) b[j] = load(panel + j * W);
     for (int i = 0; i < ROWS; i++) {
-      const Real x = a[i * a_row];
-      for (int j = 0; j < NV; j++) sum[i][j] += x * b[j];
+      const Unit<Factor> x = a[i * a_row];
+      for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(sum[i][j], x, b[j]);
     }
     a += a_column;
-    panel += NR<Real>;
+    panel += NR<Factor>;
   }
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < NV; j++) store(c + i * ldc + j * W, sum[i][j]);
 }
 
 // The same for any number of rows up to ROWS, and for the last columns of a matrix.
-template <int ROWS, class Real>
-void edge_tile(int rows, int columns, Real* c, size_t ldc, const Start<Real>& start, const Real* a, size_t a_row,
-               size_t a_column, const Real* panel, int K) {
+template <int ROWS, class Factor>
+void edge_tile(int rows, int columns, Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start,
+               const Unit<Factor>* a, size_t a_row, size_t a_column, const Unit<Factor>* panel, int n_units) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return edge_tile<ROWS - 1>(rows, columns, c, ldc, start, a, a_row, a_column, panel, K);
-  if (columns == NR<Real>) return tile<ROWS>(c, ldc, start, a, a_row, a_column, panel, K);
-  Real padded[ROWS * NR<Real>] = {};
+    if (rows < ROWS)
+      return edge_tile<ROWS - 1, Factor>(rows, columns, c, ldc, start, a, a_row, a_column, panel, n_units);
+  if (columns == NR<Factor>) return tile<ROWS, Factor>(c, ldc, start, a, a_row, a_column, panel, n_units);
+  Sum<Factor> padded[ROWS * NR<Factor>] = {};
   if (start.data)
     for (int i = 0; i < ROWS; i++)
-      std::memcpy(padded + i * NR<Real>, start.data + i * start.row, columns * sizeof(Real));
-  tile<ROWS, Real>(padded, NR<Real>, {padded, NR<Real>}, a, a_row, a_column, panel, K);
-  for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Real>, columns * sizeof(Real));
+      std::memcpy(padded + i * NR<Factor>, start.data + i * start.row, columns * sizeof *padded);
+  tile<ROWS, Factor>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, a_column, panel, n_units);
+  for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Factor>, columns * sizeof *padded);
 }
 
-// c (M, N) = start + a (M, K) @ b, with b packed in panels `panel_size` elements apart; one thread
-template <class Real>
-void multiply_packed(Real* c, size_t ldc, const Start<Real>& start, const View<Real>& a, const Real* packed,
-                     size_t panel_size, int M, int N, int K) {
-  for (int n = 0; n < N; n += NR<Real>) {
-    const int columns = std::min(NR<Real>, N - n);
+// What of a product is not wanted, or known to be zero, because of a triangular matrix: for the rows up to m, columns
+// from n_end + m on are not computed; terms from k_end + m on are left out, and for the rows from m on those before
+// k_begin + m.
+struct Triangle {
+  static constexpr int none = 1 << 30;
+  int n_end = none, k_end = none, k_begin = -none;
+};
+
+// c (M, N) = start + a (M, K) @ b, with b packed in panels `panel_size` units apart; one thread
+template <class Factor>
+void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const PackedA<Factor>& a,
+                     const Unit<Factor>* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only = {}) {
+  for (int n = 0; n < N; n += NR<Factor>) {
+    const int columns = std::min(NR<Factor>, N - n);
     for (int m = 0; m < M; m += MR) {
-      const int rows = std::min(MR, M - m);
-      const Start<Real> from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
-      const Real *a_tile = a.data + m * a.row, *panel = packed + n / NR<Real> * panel_size;
-      if (a.column == 1)  // said twice, so that the compiler sees the constant stride
-        edge_tile<MR>(rows, columns, c + m * ldc + n, ldc, from, a_tile, a.row, 1, panel, K);
+      const int rows = std::min(MR, M - m), last = m + rows - 1;
+      if (n >= only.n_end + last) continue;
+      const int first_unit = std::max(0, only.k_begin + m) / Factors<Factor>::terms;
+      const int n_units = units<Factor>(std::min(K, only.k_end + last)) - first_unit;
+      const Unit<Factor>* panel = packed_b + n / NR<Factor> * panel_size + size_t(first_unit) * NR<Factor>;
+      const Start<Sum<Factor>> from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
+      const Unit<Factor>* a_tile = a.data + m / MR * a.tile;
+      Sum<Factor>* to = c + m * ldc + n;
+      if (a.by_rows)  // said twice, so that the compiler sees the constant strides
+        edge_tile<MR, Factor>(rows, columns, to, ldc, from, a_tile + first_unit, a.row, 1, panel, n_units);
       else
-        edge_tile<MR>(rows, columns, c + m * ldc + n, ldc, from, a_tile, a.row, a.column, panel, K);
+        edge_tile<MR, Factor>(rows, columns, to, ldc, from, a_tile + first_unit * MR, 1, MR, panel, n_units);
     }
   }
 }
 
-// c (M, N) = start + a (M, K) @ b (K, N), by all threads
-template <class Real>
-void multiply(Real* c, const Start<Real>& start, const View<Real>& a, const View<Real>& b, int M, int N, int K) {
-  struct PackedA;
-  struct PackedB;
-  Real* packed_b = scratch<PackedB, Real>(packed_size<Real>(std::min(K, KC), N));
-  const int panels = (N + NR<Real> - 1) / NR<Real>, NC = PANELS * NR<Real>;
-  const int row_tasks = (M + MC - 1) / MC, tasks = row_tasks * ((N + NC - 1) / NC);
-#pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
-  for (int k0 = 0; k0 < K; k0 += KC) {
-    const int kc = std::min(KC, K - k0);
-#pragma omp for schedule(static)
+// All of b as `multiply` wants it, block after block of k, by all threads: for a b that is used again and again.
+template <class Factor>
+void pack_blocks(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
+  constexpr int block = KC * Factors<Factor>::terms;
+  const int panels = (N + NR<Factor> - 1) / NR<Factor>;
+  for (int k0 = 0; k0 < K; k0 += block) {
+    const int kc = std::min(block, K - k0);
+#pragma omp parallel for schedule(static) if (size_t(kc) * N > worth_threads)
     for (int p = 0; p < panels; p++)
-      pack_panel(packed_b + size_t(kc) * p * NR<Real>, {b.data + k0 * b.row, b.row, b.column}, kc, p * NR<Real>, N);
+      pack_panel<Factor>(packed + packed_size<Factor>(kc, NR<Factor>) * p, {b.data + k0 * b.row, b.row, b.column}, kc,
+                         p * NR<Factor>, N);
+    packed += packed_size<Factor>(kc, N);
+  }
+}
+
+// What happens to a product's elements [first, first + count), in its memory, while they are still in the cache.
+struct Nothing {
+  void operator()(size_t, size_t) const {}
+};
+
+// c (M, N) = start + a (M, K) @ b (K, N), by all threads; then after(first, count) for every element of c, once.
+// sums (M) += a's rows added up, for an a by columns; none wanted: nullptr. packed: b by pack_blocks, or nullptr.
+template <class Factor, class After = Nothing>
+void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b,
+              int M, int N, int K, const After& after = {}, Sum<Factor>* sums = nullptr,
+              const Unit<Factor>* packed = nullptr) {
+  struct A;
+  struct B;
+  constexpr int block = KC * Factors<Factor>::terms;
+  Unit<Factor>* own = packed ? nullptr : scratch<B, Unit<Factor>>(packed_size<Factor>(std::min(K, block), N));
+  const int panels = (N + NR<Factor> - 1) / NR<Factor>, row_tasks = (M + MC - 1) / MC;
+  // Few rows: their tasks are divided by columns, so that every thread has several.
+  const int divide = std::clamp(4 * omp_get_max_threads() / row_tasks, 1, (panels + 3) / 4);
+  const int NC = (panels + divide - 1) / divide * NR<Factor>;
+  const int tasks = row_tasks * ((N + NC - 1) / NC);
+#pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
+  for (int k0 = 0; k0 < K; k0 += block) {
+    const int kc = std::min(block, K - k0);
+    const size_t panel_size = packed_size<Factor>(kc, NR<Factor>);
+    const Unit<Factor>* packed_b = packed ? packed + packed_size<Factor>(k0, N) : own;
+    if (own) {
+#pragma omp for schedule(static)
+      for (int p = 0; p < panels; p++)
+        pack_panel<Factor>(own + panel_size * p, {b.data + k0 * b.row, b.row, b.column}, kc, p * NR<Factor>, N);
+    }
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < tasks; task++) {
       const int m = task % row_tasks * MC, n = task / row_tasks * NC;
       const int rows = std::min(MC, M - m), columns = std::min(NC, N - n);
-      const View<Real> from = {a.data + m * a.row + k0 * a.column, a.row, a.column};
-      Real* packed_a = scratch<PackedA, Real>(size_t(MC) * A_STRIDE<Real>);
-      const bool by_rows = a.column == 1;
-      if (by_rows)
-        for (int i = 0; i < rows; i++)
-          std::memcpy(packed_a + i * A_STRIDE<Real>, from.data + i * from.row, kc * sizeof(Real));
+      Unit<Factor>* memory = scratch<A, Unit<Factor>>(packed_a_size<Factor>(MC, block));
+      const PackedA<Factor> packed_a = pack_a<Factor>(memory, {a.data + m * a.row + k0 * a.column, a.row, a.column},
+                                                      rows, kc, sums && n == 0 ? sums + m : nullptr);
+      const Start<Sum<Factor>> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
+      Sum<Factor>* target = c + size_t(m) * N + n;
+      multiply_packed<Factor>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)}, packed_a,
+                              packed_b + panel_size * (n / NR<Factor>), panel_size, rows, columns, kc);
+      if (k0 + kc < K) continue;
+      if (columns == N)
+        after(size_t(m) * N, size_t(rows) * N);
       else
-        for (int k = 0; k < kc; k++) std::memcpy(packed_a + k * MC, from.data + k * from.column, rows * sizeof(Real));
-      const View<Real> block = by_rows ? View<Real>{packed_a, A_STRIDE<Real>, 1} : View<Real>{packed_a, 1, MC};
-      const Start<Real> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
-      Real* target = c + size_t(m) * N + n;
-      multiply_packed(target, N, k0 == 0 ? first : Start<Real>{target, size_t(N)}, block, packed_b + size_t(kc) * n,
-                      size_t(kc) * NR<Real>, rows, columns, kc);
+        for (int i = m; i < m + rows; i++) after(size_t(i) * N + n, columns);
     }
   }
 }
 
 }  // namespace product
 
-// out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC); no bias: nullptr
-template <class Real>
-void matmul_forward(Real* out, const Real* inp, const Real* weight, const Real* bias, int rows, int C, int OC) {
-  product::multiply<Real>(out, {bias, 0}, {inp, size_t(C), 1}, {weight, 1, size_t(C)}, rows, OC, C);
+// A weight (OC, C), and where it lies ready for products of few rows, which otherwise spend their time on packing it.
+template <class Real, class Factor = Real>
+struct Weight {
+  const Real* data;
+  const Unit<Factor>* packed = nullptr;  // product::packed_size<Factor>(C, OC), by pack_weight
+  Weight(const Real* weight, const Unit<Factor>* packed_weight = nullptr) : data(weight), packed(packed_weight) {}
+};
+template <class Real, class Factor = Real>
+void pack_weight(Unit<Factor>* packed, const Real* weight, int C, int OC) {
+  product::pack_blocks<Factor>(packed, {weight, 1, size_t(C)}, C, OC);
 }
 
-// dinp (rows, C) = dout (rows, OC) @ weight (OC, C);  dweight (OC, C) += dout^T @ inp;  dbias (OC) += column sums of
-// dout. No gradient wanted of the input: dinp = nullptr; no bias: dbias = nullptr.
-template <class Real>
+// out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC); no bias: nullptr. Then after(first, count) for the
+// elements of out, block by block.
+template <class Real, class Factor = Real, class After = product::Nothing>
+void matmul_forward(Real* out, const Real* inp, const std::type_identity_t<Weight<Real, Factor>>& weight,
+                    const Real* bias, int rows, int C, int OC, const After& after = {}) {
+  product::multiply<Factor>(out, {bias, 0}, {inp, size_t(C), 1}, {weight.data, 1, size_t(C)}, rows, OC, C, after,
+                            nullptr, weight.packed);
+}
+
+// dinp (rows, C) = dout (rows, OC) @ weight (OC, C), then after(first, count) for its elements;  dweight (OC, C) +=
+// dout^T @ inp;  dbias (OC) += column sums of dout. No gradient wanted of the bias: nullptr.
+template <class Real, class Factor = Real, class After = product::Nothing>
 void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* weight,
-                     int rows, int C, int OC) {
-  if (dinp) product::multiply<Real>(dinp, {}, {dout, size_t(OC), 1}, {weight, size_t(C), 1}, rows, C, OC);
-  product::multiply<Real>(dweight, {dweight, size_t(C)}, {dout, 1, size_t(OC)}, {inp, size_t(C), 1}, OC, C, rows);
-  if (dbias) {
-    constexpr int strip = 32;  // columns of one task: the sum over rows is never split, so its order is fixed
-#pragma omp parallel for schedule(static) if (size_t(rows) * OC > worth_threads)
-    for (int o0 = 0; o0 < OC; o0 += strip) {
-      const int width = std::min(strip, OC - o0);
-      Real sum[strip] = {};
-      for (int r = 0; r < rows; r++)
-        for (int o = 0; o < width; o++) sum[o] += dout[size_t(r) * OC + o0 + o];
-      for (int o = 0; o < width; o++) dbias[o0 + o] += sum[o];
-    }
-  }
+                     int rows, int C, int OC, const After& after = {}) {
+  const size_t row = size_t(C);
+  product::multiply<Factor>(dinp, {}, {dout, size_t(OC), 1}, {weight, row, 1}, rows, C, OC, after);
+  product::multiply<Factor>(dweight, {dweight, row}, {dout, 1, size_t(OC)}, {inp, row, 1}, OC, C, rows,
+                            product::Nothing{}, dbias);
 }

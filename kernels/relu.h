@@ -1,20 +1,25 @@
-// Rectified linear unit, in place: after forward the tensor itself says which elements passed.
-// defines: relu_forward, relu_backward
+// Rectified linear unit, in place: after forward the tensor itself says which elements passed. Products call it for each
+// block that they have written, kernels/matmul.h.
+// defines: relu_forward, apply_relu, relu_backward, apply_relu_backward
 #pragma once
 #include <cstddef>
-
-#include "simd.h"
 
 // x (count) = max(x, 0)
 template <class Real>
 void relu_forward(Real* x, size_t count) {
-#pragma omp parallel for simd schedule(static) if (parallel : count > worth_threads)
   for (size_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] : Real(0);
+}
+template <class Real>
+auto apply_relu(Real* x) {
+  return [=](size_t first, size_t count) { relu_forward(x + first, count); };
 }
 
 // dx (count) = dx where out > 0, else 0; out (count) is what forward left
 template <class Real>
 void relu_backward(Real* dx, const Real* out, size_t count) {
-#pragma omp parallel for simd schedule(static) if (parallel : count > worth_threads)
   for (size_t i = 0; i < count; i++) dx[i] = out[i] > 0 ? dx[i] : Real(0);
+}
+template <class Real>
+auto apply_relu_backward(Real* dx, const Real* out) {
+  return [=](size_t first, size_t count) { relu_backward(dx + first, out + first, count); };
 }

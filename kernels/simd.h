@@ -1,7 +1,8 @@
 // Vectors of whatever width the target has, in the compiler's vector extensions: one source for AVX-512, AVX2, NEON and
 // plain machines. A vector is only ever a register: memory is loaded and stored through memcpy, so that alignment and
 // aliasing need no thought.
-// defines: worth_threads, lanes, Vec, load, store, broadcast, horizontal_sum, horizontal_max, exp_vec, scratch
+// defines: worth_threads, lanes, Vec, load, store, broadcast, shuffle, horizontal_sum, horizontal_max, transpose,
+// exp_vec, scratch
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -11,6 +12,7 @@
 #include <memory>
 #include <new>
 #include <type_traits>
+#include <utility>
 
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
@@ -49,17 +51,56 @@ inline Vec<Real> broadcast(Real x) {
   return x - Vec<Real>{};
 }
 
+// Lane i is that of number index(i), counted through a and then b. The index is a lambda without captures.
+template <class V, class Index, size_t... i>
+inline V shuffle(const V& a, const V& b, Index index, std::index_sequence<i...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, index(i)...);
+#else
+  using Lane = std::remove_cvref_t<decltype(a[0])>;
+  typedef std::conditional_t<sizeof(Lane) == 4, int32_t, int64_t> Lanes __attribute__((vector_size(sizeof(V))));
+  return __builtin_shuffle(a, b, Lanes{index(i)...});
+#endif
+}
+template <class Real, class Index>
+inline Vec<Real> shuffle(const Vec<Real>& a, const Vec<Real>& b, Index index) {
+  return shuffle(a, b, index, std::make_index_sequence<lanes<Real>>());
+}
+
+// All lanes combined, by halves: 16 take four steps and not fifteen.
+template <class Real, int distance = lanes<Real> / 2, class Combine>
+inline Real horizontal(const Vec<Real>& v, Combine combine) {
+  if constexpr (distance == 0)
+    return v[0];
+  else
+    return horizontal<Real, distance / 2>(combine(v, shuffle<Real>(
+                                                         v, v, [](int i) constexpr { return i ^ distance; })),
+                                          combine);
+}
 template <class Real>
 inline Real horizontal_sum(const Vec<Real>& v) {
-  Real sum = v[0];
-  for (int i = 1; i < lanes<Real>; i++) sum += v[i];
-  return sum;
+  return horizontal<Real>(v, [](const Vec<Real>& a, const Vec<Real>& b) { return a + b; });
 }
 template <class Real>
 inline Real horizontal_max(const Vec<Real>& v) {
-  Real max = v[0];
-  for (int i = 1; i < lanes<Real>; i++) max = v[i] > max ? v[i] : max;
-  return max;
+  return horizontal<Real>(v, [](const Vec<Real>& a, const Vec<Real>& b) { return a > b ? a : b; });
+}
+
+// v, a square of numbers, becomes its transpose: squares of 2, 4, ... swap the halves beside their diagonal.
+template <class Real, int n = 1>
+inline void transpose(Vec<Real> v[lanes<Real>]) {
+  constexpr int W = lanes<Real>;
+  if constexpr (n < W) {
+    for (int i = 0; i < W; i++) {
+      if (i & n) continue;
+      const Vec<Real> a = v[i], b = v[i + n];
+      v[i] = shuffle<Real>(
+          a, b, [](int l) constexpr { return l & n ? W + l - n : l; });
+      v[i + n] = shuffle<Real>(
+          a, b, [](int l) constexpr { return l & n ? W + l : l + n; });
+    }
+    transpose<Real, 2 * n>(v);
+  }
 }
 
 // e^x, elementwise. For float within 1.1 units in the last place of the exact value on [-87.3, 88.3], 0 below and

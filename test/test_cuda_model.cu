@@ -93,8 +93,8 @@ std::unique_ptr<GpuModel<Real>> gpu_model(const Config& config) {
   model->restore(w.params.data(), w.m.data(), w.v.data());
   return model;
 }
-std::unique_ptr<cpu::CpuModel> cpu_model(const Config& config) {
-  auto model = std::make_unique<cpu::CpuModel>(config, model_shape(config, V), &some_data(), true);
+std::unique_ptr<cpu::CpuModel<float>> cpu_model(const Config& config) {
+  auto model = std::make_unique<cpu::CpuModel<float>>(config, model_shape(config, V), &some_data(), true);
   const Weights w = some_weights(model->layout());
   model->restore(w.params.data(), w.m.data(), w.v.data());
   return model;

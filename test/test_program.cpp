@@ -3,6 +3,7 @@
 #include <fstream>
 #include <nlohmann/json.hpp>
 
+#include "../host/cpu_features.h"
 #include "../host/files.h"
 #include "../host/safetensors.h"
 #include "test.h"
@@ -101,6 +102,20 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   CHECK(one.back()["val_exact"] == resumed.back()["val_exact"]);
 }
 
+TEST_CASE("A run in bfloat16, where the processor has it, trains and goes on as a float32 run does") {
+  if (!built_for.avx512_bf16) return skip("no AVX512_BF16");
+  const std::string folder = prepared();
+  const Run one = train(folder, "--dtype=bfloat16", "/one");
+  INFO(one.err);
+  REQUIRE(one.code == 0);
+  CHECK(contains(one.err, "bfloat16, 2 threads"));
+  REQUIRE(train(folder, "--dtype=bfloat16 --max_iters=11", "/resumed").code == 0);
+  REQUIRE(train(folder, "--dtype=bfloat16 --init_from=resume", "/resumed").code == 0);
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/resumed/ckpt_last.safetensors")));
+  REQUIRE(train(folder, "", "/float32").code == 0);
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") != read_file(folder + "/float32/ckpt_last.safetensors")));
+}
+
 TEST_CASE("Ctrl-C and SIGTERM finish the step and save; the run then goes on to the same end") {
   const std::string folder = prepared();
   const std::string flags = " --max_iters=3000 --eval_interval=1000 --log_interval=1000";
@@ -171,7 +186,8 @@ TEST_CASE("Refusals: flags and data") {
   check_refused(run_it + " --n_embed=3", "the nearest is --n_embd");
   check_refused(run_it + " --n_embd=33", "--n_embd 33 is not a multiple of --n_head 2");
   check_refused(run_it + " --device=cuda", "built without CUDA");
-  check_refused(run_it + " --dtype=bfloat16", "needs a GPU");
+  check_refused(run_it + " --dtype=float16", "needs a GPU");
+  if (!built_for.avx512_bf16) check_refused(run_it + " --dtype=bfloat16", "AVX512_BF16");
   check_refused(run_it + " --block_size=200", "--block_size");  // val has 200 characters: a window needs 201
   check_refused(run_it + " --batch_size=1000000 --block_size=100 --n_embd=4096", "lower --batch_size");
   check_refused(train_gpt + small_run + " --data " + folder + "/nowhere" + out, "nowhere/vocab.json");

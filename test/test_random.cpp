@@ -3,7 +3,7 @@
 #include <vector>
 
 #include "../host/random.h"
-#include "../kernels/dropout.h"
+#include "../kernels/residual.h"
 #include "test.h"
 
 // The known answers of the authors' library, Random123 (kat_vectors, philox4x32 10).
@@ -87,7 +87,7 @@ TEST_CASE("Dropout keeps the share that it says, and its scale is the exact inve
     const int B = 4, T = 31, C = 48, count = B * T * C;
     const Dropout drop = {1, 2, site::proj_dropout, threshold, 0};
     std::vector<double> ones(count, 1), out(count);
-    dropout_apply<double>(out.data(), nullptr, ones.data(), drop, B, T, C);
+    residual_backward<double>(out.data(), ones.data(), drop, B, T, C);
     int kept = 0;
     for (const double x : out) {
       CHECK((x == 0 || x == dropout_scale(threshold)));
@@ -101,10 +101,10 @@ TEST_CASE("Dropout numbers its elements over the whole batch, whatever part of i
   const int T = 5, C = 7, B = 12;  // T * C is no multiple of the eight elements that share a counter
   std::vector<float> ones(B * T * C, 1), whole(ones.size()), parts(ones.size());
   Dropout drop = {3, 4, site::fc_dropout + 1, dropout_threshold(0.3), 0};
-  dropout_apply<float>(whole.data(), nullptr, ones.data(), drop, B, T, C);
+  residual_backward<float>(whole.data(), ones.data(), drop, B, T, C);
   for (int b = 0; b < B; b += 3) {
     drop.first_row = b;
-    dropout_apply<float>(parts.data() + b * T * C, nullptr, ones.data(), drop, 3, T, C);
+    residual_backward<float>(parts.data() + b * T * C, ones.data(), drop, 3, T, C);
   }
   CHECK((whole == parts));
 }

@@ -1,0 +1,98 @@
+// What products multiply. The sums are always of the caller's type, float or double; the factors are of the same type
+// (each number as it is), or of type bfloat16: rounded to the upper half of a float, two at a time by an instruction
+// that AVX512_BF16 brings (vdpbf16ps). Elsewhere it is emulated, which is for tests: it is slower than float.
+// defines: bfloat16, bfloat16_bits, Factors, Unit, Sum, units_along, units_across, multiply_add
+#pragma once
+#include <bit>
+#include <cstdint>
+#include <cstring>
+#ifdef __AVX512BF16__
+#include <immintrin.h>
+#endif
+
+#include "simd.h"
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+// To the nearest, ties to even; what is not a number stays none.
+inline uint16_t bfloat16_bits(float x) {
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return uint16_t((x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16);
+}
+
+// How the factors of a product lie in its packed operands: in units of `terms` neighbours in k.
+template <class Factor>
+struct Factors {
+  using Unit = Factor;
+  using Sum = Factor;
+  static constexpr int terms = 1;
+  static Unit unit(Factor x, Factor) { return x; }
+};
+template <>
+struct Factors<bfloat16> {
+  using Unit = uint32_t;  // the first in the low half
+  using Sum = float;
+  static constexpr int terms = 2;
+  static Unit unit(float x, float y) { return bfloat16_bits(x) | uint32_t(bfloat16_bits(y)) << 16; }
+};
+template <class Factor>
+using Unit = typename Factors<Factor>::Unit;
+template <class Factor>
+using Sum = typename Factors<Factor>::Sum;
+
+// A vector of units: of x's numbers (neighbours in k), or of a vector's lanes with those of the next k (y).
+template <class Factor>
+inline Vec<Unit<Factor>> units_along(const Sum<Factor>* x) {
+  if constexpr (Factors<Factor>::terms == 1)
+    return load(x);
+  else {
+#ifdef __AVX512BF16__
+    return Vec<uint32_t>(_mm512_cvtne2ps_pbh(__m512(load(x + lanes<float>)), __m512(load(x))));
+#else
+    Vec<uint32_t> out{};
+    for (int i = 0; i < lanes<float>; i++) out[i] = Factors<bfloat16>::unit(x[2 * i], x[2 * i + 1]);
+    return out;
+#endif
+  }
+}
+template <class Factor>
+inline Vec<Unit<Factor>> units_across(const Vec<Sum<Factor>>& x, const Vec<Sum<Factor>>& y) {
+  if constexpr (Factors<Factor>::terms == 1)
+    return x;
+  else {
+#ifdef __AVX512BF16__
+    typedef uint16_t Halves __attribute__((vector_size(vector_bytes / 2)));
+    const auto bits = [](const Vec<float>& v) {
+      return __builtin_convertvector(Halves(_mm512_cvtneps_pbh(__m512(v))), Vec<uint32_t>);
+    };
+    return bits(x) | bits(y) << 16;
+#else
+    Vec<uint32_t> out{};
+    for (int i = 0; i < lanes<float>; i++) out[i] = Factors<bfloat16>::unit(x[i], y[i]);
+    return out;
+#endif
+  }
+}
+
+// sum + a * b, for each lane; pairs of bfloat16 add both their products
+template <class Real>
+inline Vec<Real> multiply_add(const Vec<Real>& sum, Real a, const Vec<Real>& b) {
+  return sum + a * b;
+}
+inline Vec<float> multiply_add(const Vec<float>& sum, uint32_t a, const Vec<uint32_t>& b) {
+#ifdef __AVX512BF16__
+  return Vec<float>(_mm512_dpbf16_ps(__m512(sum), __m512bh(broadcast(a)), __m512bh(b)));
+#else
+  const auto halves = [](const Vec<uint32_t>& v, Vec<float>& low, Vec<float>& high) {
+    const Vec<uint32_t> low_bits = v << 16, high_bits = v & 0xffff0000u;
+    std::memcpy(&low, &low_bits, sizeof low);
+    std::memcpy(&high, &high_bits, sizeof high);
+  };
+  Vec<float> a_low, a_high, b_low, b_high;
+  halves(broadcast(a), a_low, a_high);
+  halves(b, b_low, b_high);
+  return sum + a_high * b_high + a_low * b_low;
+#endif
+}

@@ -185,17 +185,25 @@ TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU'
                              (fuse ? no_out : out).data(), rows, hidden, C);
   CHECK(same_bits(dinp.read(), again.read()));
   // A mask that forward_relu did not write, because there was no such algorithm, is not read.
-  std::ostringstream fused_forward;
-  fused_forward << name_of<Real> << " relu_mask TN m " << hidden << " n " << rows << " k " << C << " ld " << C << " "
-                << C << " " << hidden;
-  AlgorithmTable table("CPU");
-  table.set(fused_forward.str(), "unfused");
-  Matmul other(false, nullptr);
-  other.load_table(table.save());
+  const auto refuse_mask = [&](Matmul& m, const char* type) {
+    std::ostringstream fused_forward;
+    fused_forward << type << " relu_mask TN m " << hidden << " n " << rows << " k " << C << " ld " << C << " " << C
+                  << " " << hidden;
+    AlgorithmTable table("CPU");
+    table.set(fused_forward.str(), "unfused");
+    m.load_table(table.save());
+  };
+  Matmul other(false, nullptr), other_tf32(true, nullptr);
+  refuse_mask(other, name_of<Real>);
+  other.forward_relu(evaluated.data(), nullptr, inp.data(), weight.data(), bias.data(), rows, C, hidden);
   other.forward_relu(evaluated.data(), no_mask.data(), inp.data(), weight.data(), bias.data(), rows, C, hidden);
   CHECK(no_mask.read() == std::vector<unsigned char>(mask.size(), 0xff));
   other.backward_input_relu(again.data(), d.data(), w.data(), no_mask.data(), evaluated.data(), rows, hidden, C);
   check_close(again.floats(), where_passed(evaluated), tolerance<Real>(C));
+  // Products in tf32 have entries of their own in the table.
+  refuse_mask(other_tf32, std::is_same_v<Real, float> ? "tf32" : name_of<Real>);
+  other_tf32.forward_relu(evaluated.data(), no_mask.data(), inp.data(), weight.data(), bias.data(), rows, C, hidden);
+  CHECK(no_mask.read() == std::vector<unsigned char>(mask.size(), 0xff));
 #endif
 }
 

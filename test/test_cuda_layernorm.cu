@@ -15,7 +15,7 @@ struct Shape {
   int B, T, C;
 };
 // Every way in which a row is dealt to lanes, full and in part; one row, and blocks that end in the middle.
-const std::vector<Shape> shapes = {{3, 31, 16}, {3, 31, 48},  {1, 1, 128}, {2, 65, 192}, {3, 23, 384},
+const std::vector<Shape> shapes = {{3, 31, 16}, {3, 31, 48},  {1, 1, 128}, {4, 33, 192}, {3, 23, 384},
                                    {1, 1, 384}, {1, 31, 400}, {1, 3, 640}, {2, 33, 1040}};
 
 Dropout dropout(double p) { return {0x123456789abc, 4711, site::fc_dropout + 3, dropout_threshold(p), 5}; }

@@ -42,11 +42,11 @@ class DeviceArray {
     CUDA_CHECK(cudaDeviceSynchronize());
     CUDA_CHECK(cudaMemcpy(all.data(), memory_, all.size(), cudaMemcpyDeviceToHost));
     const auto unwritten = [&](size_t first, size_t n) {
-      return std::all_of(&all[first], &all[first] + n, [](unsigned char byte) { return byte == 0xff; });
+      return std::all_of(all.data() + first, all.data() + first + n, [](unsigned char byte) { return byte == 0xff; });
     };
     CHECK(unwritten(0, before_));
     CHECK(unwritten(before_ + bytes(), behind_));
-    if (count_) std::memcpy(static_cast<void*>(inside.data()), &all[before_], bytes());
+    if (count_) std::memcpy(static_cast<void*>(inside.data()), all.data() + before_, bytes());
     return inside;
   }
   std::vector<float> floats() const {
@@ -66,7 +66,7 @@ class DeviceArray {
     before_ += (256 - (bytes() + behind_) % 256) % 256;  // arrays of multiples of 256 bytes end where a page does
 #endif
     std::vector<unsigned char> all(before_ + bytes() + behind_, 0xff);
-    if (!values.empty()) std::memcpy(&all[before_], values.data(), bytes());
+    if (!values.empty()) std::memcpy(all.data() + before_, values.data(), bytes());
     CUDA_CHECK(cudaMalloc(&memory_, all.size()));
     CUDA_CHECK(cudaMemcpy(memory_, all.data(), all.size(), cudaMemcpyHostToDevice));
     CUDA_CHECK(cudaDeviceSynchronize());  // the copy may still be under way, and other streams would not wait for it

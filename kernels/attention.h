@@ -156,7 +156,7 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
     Unit<Factor>* v_packed = scratch<Values, Unit<Factor>>(packed_size<Factor>(T, HS));
     Unit<Factor>* a = scratch<Left, Unit<Factor>>(packed_a_size<Factor>(QB, std::max(T, HS)));
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
-    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T) + W);
+    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
     pack_b<Factor>(k_packed, {K, 1, row}, HS, T);
     pack_b<Factor>(v_packed, {V, row, 1}, T, HS);
     for (int q0 = first; q0 < T; q0 += QB) {
@@ -234,7 +234,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
         scratch<Left, Unit<Factor>>(std::max(packed_a_size<Factor>(QB, std::max(T, HS)), packed_a_size<Factor>(T, QB)));
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
     Real* dP = scratch<Gradients, Real>(size_t(QB) * ld);
-    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T) + W);
+    uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
     pack_b<Factor>(kt_packed, {K, 1, row}, HS, T);
     pack_b<Factor>(vt_packed, {V, 1, row}, HS, T);
     pack_b<Factor>(k_packed, {K, row, 1}, T, HS);

@@ -273,19 +273,22 @@ void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start
   }
 }
 
+// A block of b (K, N), panel after panel, by the threads of the team that calls it.
+template <class Factor>
+void pack_block(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
+  const size_t panel_size = packed_size<Factor>(K, NR<Factor>);
+#pragma omp for schedule(static)
+  for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + n / NR<Factor> * panel_size, b, K, n, N);
+}
+
 // All of b as `multiply` wants it, block after block of k, by all threads: for a b that is used again and again.
 template <class Factor>
 void pack_blocks(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
   constexpr int block = KC * Factors<Factor>::terms;
-  const int panels = (N + NR<Factor> - 1) / NR<Factor>;
-  for (int k0 = 0; k0 < K; k0 += block) {
-    const int kc = std::min(block, K - k0);
-#pragma omp parallel for schedule(static) if (size_t(kc) * N > worth_threads)
-    for (int p = 0; p < panels; p++)
-      pack_panel<Factor>(packed + packed_size<Factor>(kc, NR<Factor>) * p, {b.data + k0 * b.row, b.row, b.column}, kc,
-                         p * NR<Factor>, N);
-    packed += packed_size<Factor>(kc, N);
-  }
+#pragma omp parallel if (size_t(K) * N > worth_threads)
+  for (int k0 = 0; k0 < K; k0 += block)
+    pack_block<Factor>(packed + packed_size<Factor>(k0, N), {b.data + k0 * b.row, b.row, b.column},
+                       std::min(block, K - k0), N);
 }
 
 // What happens to a product's elements [first, first + count), in its memory, while they are still in the cache.
@@ -313,11 +316,7 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
     const int kc = std::min(block, K - k0);
     const size_t panel_size = packed_size<Factor>(kc, NR<Factor>);
     const Unit<Factor>* packed_b = packed ? packed + packed_size<Factor>(k0, N) : own;
-    if (own) {
-#pragma omp for schedule(static)
-      for (int p = 0; p < panels; p++)
-        pack_panel<Factor>(own + panel_size * p, {b.data + k0 * b.row, b.row, b.column}, kc, p * NR<Factor>, N);
-    }
+    if (own) pack_block<Factor>(own, {b.data + k0 * b.row, b.row, b.column}, kc, N);
 #pragma omp for schedule(dynamic)
     for (int task = 0; task < tasks; task++) {
       const int m = task % row_tasks * MC, n = task / row_tasks * NC;

@@ -227,6 +227,21 @@ TEMPLATE_TEST_CASE("Logits of cached keys and values are those of the whole text
   }
 }
 
+TEST_CASE("Weights that were packed for sampling are forgotten when they change") {
+  GPT<float> m(tiny, 1);
+  m.prepare_training();
+  randomise(m);
+  zero_gradients(m);
+  const std::vector<int> x = some_tokens(tiny.T, 1);
+  pack_weights(m);
+  update(m, {0.1, 0.9, 0.99, 1e-8, 0.5, 1, 1}, 0);  // without a gradient, weight decay alone
+  const float* logits = forward(m, x.data(), 1, tiny.T);
+  const std::vector<float> got(logits, logits + tiny.V);
+  m.packed = {};
+  forward(m, x.data(), 1, tiny.T);
+  CHECK((got == std::vector<float>(logits, logits + tiny.V)));
+}
+
 TEST_CASE("What follows a token does not change its logits") {
   GPT<float> m(tiny, 1);
   randomise(m);

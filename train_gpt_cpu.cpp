@@ -399,9 +399,7 @@ class CpuModel {
 [[gnu::used]] inline int run(Config config, const std::string& why) {
   if (config.dtype == "auto") config.dtype = "float32";
   if (config.dtype == "bfloat16" && !built_for.avx512_bf16)
-    fail(
-        "--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what the program was built for, does not "
-        "have");
+    fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")
     fail("--dtype ", config.dtype, " needs a GPU; a CPU has float32 and, with AVX512_BF16, bfloat16");
   if (config.threads) omp_set_num_threads(config.threads);

@@ -49,10 +49,10 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
 // The blocked product: c (M, N) = start + a (M, K) @ b (K, N).
 //
 //   for each block of the K terms:
-//     b's block is copied into panels of NR columns, so that the innermost loop reads it contiguously       (pack_b)
-//     for each task of MC rows, in parallel:
-//       a's block is copied, so that it lies close together in the L2 cache                                  (pack_a)
-//       for each panel, which stays in the L1 cache; for each MR rows:
+//     b's block is copied into panels of NR columns, so that the innermost loop reads it contiguously   (pack_panel)
+//     for each task of some rows, in parallel:
+//       a's rows are copied, so that they lie close together in the L2 cache                                 (pack_a)
+//       for each panel, which then is in the L2 cache, too; for each MR rows:
 //         MR x NR sums stay in registers while k runs: per k, NV vectors of b are loaded and MR numbers of a
 //         broadcast, for MR * NV fused multiply-adds                                                          (tile)
 //
@@ -73,8 +73,13 @@ constexpr int NV = 2;
 template <class Factor>
 constexpr int NR = lanes<Sum<Factor>>* NV;
 
-constexpr int KC = 384;     // units of k in a block: a panel is 48 KB, a tile of a 18 KB
-constexpr int MC = 8 * MR;  // rows of a task: a's block is 150 KB
+// Units of k in a block. Long ones: between two blocks the sums wait in c, and a tile that begins by loading sums from
+// memory stands still for longer than it does for a panel, which comes in order and so is fetched ahead.
+constexpr int KC = 2048;
+
+// Rows of a task. Few, since each row of c that a task walks along is a stream of its own, and the processor can fetch
+// only so many ahead; for an `a` by columns three whole cache lines. Multiples of MR.
+constexpr int task_rows(bool a_by_columns) { return a_by_columns ? 48 : 24; }
 
 // A matrix by its strides: element (i, j) is data[i * row + j * column], and one of the strides is 1.
 template <class Real>
@@ -212,6 +217,8 @@ inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, co
   Vec<Sum<Factor>> sum[ROWS][NV];
   for (int i = 0; i < ROWS; i++)
     for (int j = 0; j < NV; j++) sum[i][j] = start.data ? load(start.data + i * start.row + j * W) : Vec<Sum<Factor>>{};
+  for (int i = 0; i < ROWS; i++)  // so that the stores at the end find c in the cache
+    for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * W, 1);
   for (int u = 0; u < n_units; u++) {
     Vec<Unit<Factor>> b[NV];
     for (int j = 0; j < NV; j++) b[j] = load(panel + j * W);
@@ -306,9 +313,10 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
   struct B;
   constexpr int block = KC * Factors<Factor>::terms;
   Unit<Factor>* own = packed ? nullptr : scratch<B, Unit<Factor>>(packed_size<Factor>(std::min(K, block), N));
-  const int panels = (N + NR<Factor> - 1) / NR<Factor>, row_tasks = (M + MC - 1) / MC;
-  // Few rows: their tasks are divided by columns, so that every thread has several.
-  const int divide = std::clamp(4 * omp_get_max_threads() / row_tasks, 1, (panels + 3) / 4);
+  const int MC = task_rows(a.row == 1), row_tasks = (M + MC - 1) / MC, panels = (N + NR<Factor> - 1) / NR<Factor>;
+  // Few rows: their tasks are divided by columns, so that every thread has several and none waits long for the last.
+  const int wanted = 8 * omp_get_max_threads();
+  const int divide = std::min((wanted + row_tasks - 1) / row_tasks, (panels + 3) / 4);
   const int NC = (panels + divide - 1) / divide * NR<Factor>;
   const int tasks = row_tasks * ((N + NC - 1) / NC);
 #pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)

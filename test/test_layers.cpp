@@ -79,8 +79,17 @@ TEST_CASE("matmul: the blocked product is the plain one") {
   struct Size {
     int rows, C, OC;
   };
-  // one element, less than a tile, more than one, more than one block of K, V = 65
-  for (const Size s : {Size{1, 1, 1}, {1, 48, 65}, {13, 31, 33}, {31, 65, 144}, {100, 400, 65}, {97, 801, 130}}) {
+  // one element, less than a tile, more than one, V = 65; more than one block of k in forward, dinp and dweight
+  constexpr int long_k = product::KC + 3;
+  for (const Size s : {Size{1, 1, 1},
+                       {1, 48, 65},
+                       {13, 31, 33},
+                       {31, 65, 144},
+                       {100, 400, 65},
+                       {97, 801, 130},
+                       {27, long_k, 34},
+                       {27, 34, long_k},
+                       {long_k, 27, 34}}) {
     INFO("rows " << s.rows << ", C " << s.C << ", OC " << s.OC);
     const auto inp = noise<float>(s.rows * s.C, 1), weight = noise<float>(s.OC * s.C, 2), bias = noise<float>(s.OC, 3),
                dout = noise<float>(s.rows * s.OC, 4);
@@ -105,8 +114,8 @@ TEST_CASE("matmul: the blocked product is the plain one") {
 }
 
 TEST_CASE("matmul: what happens to the output after it is what would happen later") {
-  for (const int rows : {7, 200}) {         // columns divided between tasks, and not
-    const int C = 401, OC = 260, T = rows;  // more than one block of k
+  for (const int rows : {7, 200}) {                     // columns divided between tasks, and not
+    const int C = product::KC + 1, OC = 260, T = rows;  // more than one block of k
     const Dropout drop = {5, 6, site::fc_dropout, dropout_threshold(0.3), 1};
     const auto inp = noise<float>(rows * C, 1), weight = noise<float>(OC * C, 2), bias = noise<float>(OC, 3),
                stream = noise<float>(rows * OC, 4), dout = noise<float>(rows * OC, 5),
@@ -156,7 +165,16 @@ TEST_CASE("bfloat16: products of rounded operands, summed in float") {
     int rows, C, OC;
   };
   // odd numbers of terms, whose last pair is half empty; more than one block of pairs
-  for (const Size s : {Size{1, 1, 1}, {1, 48, 65}, {13, 31, 33}, {31, 65, 144}, {97, 801, 131}, {801, 97, 20}}) {
+  constexpr int long_k = 2 * product::KC + 3;
+  for (const Size s : {Size{1, 1, 1},
+                       {1, 48, 65},
+                       {13, 31, 33},
+                       {31, 65, 144},
+                       {97, 801, 131},
+                       {801, 97, 20},
+                       {27, long_k, 34},
+                       {27, 34, long_k},
+                       {long_k, 27, 34}}) {
     INFO("rows " << s.rows << ", C " << s.C << ", OC " << s.OC);
     const auto inp = noise<float>(s.rows * s.C, 1), weight = noise<float>(s.OC * s.C, 2), bias = noise<float>(s.OC, 3),
                dout = noise<float>(s.rows * s.OC, 4);
@@ -202,7 +220,7 @@ TEST_CASE("bfloat16: attention stays within its rounding") {
 }
 
 TEST_CASE("matmul: a row does not depend on which others are computed with it") {
-  const int rows = 61, C = 500, OC = 70;
+  const int rows = 61, C = product::KC + 500, OC = 70;
   const auto inp = noise<float>(rows * C, 1), weight = noise<float>(OC * C, 2), bias = noise<float>(OC, 3);
   std::vector<float> all(rows * OC), one(OC);
   matmul_forward(all.data(), inp.data(), weight.data(), bias.data(), rows, C, OC);

@@ -17,16 +17,21 @@ struct Philox4 {
 };
 
 // Philox4x32-10: Salmon, Moraes, Dror, Shaw, "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011, section 3.3.
+namespace philox {
+constexpr int rounds = 10;
+constexpr uint32_t multiplier0 = 0xD2511F53u, multiplier1 = 0xCD9E8D57u;
+constexpr uint32_t weyl0 = 0x9E3779B9u, weyl1 = 0xBB67AE85u;  // added to the keys
+}  // namespace philox
 HOST_DEVICE inline Philox4 philox4x32_10(Philox4 counter, uint32_t key0, uint32_t key1) {
   uint32_t c0 = counter.word[0], c1 = counter.word[1], c2 = counter.word[2], c3 = counter.word[3];
-  for (int round = 0; round < 10; round++) {
-    const uint64_t p0 = uint64_t{0xD2511F53u} * c0, p1 = uint64_t{0xCD9E8D57u} * c2;
+  for (int round = 0; round < philox::rounds; round++) {
+    const uint64_t p0 = uint64_t{philox::multiplier0} * c0, p1 = uint64_t{philox::multiplier1} * c2;
     c0 = uint32_t(p1 >> 32) ^ c1 ^ key0;
     c1 = uint32_t(p1);
     c2 = uint32_t(p0 >> 32) ^ c3 ^ key1;
     c3 = uint32_t(p0);
-    key0 += 0x9E3779B9u;
-    key1 += 0xBB67AE85u;
+    key0 += philox::weyl0;
+    key1 += philox::weyl1;
   }
   return {{c0, c1, c2, c3}};
 }

@@ -2,7 +2,7 @@
 // plain machines. A vector is only ever a register: memory is loaded and stored through memcpy, so that alignment and
 // aliasing need no thought.
 // defines: worth_threads, lanes, Vec, load, store, broadcast, shuffle, horizontal_sum, horizontal_max, transpose,
-// exp_vec, scratch
+// exp_vec, multiply_low_halves, scratch
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -13,6 +13,9 @@
 #include <new>
 #include <type_traits>
 #include <utility>
+#ifdef __SSE2__
+#include <immintrin.h>
+#endif
 
 #if defined(__AVX512F__)
 constexpr int vector_bytes = 64;
@@ -133,6 +136,19 @@ inline Vec<double> exp_vec(const Vec<double>& x) {
   Vec<double> y{};
   for (int i = 0; i < lanes<double>; i++) y[i] = std::exp(x[i]);
   return y;
+}
+
+// The products of the low halves of lanes of 64 bits; the high halves are ignored.
+inline Vec<uint64_t> multiply_low_halves(const Vec<uint64_t>& a, const Vec<uint64_t>& b) {
+#if defined(__AVX512F__)
+  return Vec<uint64_t>(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));  // g++ warns of the one without mask
+#elif defined(__AVX2__)
+  return Vec<uint64_t>(_mm256_mul_epu32(__m256i(a), __m256i(b)));
+#elif defined(__SSE2__)
+  return Vec<uint64_t>(_mm_mul_epu32(__m128i(a), __m128i(b)));
+#else
+  return (a & 0xffffffffu) * (b & 0xffffffffu);
+#endif
 }
 
 // Working memory of a kernel: one buffer for each (thread, use, type), which grows to the largest size asked for and is

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstring>
+#include <numeric>
 
 #include "factors.h"
 #include "simd.h"
@@ -192,19 +193,19 @@ PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
   const size_t tile = size_t(count) * MR;
   for (int u = 0; u < count; u++) {
     const Sum<Factor>*x = a.data + size_t(u) * terms * a.column, *y = u < whole ? x + (terms - 1) * a.column : nullptr;
-    for (int i = 0; i < M; i += MR) {
-      Unit<Factor>* to = packed + i / MR * tile + u * MR;
-      if (terms == 1 && i + MR <= M) {
-        pair_up<Factor>(to, x + i, nullptr, MR);
-      } else if (terms == 2 && MR <= W && i + W <= M && y) {
-        const Vec<Unit<Factor>> v = units_across<Factor>(load(x + i), load(y + i));
-        std::memcpy(to, &v, std::min(MR, W) * sizeof *to);
-      } else {
-        pair_up<Factor>(to, x + i, y ? y + i : nullptr, std::min(MR, M - i));
-      }
+    for (int t = 0; t < terms; t++)  // each row lies on a page of its own, where the processor does not fetch ahead
+      for (int j = 0; j < M; j += 64 / int(sizeof *x)) __builtin_prefetch(x + (24 + t) * a.column + j);
+    int i = 0;
+    for (constexpr int both = std::lcm(MR, W); i + both <= M && y; i += both) {  // whole vectors that are whole tiles
+      Unit<Factor> units[both];
+      for (int j = 0; j < both; j += W) store(units + j, units_across<Factor>(load(x + i + j), load(y + i + j)));
+      for (int j = 0; j < both; j += MR)
+        std::memcpy(packed + (i + j) / MR * tile + u * MR, units + j, MR * sizeof *units);
     }
+    for (; i < M; i += MR)
+      pair_up<Factor>(packed + i / MR * tile + u * MR, x + i, y ? y + i : nullptr, std::min(MR, M - i));
     if (sums)
-      for (int i = 0; i < M; i++) sums[i] += y && terms > 1 ? x[i] + y[i] : x[i];
+      for (i = 0; i < M; i++) sums[i] += y && terms > 1 ? x[i] + y[i] : x[i];
   }
   return {packed, 1, tile, false};
 }

@@ -18,6 +18,7 @@
 #include "host/error.h"         // defines: fail, run_main
 #include "host/memory.h"        // defines: Buffer, MemoryPlan
 #include "host/tensors.h"       // defines: ModelShape, PARAMETERS, Params, Layout
+#include "host/threads.h"       // defines: default_threads
 #include "host/train_loop.h"    // defines: run_command
 #include "kernels/adamw.h"
 #include "kernels/attention.h"
@@ -313,7 +314,10 @@ class CpuModel {
 
   const ModelShape& shape() const { return gpt_.shape; }
   const Layout& layout() const { return gpt_.param_layout; }
-  std::string describe() const { return text(config_.dtype, ", ", omp_get_max_threads(), " threads"); }
+  std::string describe() const {
+    const int threads = omp_get_max_threads();
+    return text(config_.dtype, ", ", threads, threads == 1 ? " thread" : " threads");
+  }
   double peak_flops() const { return 0; }
   int chunk() const { return 1; }
   GPT<float, Factor>& gpt() { return gpt_; }
@@ -402,7 +406,7 @@ class CpuModel {
     fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")
     fail("--dtype ", config.dtype, " needs a GPU; a CPU has float32 and, with AVX512_BF16, bfloat16");
-  if (config.threads) omp_set_num_threads(config.threads);
+  omp_set_num_threads(config.threads ? config.threads : default_threads());
   if (config.command == "train") {
     if (config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
     if (config.preset == "auto")

@@ -62,7 +62,7 @@ const std::vector<Flag>& flags() {
       {"top_k", &Config::top_k, "s", 0, 65535, {}, "choose among the k likeliest; 0: among all"},
       {"device", &Config::device, "tse", 0, 0, {"auto", "cuda", "cpu"}, "cuda never falls back to cpu"},
       {"dtype", &Config::dtype, "tse", 0, 0, {"auto", "float32", "tf32", "bfloat16", "float16"}, "of the products"},
-      {"threads", &Config::threads, "tse", 0, 1024, {}, "of the CPU; 0: all. Results do not depend on it"},
+      {"threads", &Config::threads, "tse", 0, 1024, {}, "of the CPU; 0: one for each core. Results do not depend on it"},
       {"seed", &Config::seed, "tser", 0, any, {}, "of all random numbers"},
   };
   return table;

@@ -45,7 +45,7 @@ struct Config {
 
   std::string device = "auto";
   std::string dtype = "auto";
-  int threads = 0;  // 0: all
+  int threads = 0;  // 0: default_threads, host/threads.h
   uint64_t seed = 1337;
 
   std::string start = "\n";

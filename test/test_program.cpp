@@ -102,6 +102,19 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   CHECK(one.back()["val_exact"] == resumed.back()["val_exact"]);
 }
 
+TEST_CASE("OMP_NUM_THREADS, or the processors that the run may use, say how many threads it has if no flag does") {
+  const std::string folder = prepared();
+  const std::string flags = small_run + " --threads=0 --max_iters=1 --data " + folder + "/data --out_dir " + folder;
+  for (const auto& [before, threads] : {std::pair{"OMP_NUM_THREADS=3 ", "float32, 3 threads"},
+                                        {"env -u OMP_NUM_THREADS taskset -c 0 ", "float32, 1 thread\n"}}) {
+    if (std::string(before).find("taskset") != std::string::npos && run("taskset -c 0 true").code != 0)
+      return skip("needs taskset");
+    const Run r = run(before + train_gpt + flags);
+    REQUIRE(r.code == 0);
+    CHECK(contains(r.err, threads));
+  }
+}
+
 TEST_CASE("A run in bfloat16, where the processor has it, trains and goes on as a float32 run does") {
   if (!built_for.avx512_bf16) return skip("no AVX512_BF16");
   const std::string folder = prepared();

@@ -1,8 +1,21 @@
 #include "memory.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <cstdio>
+
+void PageDeleter::operator()(void* pages) const { munmap(pages, bytes); }
+
+Pages allocate_pages(size_t bytes) {
+  if (bytes == 0) return {};
+  void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (pages == MAP_FAILED) fail("the system has no ", bytes, " bytes of memory left");
+#ifdef MADV_HUGEPAGE
+  madvise(pages, bytes, MADV_HUGEPAGE);  // a wish: without large pages all works the same
+#endif
+  return Pages(pages, {bytes});
+}
 
 static std::string megabytes(double bytes) {
   char line[64];

@@ -1,7 +1,7 @@
 // The trainers' buffers, and the plan of them that is printed before anything is allocated.
-// defines: Buffer, AvailableMemory, MemoryPlan
+// defines: Pages, allocate_pages, Buffer, AvailableMemory, MemoryPlan
 #pragma once
-#include <cstdlib>
+#include <cstddef>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -10,25 +10,27 @@
 #include "error.h"
 #include "tensors.h"
 
-// One allocation for all tensors of a layout, zeroed, on a cache line's boundary.
+// Pages from the system: zero, and not there until they are touched; large ones where it has them, for gigabytes of small
+// ones take seconds to appear. Raises Error if there are none.
+struct PageDeleter {
+  size_t bytes = 0;
+  void operator()(void* pages) const;
+};
+using Pages = std::unique_ptr<void, PageDeleter>;
+Pages allocate_pages(size_t bytes);
+
+// One allocation for all tensors of a layout, zeroed, on a page's boundary.
 template <class Real>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(const Layout& layout) {
-    const size_t bytes = (layout.size() * sizeof(Real) + 63) / 64 * 64;
-    memory_.reset(static_cast<Real*>(std::aligned_alloc(64, bytes)));
-    if (!memory_) throw std::bad_alloc();
-    for (size_t i = 0; i < layout.size(); i++) memory_.get()[i] = 0;
-    if constexpr (std::is_floating_point_v<Real>) plant_canaries(memory_.get(), layout);
+  explicit Buffer(const Layout& layout) : pages_(allocate_pages(layout.size() * sizeof(Real))) {
+    if constexpr (std::is_floating_point_v<Real>) plant_canaries(data(), layout);
   }
-  Real* data() const { return memory_.get(); }
+  Real* data() const { return static_cast<Real*>(pages_.get()); }
 
  private:
-  struct Free {
-    void operator()(Real* p) const { std::free(p); }
-  };
-  std::unique_ptr<Real, Free> memory_;
+  Pages pages_;
 };
 
 struct AvailableMemory {

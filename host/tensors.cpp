@@ -101,6 +101,7 @@ void init_parameters(Real* params, const Layout& layout, uint64_t seed) {
       if (spec.init == Init::ones)
         for (size_t i = 0; i < spec.slice; i++) p[i] = 1;
       if (spec.init != Init::normal) continue;
+#pragma omp parallel for schedule(static)
       for (size_t i = 0; i < spec.slice; i += 4) {
         double normal[4];
         normal4(normal, random4(seed, 0, site::init + tensor, first + i / 4));

@@ -144,7 +144,7 @@ inline Vec<uint64_t> multiply_low_halves(const Vec<uint64_t>& a, const Vec<uint6
   return Vec<uint64_t>(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));  // g++ warns of the one without mask
 #elif defined(__AVX2__)
   return Vec<uint64_t>(_mm256_mul_epu32(__m256i(a), __m256i(b)));
-#elif defined(__SSE2__)
+#elif defined(__SSE2__) && !defined(__AVX__)  // with AVX alone vectors are wider, but not these products
   return Vec<uint64_t>(_mm_mul_epu32(__m128i(a), __m128i(b)));
 #else
   return (a & 0xffffffffu) * (b & 0xffffffffu);

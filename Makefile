@@ -37,7 +37,7 @@ ifdef SANITIZE
 endif
 
 HOST_OBJECTS := $(patsubst host/%.cpp,%.o,$(wildcard host/*.cpp))
-TESTS        := $(patsubst test/%.cpp,%.o,$(wildcard test/*.cpp))
+TESTS        := $(patsubst test/%.cpp,%.o,$(filter-out test/faults.cpp,$(wildcard test/*.cpp)))
 CUDA_TESTS   := $(patsubst test/%.cu,%.o,$(wildcard test/*.cu))
 
 # CUDA. Without nvcc, train_gpt is the CPU program. The code is made for the card at hand; without one, as PTX for two
@@ -167,7 +167,7 @@ ifeq ($(DEVICE),cuda)
 test: $(BUILD)/cuda-$(ARCH)/test/run_tests
 	$<
 else
-test: $(BUILD)/test/run_tests $(BUILD)/train_gpt_cpu $(BUILD)/train_gpt_on_cpu $(BUILD)/data_prep
+test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu train_gpt_faulty data_prep data_prep_faulty)
 	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
 endif
 
@@ -204,6 +204,15 @@ $(BUILD)/train_gpt_on_cpu: %: %.o $(BUILD)/train_gpt_fallback.o $(BUILD)/test/cu
 $(BUILD)/train_gpt_on_cpu.o: train_gpt.cu $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(CUDA_ON_CPU) $(OPENMP) -x c++ -c $< -o $@
+
+# The programs on a system that fails (test/faults.cpp).
+$(BUILD)/train_gpt_faulty $(BUILD)/data_prep_faulty: $(BUILD)/test/faults.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+	$(CXX) $^ $(LIBS) -ldl -rdynamic -o $@
+$(BUILD)/train_gpt_faulty: $(BUILD)/train_gpt_cpu.o
+$(BUILD)/data_prep_faulty: $(BUILD)/data_prep.o
+$(BUILD)/test/faults.o: test/faults.cpp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) -O2 -c $< -o $@
 
 # The same tests on a GPU.
 $(BUILD)/cuda-$(ARCH)/test/run_tests: $(addprefix $(BUILD)/cuda-$(ARCH)/test/,$(CUDA_TESTS)) $(BUILD)/test/main.o $(TEST_HOST)

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "host/error.h"     // defines: fail, run_main
-#include "host/files.h"     // defines: AtomicFile, fail_errno, make_folder
+#include "host/files.h"     // defines: AtomicFile, Lock, fail_errno, flush_folder, make_folder
 #include "host/ngram.h"     // defines: compute_baselines, save_baselines
 #include "host/progress.h"  // defines: ProgressBar
 #include "host/shards.h"    // defines: ShardWriter, Tokens, move_shards, shard_path
@@ -82,8 +82,8 @@ static Options parse(int argc, char** argv) {
 // leaves the older files as they were. One that a killed run left behind is removed.
 struct Workshop {
   std::string path;
-  explicit Workshop(const std::string& out) : path(out + "/data_prep.tmp") {
-    make_folder(out);
+  Lock lock;
+  explicit Workshop(const std::string& out) : path(out + "/data_prep.tmp"), lock((make_folder(out), out)) {
     fs::remove_all(path);
     make_folder(path);
   }
@@ -237,9 +237,12 @@ static int prepare(const Options& options) {
   // No vocabulary stands beside a mixture of old and new files: it goes first and comes last, and without one the
   // trainers refuse the folder.
   fs::remove(options.out + "/vocab.json");
+  flush_folder(options.out);
   move_shards(workshop.path, options.out, "train");
   move_shards(workshop.path, options.out, "val");
+  flush_folder(options.out);
   for (const char* name : {"/baselines.json", "/vocab.json"}) fs::rename(workshop.path + name, options.out + name);
+  flush_folder(options.out);
 
   std::printf("%s: %s characters, %s bytes%s\n", options.text.c_str(), with_commas(characters).c_str(),
               with_commas(text_bytes).c_str(),

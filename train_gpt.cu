@@ -516,6 +516,20 @@ class GpuModel {
     if (v) download(v, gpt_.v_memory.data());
   }
 
+  std::string first_not_finite() const {
+    const auto look = [&](const auto* buffer, const Layout& of, Order order) {
+      std::vector<std::decay_t<decltype(*buffer)>> copy(of.size());
+      CUDA_CHECK(cudaMemcpy(copy.data(), buffer, copy.size() * sizeof copy[0], cudaMemcpyDeviceToHost));
+      const std::vector<float> values(copy.begin(), copy.end());
+      return ::first_not_finite(values.data(), of, order);
+    };
+    std::string name = look(gpt_.a.inp[0], gpt_.act_layouts.of_real, Order::forward);
+    if (!name.empty()) return name;
+    name = look(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
+    if (!name.empty()) return "the gradient of " + name;
+    return look(gpt_.params_memory.data(), gpt_.param_layout, Order::forward);
+  }
+
   std::map<std::string, std::string> state() const {
     const TrainState state = read_state();
     std::map<std::string, std::string> out = {{"matmul", algorithms_}};
@@ -528,8 +542,10 @@ class GpuModel {
   void set_state(const std::map<std::string, std::string>& saved) {
     TrainState state = initial_state(loss_scaling);
     if (saved.count("loss_scale") && loss_scaling) {
-      state.loss_scale = std::stof(saved.at("loss_scale"));
-      state.steps_since_overflow = std::stoi(saved.at("steps_since_overflow"));
+      try {
+        state.loss_scale = std::stof(saved.at("loss_scale"));
+        state.steps_since_overflow = std::stoi(saved.at("steps_since_overflow"));
+      } catch (const std::logic_error&) { fail("the checkpoint's loss_scale or steps_since_overflow is no number"); }
     }
     copy_to_device(gpt_.state, &state, 1);
     step_ = state.step;
@@ -718,7 +734,9 @@ inline int run_on_gpu(Config config) {
   if (capability < 75)
     fail(card.name, " has compute capability ", card.major, ".", card.minor,
          ", this program needs 7.5 (Turing) or later; --device cpu trains on the CPU");
-  if (config.dtype == "auto") config.dtype = capability >= 80 ? "bfloat16" : "float16";
+  if (config.dtype == "auto") config.dtype = dtype_so_far(config);
+  const bool turing = capability < 80;
+  if (config.dtype.empty() || (turing && config.dtype == "bfloat16")) config.dtype = turing ? "float16" : "bfloat16";
   if (capability < 80 && (config.dtype == "bfloat16" || config.dtype == "tf32"))
     fail("--dtype ", config.dtype, ": ", card.name, " has no ", config.dtype,
          " arithmetic (compute capability 8.0 has); --dtype float16 or float32");

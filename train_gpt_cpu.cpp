@@ -335,6 +335,13 @@ class CpuModel {
     if (m) std::copy(gpt_.m_memory.data(), gpt_.m_memory.data() + n, m);
     if (v) std::copy(gpt_.v_memory.data(), gpt_.v_memory.data() + n, v);
   }
+  std::string first_not_finite() const {
+    std::string name = ::first_not_finite(gpt_.acts_memory.data(), gpt_.act_layout, Order::forward);
+    if (!name.empty()) return name;
+    name = ::first_not_finite(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
+    if (!name.empty()) return "the gradient of " + name;
+    return ::first_not_finite(gpt_.params_memory.data(), gpt_.param_layout, Order::forward);
+  }
   std::map<std::string, std::string> state() const { return {}; }
   void set_state(const std::map<std::string, std::string>&) {}
 
@@ -401,7 +408,10 @@ class CpuModel {
 // Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU. It is emitted
 // (used) although nothing here calls it: train_gpt.cu does.
 [[gnu::used]] inline int run(Config config, const std::string& why) {
-  if (config.dtype == "auto") config.dtype = "float32";
+  if (config.dtype == "auto") {
+    const std::string before = dtype_so_far(config);
+    config.dtype = built_for.avx512_bf16 && before != "float32" ? "bfloat16" : "float32";
+  }
   if (config.dtype == "bfloat16" && !built_for.avx512_bf16)
     fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")

@@ -119,6 +119,10 @@ void Checkpoint::load_moments(float* m, float* v, const Layout& layout) const {
   load(v, layout, "adamw.v.");
 }
 
+bool Snapshot::all_finite(const Layout& layout) const {
+  return ::all_finite(params.data(), layout) && ::all_finite(m.data(), layout) && ::all_finite(v.data(), layout);
+}
+
 CheckpointWriter::CheckpointWriter(const Vocabulary& vocabulary, const Layout& layout)
     : vocabulary_(vocabulary),
       layout_(layout),
@@ -133,6 +137,12 @@ void CheckpointWriter::wait() {
   if (error_) std::rethrow_exception(std::exchange(error_, nullptr));
 }
 
+bool CheckpointWriter::busy() {
+  if (busy_) return true;
+  wait();
+  return false;
+}
+
 Snapshot& CheckpointWriter::snapshot() {
   wait();
   return snapshot_;
@@ -140,11 +150,14 @@ Snapshot& CheckpointWriter::snapshot() {
 
 void CheckpointWriter::write(const CheckpointInfo& info, const std::string& last, const std::string& best) {
   wait();
+  busy_ = true;
   thread_ = std::thread([this, info, last, best] {
     try {
       if (!best.empty()) save_checkpoint(best, info, vocabulary_, layout_, snapshot_.params.data(), nullptr, nullptr);
       save_checkpoint(last, info, vocabulary_, layout_, snapshot_.params.data(), snapshot_.m.data(),
                       snapshot_.v.data());
+      saved_ = info.iteration;
     } catch (...) { error_ = std::current_exception(); }
+    busy_ = false;
   });
 }

@@ -6,6 +6,7 @@
 //               best_loss, data (fingerprint of the tokens), state.<name> of the trainer, checksums
 // defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views, Snapshot, CheckpointWriter
 #pragma once
+#include <atomic>
 #include <exception>
 #include <map>
 #include <string>
@@ -56,6 +57,7 @@ class Checkpoint {
 // A model's weights and moments at one moment, on the host.
 struct Snapshot {
   Buffer<float> params, m, v;
+  bool all_finite(const Layout& layout) const;
 };
 
 // Writes checkpoints in a thread of its own, so that training goes on meanwhile; one at a time.
@@ -69,7 +71,9 @@ class CheckpointWriter {
   Snapshot& snapshot();
   // Begins to write the snapshot with its moments, and to `best`, unless that is empty, without them.
   void write(const CheckpointInfo& info, const std::string& last, const std::string& best);
-  void wait();  // until all is on disk; raises the Error of a write that failed
+  void wait();                          // until all is on disk; raises the Error of a write that failed
+  bool busy();                          // whether it still writes; raises the same
+  int saved() const { return saved_; }  // the iteration of the newest ckpt_last that is whole; -1: none
 
  private:
   const Vocabulary& vocabulary_;
@@ -77,4 +81,6 @@ class CheckpointWriter {
   Snapshot snapshot_;
   std::thread thread_;
   std::exception_ptr error_;
+  std::atomic<bool> busy_ = false;
+  std::atomic<int> saved_ = -1;
 };

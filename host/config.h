@@ -32,6 +32,7 @@ struct Config {
   int eval_interval = 500;
   int eval_iters = 200;
   int log_interval = 10;
+  double checkpoint_secs = 60;
 
   double learning_rate = 3e-4;
   bool decay_lr = false;

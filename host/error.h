@@ -1,6 +1,8 @@
 // Errors that a person can cause or meet: one exception type, one way to raise it, one place to print it.
 // defines: Error, text, fail, run_main
 #pragma once
+#include <fcntl.h>
+
 #include <cstdio>
 #include <exception>
 #include <new>
@@ -26,11 +28,21 @@ template <class... Parts>
   throw Error(text(parts...));
 }
 
+// Gives standard streams that are closed to /dev/null, the output to its reading end: else the next file that is opened
+// would take their number, and what is printed would go into a checkpoint.
+inline void hold_standard_streams() {
+  for (const int stream : {0, 1, 2})
+    if (fcntl(stream, F_GETFD) == -1 && open("/dev/null", stream == 2 ? O_WRONLY : O_RDONLY) != stream) {}
+}
+
 // Runs a program's body; an error becomes one line on stderr and exit code 1.
 template <class Body>
 int run_main(Body body) {
+  hold_standard_streams();
   try {
-    return body();
+    const int code = body();
+    if (std::fflush(stdout) == 0 && !std::ferror(stdout)) return code;
+    std::fprintf(stderr, "error: not everything could be written to standard output; every file is whole\n");
   } catch (const std::bad_alloc&) { std::fprintf(stderr, "error: out of memory\n"); } catch (const std::exception& e) {
     std::fprintf(stderr, "error: %s\n", e.what());
   }

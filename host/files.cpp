@@ -1,6 +1,7 @@
 #include "files.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -38,7 +39,7 @@ const char* hint(int error) {
 
 // Opens to read, and tells the size. Refuses everything that has no size, a folder first of all.
 int open_regular(const std::string& path, size_t* size) {
-  const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  const int file = open_file(path, O_RDONLY | O_NONBLOCK);  // a FIFO must not make us wait
   if (file < 0) fail_errno("open " + path);
   struct stat info {};
   if (fstat(file, &info) != 0 || !S_ISREG(info.st_mode)) {
@@ -47,6 +48,29 @@ int open_regular(const std::string& path, size_t* size) {
   }
   *size = size_t(info.st_size);
   return file;
+}
+
+// Opens or makes a file to write and takes the system's lock on it; -1 and EWOULDBLOCK: another process has it.
+int open_locked(const std::string& path) {
+  for (;;) {
+    const int file = open_file(path, O_RDWR | O_CREAT);
+    if (file < 0) return -1;
+    int result;
+    do result = flock(file, LOCK_EX | LOCK_NB);
+    while (result != 0 && errno == EINTR);
+    // Its last owner may have renamed or removed it before we had the lock: then ours is not the file of that name. A
+    // file system without locks keeps nobody out.
+    struct stat ours {
+    }, named{};
+    const bool taken = result != 0 && errno == EWOULDBLOCK;
+    if (!taken && fstat(file, &ours) == 0 && stat(path.c_str(), &named) == 0 && ours.st_ino == named.st_ino &&
+        ours.st_dev == named.st_dev)
+      return file;
+    const int error = taken ? EWOULDBLOCK : errno;
+    close(file);
+    errno = error;
+    if (taken) return -1;
+  }
 }
 
 }  // namespace
@@ -78,48 +102,90 @@ std::string read_file(const std::string& path) {
   return content;
 }
 
-AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), temporary_(path_ + ".tmp") {
-  file_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0666);
-  if (file_ < 0) fail_errno("write " + temporary_);
+int open_file(const std::string& path, int flags) {
+  int file;
+  do file = open(path.c_str(), flags | O_CLOEXEC, 0666);
+  while (file < 0 && errno == EINTR);
+  return file;
 }
 
-AtomicFile::~AtomicFile() {
-  if (file_ < 0) return;
-  close(file_);
-  unlink(temporary_.c_str());
-}
-
-void AtomicFile::write(const void* data, size_t bytes) {
+void write_all(int file, const void* data, size_t bytes, const std::string& path) {
   const char* next = static_cast<const char*>(data);
   while (bytes > 0) {
     // macOS refuses more than 2 GiB at once.
-    const ssize_t n = ::write(file_, next, bytes < (size_t{1} << 30) ? bytes : size_t{1} << 30);
+    const ssize_t n = ::write(file, next, bytes < (size_t{1} << 30) ? bytes : size_t{1} << 30);
     if (n < 0 && errno == EINTR) continue;
-    if (n < 0) fail_errno("write " + path_);
+    if (n < 0) fail_errno("write " + path);
     next += n;
     bytes -= size_t(n);
   }
 }
 
+bool flush_file(int file) {
+  int result;
+  do result = fsync(file);
+  while (result != 0 && errno == EINTR);
+  return result == 0;
+}
+
+AtomicFile::AtomicFile(std::string path) : path_(std::move(path)), temporary_(path_ + ".tmp") {
+  file_ = open_locked(temporary_);
+  if (file_ < 0 && errno == EWOULDBLOCK)
+    fail("could not write ", path_, ": another process is writing it (wait for it, or choose another folder)");
+  if (file_ < 0) fail_errno("write " + temporary_);
+  if (ftruncate(file_, 0) != 0 && errno != EINVAL) {  // what a killed process left; a device has no length
+    const int error = errno;
+    close(file_);
+    errno = error;
+    fail_errno("write " + temporary_);
+  }
+}
+
+AtomicFile::~AtomicFile() {
+  if (file_ < 0) return;
+  unlink(temporary_.c_str());
+  close(file_);
+}
+
+void AtomicFile::write(const void* data, size_t bytes) { write_all(file_, data, bytes, path_); }
+
 void AtomicFile::commit() {
   // The order matters: were the file renamed before its bytes are on the disk, a power cut could leave the name with
   // half of them, and the old file gone.
-  if (fsync(file_) != 0) fail_errno("write " + path_);
+  if (!flush_file(file_)) fail_errno("write " + path_);
   if (rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno("rename " + temporary_ + " to " + path_);
-  const int renamed = file_;
-  file_ = -1;  // nothing is left for the destructor
-  if (close(renamed) != 0) fail_errno("write " + path_);
+  close(file_);  // all is on the disk: what close could say is of no interest any more
+  file_ = -1;    // and nothing is left for the destructor
+  const std::string folder = std::filesystem::path(path_).parent_path().string();
+  flush_folder(folder.empty() ? "." : folder);
+}
 
-  std::string folder = std::filesystem::path(path_).parent_path().string();
-  if (folder.empty()) folder = ".";
-  const int handle = open(folder.c_str(), O_RDONLY | O_CLOEXEC);
+void flush_folder(const std::string& folder) {
+  const int handle = open_file(folder, O_RDONLY);
   if (handle < 0) return;  // a folder that can be written but not read: its turn comes with the system's next flush
   // Some file systems have no such call for folders.
-  const bool flushed = fsync(handle) == 0 || errno == EINVAL || errno == ENOTSUP;
+  const bool done = flush_file(handle) || errno == EINVAL || errno == ENOTSUP;
   const int error = errno;
   close(handle);
   errno = error;
-  if (!flushed) fail_errno("write the folder " + folder);
+  if (!done) fail_errno("write the folder " + folder);
+}
+
+Lock::Lock(const std::string& folder) : path_(folder + "/lock"), file_(open_locked(path_)) {
+  if (file_ < 0 && errno == EWOULDBLOCK) {
+    std::string owner = read_file(path_);
+    fail(folder, " is in use", owner.empty() ? "" : " by ", owner, ": wait for it, stop it, or choose another folder");
+  }
+  if (file_ < 0) fail_errno("write " + path_);
+  char host[256] = "";
+  gethostname(host, sizeof host - 1);
+  const std::string owner = text("process ", getpid(), " on ", host);
+  if (ftruncate(file_, 0) != 0 || ::write(file_, owner.data(), owner.size()) < 0) {}  // no more than a help for people
+}
+
+Lock::~Lock() {
+  unlink(path_.c_str());
+  close(file_);
 }
 
 void write_file(const std::string& path, std::string_view content) {

@@ -1,5 +1,7 @@
 // Files, written so that what was there before is lost only once the new one is safe, and read without copies.
-// defines: fail_errno, read_file, AtomicFile, write_file, make_folder, fnv1a, checksum, MappedFile
+// defines: fail_errno, read_file, open_file, write_all, flush_file, AtomicFile,
+//          write_file, flush_folder, make_folder, Lock, fnv1a, checksum,
+//          MappedFile
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -11,9 +13,15 @@
 
 std::string read_file(const std::string& path);
 
+// open(2), which a signal cannot interrupt; -1: see errno.
+int open_file(const std::string& path, int flags);
+// Writes all bytes, however few the system takes at a time; path: for the message.
+void write_all(int file, const void* data, size_t bytes, const std::string& path);
+bool flush_file(int file);  // fsync(2), in the same way
+
 // A file that appears under its name whole or not at all: it grows under a temporary name in the same folder, and
 // commit() flushes it to the disk and renames it. Until then an older file of that name stays as it is, and without
-// commit() the destructor removes the temporary one. Two writers of one path at the same time are not foreseen.
+// commit() the destructor removes the temporary one. A second writer of the same path is refused.
 class AtomicFile {
  public:
   explicit AtomicFile(std::string path);
@@ -31,8 +39,25 @@ class AtomicFile {
 // The same for a file whose content is at hand.
 void write_file(const std::string& path, std::string_view content);
 
+// Brings the names in a folder, and what was renamed there, to the disk.
+void flush_folder(const std::string& folder);
+
 // Makes a folder and those above it; one that exists already is fine.
 void make_folder(const std::string& path);
+
+// Keeps other processes out of a folder while it lives: a file `lock` in it that the system holds for us, and releases
+// however we end. One that a killed process left behind is free. Raises an Error that names the process that has it.
+class Lock {
+ public:
+  explicit Lock(const std::string& folder);
+  ~Lock();
+  Lock(const Lock&) = delete;
+  Lock& operator=(const Lock&) = delete;
+
+ private:
+  std::string path_;
+  int file_;
+};
 
 // FNV-1a with 64 bits: Fowler, Noll, Vo. A state that is passed on continues a hash over several pieces.
 uint64_t fnv1a(const void* data, size_t bytes, uint64_t state = 14695981039346656037ull);

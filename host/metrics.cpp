@@ -1,5 +1,9 @@
 #include "metrics.h"
 
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
 #include <cstdint>
 #include <filesystem>
 #include <limits>
@@ -18,34 +22,55 @@ double number(const Json& line, const char* key) {
   return found != line.end() && found->is_number() ? found->get<double>() : std::numeric_limits<double>::quiet_NaN();
 }
 
+// Calls take(row, line, iter) for the lines of a record that are whole. Without a file there are none.
+template <class Take>
+void for_each_line(const std::string& path, Take take) {
+  if (!std::filesystem::exists(path)) return;
+  std::istringstream lines(read_file(path));
+  for (std::string row; std::getline(lines, row);) {
+    const Json line = Json::parse(row, nullptr, /*allow_exceptions=*/false);
+    const auto iter = line.is_object() ? line.find("iter") : line.end();
+    if (iter == line.end() || !iter->is_number_integer()) continue;
+    const int64_t number = iter->get<int64_t>();
+    if (number >= 0 && number <= std::numeric_limits<int>::max()) take(row, line, number);
+  }
+}
+
 }  // namespace
 
 Metrics::Metrics(const std::string& path, int first_iter) : path_(path) {
   std::string kept;
-  if (first_iter > 0 && std::filesystem::exists(path)) {
-    std::istringstream lines(read_file(path));
-    for (std::string row; std::getline(lines, row);) {
-      const Json line = Json::parse(row, nullptr, /*allow_exceptions=*/false);
-      const bool whole = line.is_object() && line.contains("iter") && line["iter"].is_number_integer();
-      if (!whole || line["iter"].get<int64_t>() >= first_iter) continue;
+  if (first_iter > 0)
+    for_each_line(path, [&](const std::string& row, const Json& line, int64_t iter) {
+      if (iter >= first_iter) return;
       kept += row + '\n';
       remember(line);
-    }
-  }
+    });
   write_file(path, kept);
-  file_ = std::fopen(path.c_str(), "a");
-  if (file_ == nullptr) fail_errno("write " + path);
+  file_ = open_file(path, O_WRONLY | O_APPEND);
+  if (file_ < 0) fail_errno("write " + path);
 }
 
 Metrics::~Metrics() {
-  if (file_ != nullptr) std::fclose(file_);
+  if (file_ >= 0) close(file_);
 }
 
 void Metrics::add(const Json& line) {
   const std::string row = line.dump() + '\n';
-  if (std::fwrite(row.data(), 1, row.size(), file_) != row.size() || std::fflush(file_) != 0)
-    fail_errno("write " + path_);
+  write_all(file_, row.data(), row.size(), path_);
   remember(line);
+}
+
+void Metrics::flush() {
+  if (!flush_file(file_)) fail_errno("write " + path_);
+}
+
+bool has_final(const std::string& path, int iter) {
+  bool found = false;
+  for_each_line(path, [&](const std::string&, const Json& line, int64_t at) {
+    found = found || (at == iter && line.value("type", Json()) == "final");
+  });
+  return found;
 }
 
 void Metrics::add_iter(int iter, double loss, double lr, double time_ms, double tokens_per_s) {

@@ -2,9 +2,8 @@
 //   {"type":"iter","iter":10,"loss":3.1,"lr":0.0003,"time_ms":41.2,"tokens_per_s":397000}
 //   {"type":"eval","iter":500,"train_loss":1.75,"val_loss":1.9}
 //   {"type":"final","iter":5000,"val_exact":1.57,"train_seconds":170.2}
-// defines: EvalPoint, IterPoint, Metrics
+// defines: EvalPoint, IterPoint, Metrics, has_final
 #pragma once
-#include <cstdio>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
@@ -28,11 +27,13 @@ class Metrics {
   Metrics(const Metrics&) = delete;
   Metrics& operator=(const Metrics&) = delete;
 
-  // Each line is with the system when its call returns. A number that is not finite becomes null.
+  // Each line is with the system when its call returns, and on the disk after flush. A number that is not finite becomes
+  // null.
   void add(const nlohmann::ordered_json& line);
   void add_iter(int iter, double loss, double lr, double time_ms, double tokens_per_s);
   void add_eval(int iter, double train_loss, double val_loss);
   void add_final(int iter, double val_exact, double train_seconds);
+  void flush();
 
   // For the plot: all that the file holds, earlier runs' lines included. A loss of null reads as NaN.
   const std::vector<EvalPoint>& evals() const { return evals_; }
@@ -42,7 +43,10 @@ class Metrics {
   void remember(const nlohmann::ordered_json& line);
 
   std::string path_;
-  std::FILE* file_ = nullptr;
+  int file_ = -1;
   std::vector<EvalPoint> evals_;
   std::vector<IterPoint> iters_;
 };
+
+// Whether a record says that its run came to the end after this many iterations.
+bool has_final(const std::string& path, int iter);

@@ -1,17 +1,19 @@
 #include "signals.h"
 
 #include <csignal>
-#include <initializer_list>
 
 static volatile std::sig_atomic_t caught = 0;
+static constexpr int stopping[] = {SIGINT, SIGTERM, SIGHUP};
 
 static void note(int signal) {
   caught = signal;
-  std::signal(signal, SIG_DFL);
+  for (const int any : stopping) std::signal(any, SIG_DFL);
 }
 
 void catch_signals() {
-  for (const int signal : {SIGINT, SIGTERM, SIGHUP}) std::signal(signal, note);
+  for (const int signal : stopping)
+    if (std::signal(signal, note) == SIG_IGN) std::signal(signal, SIG_IGN);
+  std::signal(SIGPIPE, SIG_IGN);
 }
 
 int stop_signal() { return caught; }

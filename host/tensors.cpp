@@ -1,5 +1,6 @@
 #include "tensors.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -113,6 +114,48 @@ void init_parameters(Real* params, const Layout& layout, uint64_t seed) {
   plant_canaries(params, layout);
 }
 
+namespace {
+
+template <class Real>
+bool finite(const Real* values, size_t count) {
+  Real sum = 0;  // 0 as long as all are finite: 0 times infinity, or NaN, is NaN
+  for (size_t i = 0; i < count; i++) sum += values[i] * 0;
+  return sum == 0;
+}
+
+}  // namespace
+
+template <class Real>
+bool all_finite(const Real* buffer, const Layout& layout) {
+  for (const TensorSpec& spec : layout.tensors())
+    for (int l = 0; l < spec.layers; l++)
+      if (!finite(buffer + spec.offset + size_t(l) * spec.stride, spec.slice)) return false;
+  return true;
+}
+
+template <class Real>
+std::string first_not_finite(const Real* buffer, const Layout& layout, Order order) {
+  // What comes before the layers, the layers one by one, and what comes after them.
+  std::vector<std::pair<const TensorSpec*, int>> all, layers, after;
+  int depth = 0;
+  for (const TensorSpec& spec : layout.tensors()) depth = std::max(depth, spec.layers);
+  bool in_layers = false;
+  for (const TensorSpec& spec : layout.tensors()) {
+    in_layers = in_layers || spec.layers > 1;
+    if (spec.layers == 1 && depth > 1) (in_layers ? after : all).push_back({&spec, 0});
+  }
+  for (int l = 0; l < depth; l++)
+    for (const TensorSpec& spec : layout.tensors())
+      if (spec.layers == depth) layers.push_back({&spec, l});
+  all.insert(all.end(), layers.begin(), layers.end());
+  all.insert(all.end(), after.begin(), after.end());
+  if (order == Order::backward) std::reverse(all.begin(), all.end());
+  for (const auto& [spec, l] : all)
+    if (!finite(buffer + spec->offset + size_t(l) * spec->stride, spec->slice))
+      return spec->layers > 1 ? text(spec->name, " of layer ", l) : spec->name;
+  return "";
+}
+
 template <class Real>
 void plant_canaries([[maybe_unused]] Real* buffer, [[maybe_unused]] const Layout& layout) {
   if constexpr (canary_gap > 0)
@@ -134,9 +177,11 @@ void check_canaries([[maybe_unused]] const Real* buffer, [[maybe_unused]] const 
                  l);
 }
 
-#define INSTANTIATE(Real)                                              \
-  template void init_parameters<Real>(Real*, const Layout&, uint64_t); \
-  template void plant_canaries<Real>(Real*, const Layout&);            \
+#define INSTANTIATE(Real)                                                         \
+  template void init_parameters<Real>(Real*, const Layout&, uint64_t);            \
+  template bool all_finite<Real>(const Real*, const Layout&);                     \
+  template std::string first_not_finite<Real>(const Real*, const Layout&, Order); \
+  template void plant_canaries<Real>(Real*, const Layout&);                       \
   template void check_canaries<Real>(const Real*, const Layout&, const char*);
 INSTANTIATE(float)
 INSTANTIATE(double)

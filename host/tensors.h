@@ -1,6 +1,6 @@
 // Every buffer of the trainers is one allocation, carved into named tensors by one table.
 // defines: ModelShape, PARAMETERS, Params, TensorSpec, Layout, parameter_layout, ExportTensor, export_table,
-//          init_parameters, canaries
+//          init_parameters, all_finite, first_not_finite, canaries
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -114,6 +114,14 @@ std::vector<ExportTensor> export_table(const ModelShape& shape, const Layout& la
 // Fills a parameter buffer (layout.size() elements) from the seed: N(0, 0.02) for weights, 0 and 1 for the rest.
 template <class Real>
 void init_parameters(Real* params, const Layout& layout, uint64_t seed);
+
+// Numbers that are not finite. all_finite looks at the tensors, not at the gaps between them; first_not_finite names the
+// first tensor, and its layer, in the order in which a step computes them (backward: the other way round); empty: none.
+enum class Order { forward, backward };
+template <class Real>
+bool all_finite(const Real* buffer, const Layout& layout);
+template <class Real>
+std::string first_not_finite(const Real* buffer, const Layout& layout, Order order);
 
 // The gaps between a buffer's slices, in builds with canaries: NaN, which no read goes unnoticed over and which AdamW
 // leaves as it is; checked after every step.

@@ -1,9 +1,15 @@
 #include "train_loop.h"
 
+#include <cmath>
+#include <filesystem>
+#include <limits>
+
 #include "files.h"
 #include "ngram.h"
 #include "plot.h"
 #include "pth.h"
+
+namespace fs = std::filesystem;
 
 Data open_data(const std::string& folder, const Vocabulary* expected) {
   Vocabulary vocabulary = Vocabulary::load(folder + "/vocab.json");
@@ -13,6 +19,62 @@ Data open_data(const std::string& folder, const Vocabulary* expected) {
   Tokens train(folder, "train", vocabulary), val(folder, "val", vocabulary);
   const std::string fingerprint = hash_text(train.fingerprint()) + hash_text(val.fingerprint());
   return {std::move(vocabulary), std::move(train), std::move(val), fingerprint};
+}
+
+static std::string dtype_of(const CheckpointInfo& info) {
+  const auto found = info.state.find("dtype");
+  return found == info.state.end() ? "" : found->second;
+}
+
+std::string dtype_so_far(const Config& config) {
+  if (config.command != "train" || config.init_from != "resume") return "";
+  return dtype_of(Checkpoint(config.out_dir + "/ckpt_last.safetensors").info());
+}
+
+void check_resumed(const Config& config, const Checkpoint& checkpoint, const Data& data) {
+  const CheckpointInfo& info = checkpoint.info();
+  if (info.data != data.fingerprint)
+    fail("the checkpoint was trained on another text (", info.data, ") than the one in ", config.data, " (",
+         data.fingerprint, "); point --data to that text, or choose another --out_dir for a new run");
+  if (info.iteration > config.max_iters)
+    fail("this run has done ", info.iteration, " iterations, more than --max_iters ", config.max_iters,
+         "; raise it to go on, or sample, eval or export the run");
+  if (info.iteration == config.max_iters && has_final(config.out_dir + "/metrics.jsonl", info.iteration))
+    fail("this run has done its ", info.iteration,
+         " iterations; raise --max_iters to go on, or sample, eval or export it");
+  if (const std::string before = dtype_of(info); !before.empty() && before != config.dtype)
+    std::fprintf(stderr, "going on in another type: %s -> %s\n", before.c_str(), config.dtype.c_str());
+}
+
+void set_aside_older_run(const std::string& out_dir) {
+  const std::string last = out_dir + "/ckpt_last.safetensors";
+  if (!fs::exists(last)) return;
+  int iteration = -1;  // unless it can be read
+  try {
+    iteration = Checkpoint(last).info().iteration;
+  } catch (const Error&) {}
+  if (iteration == 0) return;  // it never got further than its start
+  std::string folder;
+  for (int n = 1; folder.empty() || fs::exists(folder); n++) folder = text(out_dir, "/run_", n);
+  make_folder(folder);
+  // The checkpoint goes last: after a crash on the way the next run moves the rest.
+  for (const char* name : {"sample.txt", "metrics.jsonl", "training_plot.png", "microGPT_model.pth",
+                           "ckpt_best.safetensors", "ckpt_last.safetensors"})
+    if (fs::exists(out_dir + "/" + name)) fs::rename(out_dir + "/" + name, folder + "/" + name);
+  flush_folder(folder);
+  flush_folder(out_dir);
+  std::fprintf(stderr, "%s held another run%s: it is in %s now; --init_from resume would have gone on with it\n",
+               out_dir.c_str(), iteration > 0 ? text(" of ", iteration, " iterations").c_str() : "", folder.c_str());
+}
+
+void require_imaginable(const Config& config, const ModelShape& s, double available) {
+  const double C = s.C, rows = double(config.batch_size) * s.T;
+  const double params = C * (2.0 * s.V + s.T) + 12 * C * C * s.L;
+  const double bytes = 4 * (params + rows * (10 * C * s.L + s.V));
+  if (bytes < 1e15 && rows <= std::numeric_limits<int>::max()) return;
+  fail("this run needs more than ", std::ceil(bytes / 1e9), " GB of memory, ", std::floor(available / 1e9),
+       " GB are there; lower --batch_size and --block_size (", rows, " positions in a batch, at most ",
+       std::numeric_limits<int>::max(), ") or --n_embd and --n_layer (", params, " parameters)");
 }
 
 std::string checkpoint_path(const Config& config) {
@@ -35,7 +97,7 @@ std::string flops_text(double flops, double peak) {
 }
 
 RunFiles::RunFiles(const Config& config, int first_iteration)
-    : config_(config), metrics_((make_folder(config.out_dir), path("metrics.jsonl")), first_iteration) {}
+    : config_(config), metrics_(path("metrics.jsonl"), first_iteration) {}
 
 std::string RunFiles::path(const char* name) const { return config_.out_dir + "/" + name; }
 

@@ -5,6 +5,7 @@
 //   static MemoryPlan plan(config, shape, data, training)  what that will take, static AvailableMemory memory()
 //   shape(), layout(), describe(), peak_flops()   peak_flops: of the machine, 0 if it was not measured
 //   restore(params, m, v), snapshot(params, m, v) from and to buffers of that layout on the host; m, v: null, or both
+//   first_not_finite()                            after a step: its first tensor with infinity or NaN; empty: none has
 //   state(), set_state(map)                       what else a resumed run needs, for the checkpoint's metadata
 //   int chunk()                                   steps, or batches, that are best asked for at once
 //   std::vector<float> train_steps(iteration, count)          updates; each one's loss, the mean over its batches
@@ -37,11 +38,33 @@
 // What needs no model: train_loop.cpp
 
 struct Interrupted {};  // thrown out of a long task when a signal came
+struct NotFinite {      // thrown when a number has become infinite or NaN, in this iteration or one before
+  std::string what;
+  int iteration;
+};
 
 std::string checkpoint_path(const Config& config);  // --checkpoint last, best, or a file
 double flops_per_token(const ModelShape& shape);    // of a training step: 3 x forward, attention causal
 std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
 inline int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// The type that the run in out_dir computed in so far, if this one is to go on with it; else empty.
+std::string dtype_so_far(const Config& config);
+// Refuses to go on with another text, or with a run that is complete; says it if the type is another.
+void check_resumed(const Config& config, const Checkpoint& checkpoint, const Data& data);
+// Moves the files of a run that was trained in out_dir before into a folder of its own there.
+void set_aside_older_run(const std::string& out_dir);
+// Refuses sizes for which the plan itself could not be computed.
+void require_imaginable(const Config& config, const ModelShape& shape, double available);
+
+template <class Model>
+MemoryPlan possible_plan(const Config& config, const ModelShape& shape, const Data* data, bool training) {
+  const AvailableMemory memory = Model::memory();
+  require_imaginable(config, shape, memory.bytes);
+  MemoryPlan plan = Model::plan(config, shape, data, training);
+  plan.require(memory);
+  return plan;
+}
 
 // The files of a run in out_dir: each is written whole or not at all.
 class RunFiles {
@@ -111,11 +134,34 @@ double exact_loss(Model& model, Split split, uint64_t tokens, int batch_size) {
 // ---------------------------------------------------------------------------------------------------------------------
 // train
 
+// Repeats the steps of a run since its last checkpoint one by one, up to `until`, and says which step and which of its
+// tensors were the first with a number that is not finite. A run is a function of its checkpoint and its settings, so
+// that what went wrong goes wrong again; if not, it was no mistake in the numbers.
+template <class Model>
+std::string find_not_finite(Model& model, const std::string& path, int until) {
+  const Checkpoint good(path);
+  const Layout& layout = model.layout();
+  const Snapshot now{Buffer<float>(layout), Buffer<float>(layout), Buffer<float>(layout)};
+  good.load_params(now.params.data(), layout);
+  good.load_moments(now.m.data(), now.v.data(), layout);
+  model.restore(now.params.data(), now.m.data(), now.v.data());
+  model.set_state(good.info().state);
+  for (int i = good.info().iteration; i <= until && !stop_signal(); i++) {
+    const float loss = model.train_steps(i, 1)[0];
+    model.snapshot(now.params.data(), now.m.data(), now.v.data());
+    if (std::isfinite(loss) && now.all_finite(layout)) continue;
+    const std::string tensor = model.first_not_finite();
+    return text("it began in iteration ", i, tensor.empty() ? "" : " with ", tensor);
+  }
+  return "it did not come back when the steps were repeated: memory or processor may be faulty";
+}
+
 template <class Model>
 int train(Config config) {
+  const std::string last_path = config.out_dir + "/ckpt_last.safetensors";
   std::optional<Checkpoint> resumed;
   if (config.init_from == "resume") {
-    resumed.emplace(config.out_dir + "/ckpt_last.safetensors");
+    resumed.emplace(last_path);
     for (const std::string& change : apply_settings(config, resumed->info().settings))
       std::fprintf(stderr, "going on with another value of %s\n", change.c_str());
   }
@@ -123,14 +169,13 @@ int train(Config config) {
   const ModelShape shape = model_shape(config, data.vocabulary.size());
   data.train.require_window(shape.T);
   data.val.require_window(shape.T);
-  if (resumed && resumed->info().data != data.fingerprint)
-    fail("the checkpoint was trained on another text (", resumed->info().data, ") than the one in ", config.data, " (",
-         data.fingerprint, "); point --data to that text, or choose another --out_dir for a new run");
+  if (resumed) check_resumed(config, *resumed, data);
 
   std::fprintf(stderr, "%s\n", print_config(config).c_str());
-  const MemoryPlan plan = Model::plan(config, shape, &data, true);
-  plan.require(Model::memory());
-  std::fprintf(stderr, "%s\n", plan.print().c_str());
+  std::fprintf(stderr, "%s\n", possible_plan<Model>(config, shape, &data, true).print().c_str());
+  make_folder(config.out_dir);
+  const Lock lock(config.out_dir);
+  if (!resumed) set_aside_older_run(config.out_dir);
   Model model(config, shape, &data, true);
   const Layout& layout = model.layout();
   std::fprintf(stderr, "%zu parameters, %.1f MFLOP a token, %s\n", layout.count(), flops_per_token(shape) / 1e6,
@@ -147,9 +192,6 @@ int train(Config config) {
     if (resumed) {
       info.iteration = resumed->info().iteration;
       info.best_loss = resumed->info().best_loss;
-      if (info.iteration >= config.max_iters)
-        fail("this run has done its ", info.iteration,
-             " iterations; raise --max_iters to go on, or sample, eval or export it");
       resumed->load_params(start.params.data(), layout);
       resumed->load_moments(start.m.data(), start.v.data(), layout);
       model.set_state(resumed->info().state);
@@ -162,25 +204,30 @@ int train(Config config) {
   }
 
   RunFiles files(config, info.iteration);
-  const auto take_snapshot = [&]() -> Snapshot& {
-    Snapshot& snapshot = writer.snapshot();
-    model.snapshot(snapshot.params.data(), snapshot.m.data(), snapshot.v.data());
-    info.state = model.state();
-    return snapshot;
-  };
-  const auto save = [&](bool best) {  // in the background, from a snapshot
-    take_snapshot();
-    writer.write(info, files.path("ckpt_last.safetensors"), best ? files.path("ckpt_best.safetensors") : "");
-  };
-
   using Clock = std::chrono::steady_clock;
   const auto seconds_since = [](Clock::time_point t) {
     return std::chrono::duration<double>(Clock::now() - t).count();
   };
   const Clock::time_point start = Clock::now();
+  Clock::time_point last_save = start;
+  const auto take_snapshot = [&]() -> Snapshot& {
+    Snapshot& snapshot = writer.snapshot();
+    model.snapshot(snapshot.params.data(), snapshot.m.data(), snapshot.v.data());
+    if (!snapshot.all_finite(layout))
+      throw NotFinite{text("the weights after iteration ", info.iteration - 1, " are not finite"), info.iteration - 1};
+    info.state = model.state();
+    info.state["dtype"] = config.dtype;
+    return snapshot;
+  };
+  const auto save = [&](bool best) {  // in the background, from a snapshot
+    take_snapshot();
+    files.metrics().flush();  // a checkpoint never knows of an iteration that the record does not
+    writer.write(info, last_path, best ? files.path("ckpt_best.safetensors") : "");
+    last_save = Clock::now();
+  };
+
   const double tokens_per_step = double(config.batch_size) * config.gradient_accumulation_steps * shape.T;
-  catch_signals();
-  try {
+  const auto run = [&] {
     ProgressBar bar("train", uint64_t(config.max_iters), "it");
     bar.update(uint64_t(info.iteration));
     double step_seconds = 0;  // since the last log line
@@ -190,12 +237,16 @@ int train(Config config) {
       if (iteration % config.eval_interval == 0 || iteration == last) {
         bar.clear();
         const EvalPoint point = evaluate(model, config, iteration);
+        if (!std::isfinite(point.train) || !std::isfinite(point.val))
+          throw NotFinite{text("the losses before iteration ", iteration, " are not finite"), iteration - 1};
         std::printf("step %d: train loss %.4f, val loss %.4f\n", iteration, point.train, point.val);
         std::fflush(stdout);
         files.metrics().add_eval(iteration, point.train, point.val);
         const bool best = point.val < info.best_loss;
         if (best) info.best_loss = point.val;
         save(best);
+      } else if (!writer.busy() && config.checkpoint_secs > 0 && seconds_since(last_save) >= config.checkpoint_secs) {
+        save(false);
       }
       if (stop_signal()) throw Interrupted();
 
@@ -208,9 +259,8 @@ int train(Config config) {
       const std::vector<float> losses = model.train_steps(iteration, count);
       for (int i = 0; i < count; i++)
         if (!std::isfinite(losses[size_t(i)]))
-          fail("the loss of iteration ", iteration + i, " is not finite (", losses[size_t(i)],
-               "): ", files.path("ckpt_last.safetensors"),
-               " is the last good state; a lower --learning_rate or a --grad_clip of 1 may help");
+          throw NotFinite{text("the loss of iteration ", iteration + i, " is not finite (", losses[size_t(i)], ")"),
+                          iteration + i};
       step_seconds += seconds_since(before);
       steps += count;
       info.iteration += count;
@@ -231,13 +281,12 @@ int train(Config config) {
     const double train_seconds = seconds_since(start);
     save(false);
 
+    // What a finished run leaves besides. The record's last line comes last: a run without it finishes when it goes on.
     const double val_exact = exact_loss(model, Split::val, data.val.size(), config.batch_size);
     std::printf("val exact: %.4f\n", val_exact);
-    files.metrics().add_final(info.iteration, val_exact, train_seconds);
     export_pth(files.path("microGPT_model.pth"), shape, layout, take_snapshot().params.data());
     const bool plotted = files.plot(text("microGPT, ", layout.count(), " parameters"));
     std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());
-
     std::string sample;
     generate(model, {0}, {500, {1.0, 0}, config.seed, 0}, [&](int token) {
       const std::string piece = data.vocabulary.decode(token);
@@ -247,18 +296,35 @@ int train(Config config) {
       return !stop_signal();
     });
     std::printf("\n");
+    if (stop_signal()) throw Interrupted();
     write_file(files.path("sample.txt"), sample + "\n");
+    files.metrics().add_final(info.iteration, val_exact, train_seconds);
+    files.metrics().flush();
     std::fprintf(
         stderr,
         "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, %smetrics.jsonl, sample.txt\n",
         config.out_dir.c_str(), plotted ? "training_plot.png, " : "");
-  } catch (const Interrupted&) {
-    save(false);
+  };
+
+  catch_signals();
+  try {
+    try {
+      run();
+    } catch (const Interrupted&) {
+      save(false);
+      writer.wait();
+      std::fprintf(stderr, "\nstopped before iteration %d and saved; --init_from resume goes on\n", info.iteration);
+    }
+  } catch (const NotFinite& bad) {
     writer.wait();
-    std::fprintf(stderr, "\nstopped before iteration %d and saved; --init_from resume goes on\n", info.iteration);
+    std::fprintf(stderr, "%s; the steps since the last checkpoint are repeated, to see where it began\n",
+                 bad.what.c_str());
+    fail(bad.what, "; ", find_not_finite(model, last_path, bad.iteration), ". ", last_path, " is the last good state; ",
+         "--init_from resume with a lower --learning_rate, or with --grad_clip 1, may get further");
+  } catch (const Error& error) {
+    if (writer.saved() < 0) throw;
+    fail(error.what(), "; ", last_path, " is whole, --init_from resume goes on at iteration ", writer.saved());
   }
-  if (std::ferror(stdout))
-    fail("not all lines could be written to standard output; everything in ", config.out_dir, " is whole");
   return stop_signal() ? 128 + stop_signal() : 0;
 }
 
@@ -270,7 +336,7 @@ template <class Model>
 std::unique_ptr<Model> load_model(Config& config, const Checkpoint& checkpoint, const Data* data) {
   apply_settings(config, checkpoint.info().settings);
   const ModelShape& shape = checkpoint.info().shape;
-  Model::plan(config, shape, data, false).require(Model::memory());
+  possible_plan<Model>(config, shape, data, false);
   auto model = std::make_unique<Model>(config, shape, data, false);
   const Buffer<float> params(model->layout());
   checkpoint.load_params(params.data(), model->layout());

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -72,6 +73,49 @@ Run run(const std::string& command_line) {
   const int status = std::system(("{ " + command_line + "\n} >" + out.string() + " 2>" + err.string()).c_str());
   const int code = WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status);
   return {code, content(out), content(err)};
+}
+
+Process::Process(const std::string& command_line) {
+  const std::string folder = test_folder();
+  out_ = folder + "/stdout";
+  err_ = folder + "/stderr";
+  pid_ = fork();
+  if (pid_ != 0) return;
+  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) std::signal(number, SIG_DFL);
+  const std::string command = "exec " + command_line + " >" + out_ + " 2>" + err_;
+  execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
+  _exit(127);
+}
+
+Process::~Process() {
+  if (pid_ <= 0) return;
+  kill(pid_, SIGKILL);
+  waitpid(pid_, nullptr, 0);
+}
+
+bool Process::ended() const {
+  siginfo_t info{};
+  return waitid(P_PID, id_t(pid_), &info, WEXITED | WNOHANG | WNOWAIT) == 0 && info.si_pid == pid_;
+}
+
+bool Process::printed(const std::string& part) const {
+  return content(out_).find(part) != std::string::npos || content(err_).find(part) != std::string::npos;
+}
+
+void Process::wait_for(const std::string& part) const {
+  for (int i = 0; !printed(part); i++) {
+    if (i == 60000 || (ended() && !printed(part))) FAIL("waited for '" << part << "' in vain: " << content(err_));
+    usleep(1000);
+  }
+}
+
+void Process::signal(int number) const { kill(pid_, number); }
+
+Run Process::wait() {
+  int status = 0;
+  waitpid(pid_, &status, 0);
+  pid_ = -1;
+  return {WIFSIGNALED(status) ? 128 + WTERMSIG(status) : WEXITSTATUS(status), content(out_), content(err_)};
 }
 
 std::string program(const char* name) {

@@ -1,5 +1,5 @@
 // What every test includes: Catch2, whichever version is installed, and a few things to try programs and files with.
-// defines: test_folder, skip, Run, run, program, error_of, contains
+// defines: test_folder, skip, Run, run, Process, program, error_of, contains
 #pragma once
 #include <string>
 
@@ -29,6 +29,23 @@ struct Run {
   std::string out, err;
 };
 Run run(const std::string& command_line);
+
+// A shell command that runs meanwhile, with every signal as a person's terminal leaves it. Killed when it goes.
+class Process {
+ public:
+  explicit Process(const std::string& command_line);
+  ~Process();
+  Process(const Process&) = delete;
+  bool printed(const std::string& part) const;   // on stdout or stderr, by now
+  void wait_for(const std::string& part) const;  // fails the test after a minute, or if the process ends without
+  void signal(int number) const;
+  Run wait();
+
+ private:
+  bool ended() const;
+  std::string out_, err_;
+  int pid_;
+};
 
 // The absolute path of a program that was built, in the folder $PROGRAMS: "train_gpt_cpu", "data_prep".
 std::string program(const char* name);

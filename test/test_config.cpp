@@ -51,11 +51,11 @@ TEST_CASE("Flags are written as --k v and --k=v, and the last one counts") {
 
 TEST_CASE("What cannot be is refused, with the range or the nearest name") {
   CHECK(refusal({"--bath_size", "3"}) == "--bath_size is not a flag of train; the nearest is --batch_size, see --help");
-  CHECK(refusal({"--batch_size", "0"}) == "--batch_size is a whole number from 1 to 1048576, not '0'");
-  CHECK(refusal({"--batch_size", "2.5"}) == "--batch_size is a whole number from 1 to 1048576, not '2.5'");
-  CHECK(refusal({"--batch_size", "many"}) == "--batch_size is a whole number from 1 to 1048576, not 'many'");
+  CHECK(refusal({"--batch_size", "0"}) == "--batch_size is a whole number from 1 to 2000000000, not '0'");
+  CHECK(refusal({"--batch_size", "2.5"}) == "--batch_size is a whole number from 1 to 2000000000, not '2.5'");
+  CHECK(refusal({"--batch_size", "many"}) == "--batch_size is a whole number from 1 to 2000000000, not 'many'");
   CHECK(refusal({"--batch_size=99999999999999999999"}) ==
-        "--batch_size is a whole number from 1 to 1048576, not '99999999999999999999'");
+        "--batch_size is a whole number from 1 to 2000000000, not '99999999999999999999'");
   CHECK(refusal({"--dropout=1"}) == "--dropout is a number from 0 to 0.99, not '1'");
   CHECK(refusal({"--dropout=nan"}) == "--dropout is a number from 0 to 0.99, not 'nan'");
   CHECK(refusal({"--learning_rate=-1"}) == "--learning_rate is a number from 0 to 10, not '-1'");

@@ -1,9 +1,6 @@
 // The GPU trainer as a person uses it, on CUDA-on-CPU: which device it takes and what it says, files that go from one
 // device to the other and back. CUDA_ON_CPU_DEVICES and CUDA_ON_CPU_MEMORY (bytes) describe the GPU that it finds.
-#include <nlohmann/json.hpp>
-
-#include "../host/files.h"
-#include "test.h"
+#include "trainer.h"
 
 namespace {
 
@@ -12,16 +9,7 @@ const std::string tiny =
     " --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_iters=12 --eval_interval=6 --eval_iters=2"
     " --log_interval=4 --dropout=0.1 --learning_rate=1e-2 --preset=lecture";
 
-std::string prepared() {
-  const std::string folder = test_folder();
-  std::string content;
-  for (int i = 0; i < 1000; i++) content += "ab";
-  write_file(folder + "/input.txt", content);
-  REQUIRE(run(program("data_prep") + " " + folder + "/input.txt --out " + folder + "/data").code == 0);
-  return folder;
-}
-
-Run train(const std::string& what, const std::string& folder, const std::string& out, const std::string& flags) {
+Run train_with(const std::string& what, const std::string& folder, const std::string& out, const std::string& flags) {
   return run(what + " --data " + folder + "/data --out_dir " + folder + out + flags);
 }
 
@@ -46,7 +34,8 @@ std::vector<double> losses_of(const std::string& out) {
 
 TEST_CASE("The GPU trainer trains, samples, saves and says on what") {
   const std::string folder = prepared();
-  const Run gpu = train(on_gpu, folder, "/gpu", tiny + " --dtype=float32"), cpu = train(on_cpu, folder, "/cpu", tiny);
+  const Run gpu = train_with(on_gpu, folder, "/gpu", tiny + " --dtype=float32"),
+            cpu = train_with(on_cpu, folder, "/cpu", tiny + " --dtype=float32");
   INFO(gpu.err);
   REQUIRE(gpu.code == 0);
   CHECK(contains(gpu.err, "float32 on CUDA on the CPU"));
@@ -58,7 +47,7 @@ TEST_CASE("The GPU trainer trains, samples, saves and says on what") {
   CHECK(got.back() < 0.1);
   CHECK(read_file(folder + "/gpu/sample.txt") == read_file(folder + "/cpu/sample.txt"));
   CHECK(contains(read_file(folder + "/gpu/matmul_algorithms.txt"), "algorithms of matrix products"));
-  CHECK(train(on_gpu, folder, "/gpu", " eval").code == 1);  // a command comes first
+  CHECK(train_with(on_gpu, folder, "/gpu", " eval").code == 1);  // a command comes first
   const Run eval = run(on_gpu + " eval --data " + folder + "/data --out_dir " + folder + "/gpu");
   CHECK(losses_of(eval.out).back() == Approx(got.back()).margin(1e-3));  // in bfloat16, unless it is told otherwise
   const Run sample = run(on_gpu + " sample --out_dir " + folder + "/gpu --start=ab --max_new_tokens=20");
@@ -70,13 +59,13 @@ TEST_CASE("Runs in every type repeat, and resume, byte for byte") {
   for (const std::string dtype : {"bfloat16", "float16", "tf32"}) {
     const std::string whole = "/" + dtype, again = whole + "_again", parts = whole + "_parts";
     const std::string flags = tiny + " --dtype=" + dtype;
-    const Run r = train(on_gpu, folder, whole, flags);
+    const Run r = train_with(on_gpu, folder, whole, flags);
     INFO(r.err);
     REQUIRE(r.code == 0);
     CHECK(contains(r.err, dtype + " on CUDA"));
-    REQUIRE(train(on_gpu, folder, again, flags).code == 0);
-    REQUIRE(train(on_gpu, folder, parts, flags + " --max_iters=7").code == 0);
-    REQUIRE(train(on_gpu, folder, parts, " --init_from=resume --max_iters=12 --dtype=" + dtype).code == 0);
+    REQUIRE(train_with(on_gpu, folder, again, flags).code == 0);
+    REQUIRE(train_with(on_gpu, folder, parts, flags + " --max_iters=7").code == 0);
+    REQUIRE(train_with(on_gpu, folder, parts, " --init_from=resume --max_iters=12 --dtype=" + dtype).code == 0);
     const std::string checkpoint = read_file(folder + whole + "/ckpt_last.safetensors");
     CHECK((checkpoint == read_file(folder + again + "/ckpt_last.safetensors")));
     CHECK((checkpoint == read_file(folder + parts + "/ckpt_last.safetensors")));
@@ -85,13 +74,13 @@ TEST_CASE("Runs in every type repeat, and resume, byte for byte") {
 
 TEST_CASE("A run goes on on another device") {
   const std::string folder = prepared();
-  REQUIRE(train(on_gpu, folder, "/a", tiny + " --dtype=float32 --max_iters=6").code == 0);
-  const Run to_cpu = train(on_gpu, folder, "/a", " --init_from=resume --max_iters=12 --device=cpu");
+  REQUIRE(train_with(on_gpu, folder, "/a", tiny + " --dtype=float32 --max_iters=6").code == 0);
+  const Run to_cpu = train_with(on_gpu, folder, "/a", " --init_from=resume --max_iters=12 --device=cpu");
   INFO(to_cpu.err);
   CHECK(to_cpu.code == 0);
   CHECK(contains(to_cpu.err, "going on at iteration 6"));
-  REQUIRE(train(on_cpu, folder, "/b", tiny + " --max_iters=6").code == 0);
-  const Run to_gpu = train(on_gpu, folder, "/b", " --init_from=resume --max_iters=12 --dtype=float32");
+  REQUIRE(train_with(on_cpu, folder, "/b", tiny + " --max_iters=6 --dtype=float32").code == 0);
+  const Run to_gpu = train_with(on_gpu, folder, "/b", " --init_from=resume --max_iters=12 --dtype=float32");
   CHECK(to_gpu.code == 0);
   const std::vector<double> a = losses_of(to_cpu.out), b = losses_of(to_gpu.out);
   REQUIRE(a.size() == b.size());
@@ -101,16 +90,16 @@ TEST_CASE("A run goes on on another device") {
 TEST_CASE("Without a GPU it trains on the CPU and says why, unless a GPU was asked for") {
   const std::string folder = prepared();
   const std::string no_gpu = "CUDA_ON_CPU_DEVICES=0 " + on_gpu;
-  const Run r = train(no_gpu, folder, "/out", tiny);
+  const Run r = train_with(no_gpu, folder, "/out", tiny);
   CHECK(r.code == 0);
   CHECK(contains(r.err, "on the CPU: no CUDA device"));
-  const Run refused = train(no_gpu, folder, "/refused", tiny + " --device=cuda");
+  const Run refused = train_with(no_gpu, folder, "/refused", tiny + " --device=cuda");
   CHECK(refused.code == 1);
   CHECK(contains(refused.err, "error: --device cuda: no CUDA device"));
-  const Run asked = train(on_gpu, folder, "/cpu", tiny + " --device=cpu");
+  const Run asked = train_with(on_gpu, folder, "/cpu", tiny + " --device=cpu");
   CHECK(asked.code == 0);
   CHECK(!contains(asked.err, "on the CPU:"));
-  const Run type = train(no_gpu, folder, "/type", tiny + " --dtype=float16");
+  const Run type = train_with(no_gpu, folder, "/type", tiny + " --dtype=float16");
   CHECK(type.code == 1);
   CHECK(contains(type.err, "--dtype float16 needs a GPU"));
 }
@@ -118,7 +107,7 @@ TEST_CASE("Without a GPU it trains on the CPU and says why, unless a GPU was ask
 TEST_CASE("What a GPU cannot do is refused before it begins") {
   const std::string folder = prepared();
   const auto refused = [&](const std::string& what, const std::string& flags, const std::string& part) {
-    const Run r = train(what, folder, "/out", tiny + flags);
+    const Run r = train_with(what, folder, "/out", tiny + flags);
     INFO(r.err);
     CHECK(r.code == 1);
     CHECK(contains(r.err, part));

@@ -1,0 +1,145 @@
+// Linked into a program, it makes the system fail: the calls by which files are written are counted, and what FAULT says
+// happens at one of them. The program itself is the one that is shipped.
+//   FAULT=12:ENOSPC   the 12th call fails with this errno (EIO, EINTR, ...)
+//   FAULT=12:short    the next write takes only half of its bytes
+//   FAULT=12:torn     the next write takes half, then the process is killed
+//   FAULT=12:kill     the process is killed before it
+//   FAULT=12:power    the same, and the disk forgets what no fsync has brought to it
+//   FAULT_LOG=path    a line for each call: its name and its file's path
+#include <dlfcn.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <csignal>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+namespace {
+
+template <class Function>
+Function* real(const char* name) {
+  return reinterpret_cast<Function*>(dlsym(RTLD_NEXT, name));
+}
+
+struct File {
+  std::string path;
+  off_t safe = 0;  // so many bytes are on the disk
+};
+
+std::mutex mutex;
+std::map<int, File>& files() {  // those that are open for writing, by descriptor
+  static std::map<int, File> open_files;
+  return open_files;
+}
+std::vector<std::pair<int, off_t>> forgotten;  // closed with bytes that are not on the disk: kept open here
+int calls = 0;
+
+void lose_power() {
+  for (const auto& [file, f] : files()) forgotten.push_back({file, f.safe});
+  for (const auto& [file, safe] : forgotten)
+    if (ftruncate(file, safe) != 0) {}
+}
+
+// Counts a call; returns the fault that it is to suffer, or nothing.
+std::string fault_of(const char* call, const std::string& path) {
+  static const std::string fault = std::getenv("FAULT") ? std::getenv("FAULT") : "";
+  static const char* log = std::getenv("FAULT_LOG");
+  calls++;
+  if (log) {
+    const std::string line = std::string(call) + " " + path + "\n";
+    const int file = real<int(const char*, int, ...)>("open")(log, O_WRONLY | O_CREAT | O_APPEND, 0666);
+    real<ssize_t(int, const void*, size_t)>("write")(file, line.data(), line.size());
+    real<int(int)>("close")(file);
+  }
+  const std::string what = fault.substr(fault.find(':') + 1);
+  static bool done = false;
+  const bool of_writes = what == "short" || what == "torn";
+  const int at = std::atoi(fault.c_str());
+  if (fault.empty() || done || (of_writes ? calls < at || std::strcmp(call, "write") != 0 : calls != at)) return "";
+  done = true;
+  if (what == "power") lose_power();
+  if (what == "power" || what == "kill") {
+    kill(getpid(), SIGKILL);
+    pause();
+  }
+  errno = what == "ENOSPC" ? ENOSPC : what == "EINTR" ? EINTR : EIO;
+  return what;
+}
+
+bool is_error(const std::string& fault) { return !fault.empty() && fault[0] == 'E'; }
+
+int open_file(const char* path, int flags, mode_t mode) {
+  const bool ours = (flags & O_ACCMODE) != O_RDONLY && std::strncmp(path, "/dev/", 5) != 0;
+  const std::lock_guard hold(mutex);
+  if (ours && is_error(fault_of("open", path))) return -1;
+  const int file = real<int(const char*, int, ...)>("open")(path, flags, mode);
+  if (file >= 0 && ours) files()[file] = {path, lseek(file, 0, SEEK_END)};
+  if (file >= 0 && ours) lseek(file, 0, SEEK_SET);
+  return file;
+}
+
+}  // namespace
+
+extern "C" {
+
+int open(const char* path, int flags, ...) {
+  va_list rest;
+  va_start(rest, flags);
+  const mode_t mode = flags & O_CREAT ? mode_t(va_arg(rest, int)) : 0;
+  va_end(rest);
+  return open_file(path, flags, mode);
+}
+
+int open64(const char* path, int flags, ...) {
+  va_list rest;
+  va_start(rest, flags);
+  const mode_t mode = flags & O_CREAT ? mode_t(va_arg(rest, int)) : 0;
+  va_end(rest);
+  return open_file(path, flags, mode);
+}
+
+ssize_t write(int file, const void* data, size_t bytes) {
+  static auto* next = real<ssize_t(int, const void*, size_t)>("write");
+  const std::lock_guard hold(mutex);
+  const auto found = files().find(file);
+  if (found == files().end()) return next(file, data, bytes);
+  const std::string fault = fault_of("write", found->second.path);
+  if (is_error(fault)) return -1;
+  if (fault == "short" || fault == "torn") bytes = (bytes + 1) / 2;
+  const ssize_t done = next(file, data, bytes);
+  if (fault == "torn") kill(getpid(), SIGKILL);
+  return done;
+}
+
+int fsync(int file) {
+  const std::lock_guard hold(mutex);
+  const auto found = files().find(file);
+  if (is_error(fault_of("fsync", found == files().end() ? "a folder" : found->second.path))) return -1;
+  if (found != files().end()) found->second.safe = lseek(file, 0, SEEK_END);
+  return 0;  // the tests would wait for the real one
+}
+
+int rename(const char* from, const char* to) {
+  const std::lock_guard hold(mutex);
+  if (is_error(fault_of("rename", to))) return -1;
+  return real<int(const char*, const char*)>("rename")(from, to);
+}
+
+int close(int file) {
+  static auto* next = real<int(int)>("close");
+  const std::lock_guard hold(mutex);
+  const auto found = files().find(file);
+  if (found != files().end()) {
+    if (found->second.safe < lseek(file, 0, SEEK_END)) forgotten.push_back({dup(file), found->second.safe});
+    files().erase(found);
+  }
+  return next(file);
+}
+}

@@ -1,0 +1,300 @@
+// What doc/reliability.md promises: runs that are killed, disks that fail, signals, two runs in one folder, numbers that
+// are not finite. After each the run goes on from what was saved, and ends in the very bytes of one that nothing
+// happened to.
+#include <unistd.h>
+
+#include <chrono>
+#include <csignal>
+#include <filesystem>
+#include <map>
+#include <random>
+
+#include "../host/checkpoint.h"
+#include "trainer.h"
+
+namespace {
+
+const std::string faulty = program("train_gpt_faulty");
+
+// Everything that a finished run left behind, its record without the times that measure the machine.
+std::map<std::string, std::string> left_in(const std::string& folder) {
+  std::map<std::string, std::string> files;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
+    const std::string name = entry.path().filename().string();
+    files[name] = entry.is_regular_file() ? read_file(entry.path().string()) : "no file";
+  }
+  std::string record;
+  for (nlohmann::json line : lines_of(folder + "/metrics.jsonl")) {
+    for (const char* time : {"time_ms", "tokens_per_s", "train_seconds"}) line.erase(time);
+    record += line.dump() + "\n";
+  }
+  files["metrics.jsonl"] = record;
+  return files;
+}
+
+void check_equal(const std::map<std::string, std::string>& got, const std::map<std::string, std::string>& want) {
+  std::string names, expected;
+  for (const auto& [name, content] : got) names += name + " ";
+  for (const auto& [name, content] : want) expected += name + " ";
+  CHECK(names == expected);
+  CHECK(got.at("metrics.jsonl") == want.at("metrics.jsonl"));
+  for (const auto& [name, content] : want) {
+    INFO(name);
+    CHECK((got.count(name) && got.at(name) == content));
+  }
+}
+
+double seconds_of(const std::string& command) {
+  const auto start = std::chrono::steady_clock::now();
+  REQUIRE(run(command).code == 0);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+// Its checkpoints open, if there are any: every byte is checked.
+void check_loads(const std::string& out) {
+  for (const char* name : {"/ckpt_last.safetensors", "/ckpt_best.safetensors"})
+    if (fs::exists(out + name)) CHECK_NOTHROW(Checkpoint(out + name));
+}
+
+}  // namespace
+
+TEST_CASE("A run that is killed a hundred times ends in the bytes of one that is not", "[reliability]") {
+  const std::string folder = prepared(), data = " --data " + folder + "/data";
+  const std::string flags = small_run + data + " --max_iters=600 --eval_interval=50 --checkpoint_secs=0.01 --threads=1";
+  const double whole = seconds_of(train_gpt + flags + " --out_dir " + folder + "/whole");
+  const auto want = left_in(folder + "/whole");
+
+  const std::string out = folder + "/out", to_out = " --out_dir " + out;
+  const std::string resume = train_gpt + " --init_from=resume --checkpoint_secs=0.01 --threads=1" + data + to_out;
+  std::mt19937 random(1);
+  std::uniform_real_distribution<double> moment(0, whole / 3);
+  int resumed = 0;
+  for (int kills = 0; kills < 100;) {
+    const bool begun = fs::exists(out + "/ckpt_last.safetensors");
+    Process process(begun ? resume : train_gpt + flags + to_out);
+    usleep(useconds_t(1e6 * moment(random)));
+    process.signal(SIGKILL);
+    const Run r = process.wait();
+    INFO(r.err);
+    REQUIRE((r.code == 0 || r.code == 128 + SIGKILL));
+    if (r.code == 0) {  // at its end before the blow: another one
+      check_equal(left_in(out), want);
+      fs::remove_all(out);
+      continue;
+    }
+    kills++;
+    resumed += begun;
+    check_loads(out);
+  }
+  CHECK(resumed > 50);
+  const Run r = run(fs::exists(out + "/ckpt_last.safetensors") ? resume : train_gpt + flags + to_out);
+  INFO(r.err);
+  REQUIRE(r.code == 0);
+  check_equal(left_in(out), want);
+}
+
+// All calls with all faults take ten times as long: MICROGPT_EXHAUSTIVE=1. Else the writes in the middle of a file are
+// represented by some, and faults that are alike take turns.
+TEST_CASE("Every call that writes a file fails once: what is saved loads, and the run goes on", "[reliability]") {
+  const bool exhaustive = std::getenv("MICROGPT_EXHAUSTIVE");
+  const std::string folder = prepared(), data = " --data " + folder + "/data";
+  // A quick gnuplot.
+  make_folder(folder + "/bin");
+  write_file(folder + "/bin/gnuplot", "#!/bin/sh\nprintf '\\211PNG'\ncat >/dev/null\n");
+  fs::permissions(folder + "/bin/gnuplot", fs::perms::owner_all);
+  const std::string path = "PATH=" + folder + "/bin:$PATH ";
+  // A run with a past, so that there is something to lose; then the part of it that suffers the faults.
+  REQUIRE(run(path + train_gpt + small_run + data + " --max_iters=8 --eval_interval=4 --threads=1 --out_dir " + folder +
+              "/past")
+              .code == 0);
+  const std::string resume = " --init_from=resume --max_iters=11 --threads=1" + data + " --out_dir " + folder;
+  const auto begin = [&](const std::string& out) {
+    fs::remove_all(folder + out);
+    fs::copy(folder + "/past", folder + out, fs::copy_options::recursive);
+    return resume + out;
+  };
+  REQUIRE(run(path + "FAULT_LOG=" + folder + "/calls " + faulty + begin("/whole")).code == 0);
+  const auto want = left_in(folder + "/whole");
+  std::vector<std::string> calls = {""};
+  std::ifstream log(folder + "/calls");
+  for (std::string line; std::getline(log, line);) calls.push_back(line);
+  REQUIRE(calls.size() > 60);  // two evaluations' and the last checkpoint, the record, the model, the picture, the text
+
+  std::map<std::string, int> seen;
+  for (size_t n = 1; n < calls.size(); n++) {
+    const std::string kind = calls[n].substr(0, calls[n].find(' '));
+    if (!exhaustive && n + 1 < calls.size() && calls[n] == calls[n - 1] && calls[n] == calls[n + 1] && n % 16) continue;
+    std::vector<std::string> faults = {"EIO", "power", "EINTR", "short", "kill", "torn", "ENOSPC"};
+    if (!exhaustive) faults = {faults[n % 2 * 6], faults[1 + n % 6]};
+    for (const std::string& fault : faults) {
+      if (fault == "EINTR" && kind == "rename") continue;  // it never gives that
+      const Run r = run(path + "FAULT=" + std::to_string(n) + ":" + fault + " " + faulty + begin("/out"));
+      INFO(fault << " at call " << n << ", " << calls[n] << ": " << r.err);
+      seen[fault]++;
+      if (fault == "short" || fault == "EINTR") {
+        CHECK(r.code == 0);
+      } else if (fault[0] != 'E') {
+        CHECK(r.code == 128 + SIGKILL);
+      } else if (kind == "write" && contains(calls[n], "/lock")) {
+        CHECK(r.code == 0);  // what the lock says is of use to people only
+      } else {
+        CHECK(r.code == 1);
+        CHECK(contains(r.err, "error: could not "));
+        CHECK(contains(r.err, fault == "EIO" ? "Input/output error" : "disk is full"));
+        if (contains(r.err, "step 10")) CHECK(contains(r.err, "is whole, --init_from resume goes on at iteration "));
+      }
+      check_loads(folder + "/out");
+      if (r.code != 0) {
+        const Run again = run(path + train_gpt + resume + "/out");
+        INFO(again.err);
+        // Behind the record's last line there is nothing left to do but to bring it to the disk.
+        const bool complete = again.err.find("has done its 11 iterations") != std::string::npos;
+        if (complete) fs::remove(folder + "/out/lock");
+        CHECK(again.code == (complete ? 1 : 0));
+      }
+      check_equal(left_in(folder + "/out"), want);
+    }
+  }
+  for (const char* fault : {"EIO", "ENOSPC", "EINTR", "short", "kill", "torn", "power"}) CHECK(seen[fault] > 5);
+}
+
+TEST_CASE("Signals finish the step, save, and say so by the exit code; the run then goes on to the same end",
+          "[reliability]") {
+  const std::string folder = prepared(), data = " --data " + folder + "/data";
+  const std::string flags = small_run + data + " --max_iters=3000 --eval_interval=1000 --log_interval=1000";
+  REQUIRE(run(train_gpt + flags + " --out_dir " + folder + "/whole").code == 0);
+  const auto want = left_in(folder + "/whole");
+  for (const auto& [number, code] : {std::pair{SIGINT, 130}, {SIGTERM, 143}, {SIGHUP, 129}}) {
+    const std::string out = folder + "/" + std::to_string(number);
+    Process process(train_gpt + flags + " --out_dir " + out);
+    process.wait_for("iter 0");
+    process.signal(number);
+    const Run r = process.wait();
+    INFO(r.err);
+    CHECK(r.code == code);
+    CHECK(contains(r.err, "stopped before iteration"));
+    REQUIRE(run(train_gpt + " --init_from=resume" + data + " --out_dir " + out).code == 0);
+    check_equal(left_in(out), want);
+  }
+}
+
+TEST_CASE("A second Ctrl-C ends the run at once, and nohup keeps a hangup away", "[reliability]") {
+  const std::string folder = prepared(), data = " --data " + folder + "/data";
+  // A step of this takes seconds.
+  const std::string slow = " --preset=lecture --n_layer=40 --n_embd=64 --n_head=2 --block_size=150 --batch_size=100" +
+                           data + " --eval_iters=1 --max_iters=1000000 --out_dir " + folder;
+  {
+    Process process(train_gpt + slow + "/slow");
+    process.wait_for("step 0");
+    process.signal(SIGINT);
+    usleep(100'000);
+    process.signal(SIGINT);
+    const auto start = std::chrono::steady_clock::now();
+    CHECK(process.wait().code == 128 + SIGINT);
+    CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
+  }
+  Process process("nohup " + train_gpt + small_run + data + " --max_iters=300 --out_dir " + folder + "/nohup");
+  process.wait_for("iter 0");
+  process.signal(SIGHUP);
+  CHECK(process.wait().code == 0);
+}
+
+TEST_CASE("Two runs do not share a folder, and a killed one leaves it free", "[reliability]") {
+  const std::string folder = prepared(), out = folder + "/out";
+  const std::string flags = small_run + " --data " + folder + "/data --max_iters=1000000 --eval_interval=1000000";
+  Process first(train_gpt + flags + " --out_dir " + out);
+  while (!fs::exists(out + "/ckpt_last.safetensors")) first.wait_for("iter 5:");
+  const auto before = left_in(out);
+  check_refused(train_gpt + flags + " --out_dir " + out, "/out is in use by process ");
+  check_refused(train_gpt + flags + " --init_from=resume --out_dir " + out, "/out is in use by process ");
+  CHECK((left_in(out).at("ckpt_last.safetensors") == before.at("ckpt_last.safetensors")));
+  CHECK(run(train_gpt + " sample --max_new_tokens=3 --out_dir " + out).code == 0);  // reads only
+  first.signal(SIGKILL);
+  first.wait();
+  CHECK(fs::exists(out + "/lock"));
+  const Run r = run(train_gpt + " --init_from=resume --max_iters=10 --data " + folder + "/data --out_dir " + out);
+  INFO(r.err);
+  CHECK(r.code == 0);
+  CHECK(!fs::exists(out + "/lock"));
+}
+
+TEST_CASE("A new run in the folder of an old one puts its files aside", "[reliability]") {
+  const std::string folder = prepared();
+  REQUIRE(train(folder).code == 0);
+  const auto old = left_in(folder + "/out");
+  const Run r = train(folder, "--seed=2");
+  CHECK(r.code == 0);
+  CHECK(contains(r.err, "held another run of 20 iterations: it is in " + folder + "/out/run_1"));
+  check_equal(left_in(folder + "/out/run_1"), old);
+  REQUIRE(train(folder, "--seed=3").code == 0);
+  CHECK(fs::exists(folder + "/out/run_2/ckpt_last.safetensors"));
+  check_equal(left_in(folder + "/out/run_1"), old);
+}
+
+TEST_CASE("A run that was stopped after its last step finishes when it goes on", "[reliability]") {
+  const std::string folder = prepared(), resume = " --init_from=resume --data " + folder + "/data --out_dir " + folder;
+  REQUIRE(train(folder).code == 0);
+  const auto want = left_in(folder + "/out");
+  // As a kill leaves it between the last checkpoint and the end.
+  std::string record = read_file(folder + "/out/metrics.jsonl");
+  write_file(folder + "/out/metrics.jsonl", record.substr(0, record.find("{\"type\":\"final\"")));
+  for (const char* name : {"/out/sample.txt", "/out/training_plot.png", "/out/microGPT_model.pth"})
+    fs::remove(folder + name);
+  REQUIRE(run(train_gpt + resume + "/out").code == 0);
+  check_equal(left_in(folder + "/out"), want);
+  check_refused(train_gpt + resume + "/out", "has done its 20 iterations; raise --max_iters");
+  check_equal(left_in(folder + "/out"), want);
+  check_refused(train_gpt + resume + "/out --max_iters=19", "has done 20 iterations, more than --max_iters 19");
+}
+
+TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoint and names the tensor",
+          "[reliability]") {
+  const std::string folder = prepared(), last = folder + "/out/ckpt_last.safetensors";
+  const Run r = train(folder, "--learning_rate=10 --weight_decay=10 --max_iters=400 --eval_interval=1000 --beta2=0");
+  INFO(r.err);
+  CHECK(r.code == 1);
+  CHECK(contains(r.err, "is not finite"));
+  CHECK(contains(r.err, "it began in iteration "));
+  CHECK(contains(r.err, last + " is the last good state"));
+  CHECK(Checkpoint(last).info().iteration == 0);
+
+  // Weights so large that a certain tensor of the next step must overflow: of the first block's second linear layer.
+  REQUIRE(train(folder, "--max_iters=3 --dtype=float32", "/big").code == 0);
+  const std::string big = folder + "/big/ckpt_last.safetensors";
+  {
+    const Checkpoint checkpoint(big);
+    const Layout layout = parameter_layout(checkpoint.info().shape);
+    const Buffer<float> params(layout), m(layout), v(layout);
+    checkpoint.load_params(params.data(), layout);
+    checkpoint.load_moments(m.data(), v.data(), layout);
+    const TensorSpec& fcw = layout.find("fcw");
+    for (size_t i = 0; i < fcw.slice; i++) params.data()[fcw.offset + i] = i % 2 ? 3e38f : 3e38f;
+    save_checkpoint(big, checkpoint.info(), checkpoint.vocabulary(), layout, params.data(), m.data(), v.data());
+  }
+  const std::string before = read_file(big);
+  const Run named = train(folder, "--init_from=resume --max_iters=9 --dtype=float32", "/big");
+  INFO(named.err);
+  CHECK(named.code == 1);
+  CHECK(contains(named.err, "the loss of iteration 3 is not finite"));
+  CHECK(contains(named.err, "it began in iteration 3 with fc"));
+  CHECK((read_file(big) == before));
+}
+
+TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliability]") {
+  const std::string folder = prepared();
+  const std::string flags = small_run + " --data " + folder + "/data --max_iters=200 --out_dir " + folder;
+  // The pipe closes after the first line; the run is not killed by it.
+  const Run r = run("(" + train_gpt + flags + "/pipe; echo code $? >&2) | head -n 1");
+  CHECK(contains(r.err, "not everything could be written to standard output; every file is whole"));
+  CHECK(contains(r.err, "code 1\n"));
+  CHECK(left_in(folder + "/pipe").size() == 6);
+  const Run closed = run(train_gpt + flags + "/closed >&-");
+  CHECK(closed.code == 1);
+  check_equal(left_in(folder + "/closed"), left_in(folder + "/pipe"));
+  if (fs::exists("/dev/full")) {
+    CHECK(run(train_gpt + flags + "/full > /dev/full").code == 1);
+    CHECK(run(train_gpt + " sample --out_dir " + folder + "/full > /dev/full").code == 1);
+    CHECK(run(program("data_prep") + " " + folder + "/input.txt --out " + folder + "/data2 > /dev/full").code == 1);
+  }
+  CHECK(run(train_gpt + " sample --max_new_tokens=100000 --out_dir " + folder + "/pipe | head -c 3").out.size() == 3);
+}

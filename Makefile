@@ -62,7 +62,7 @@ CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcu
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
-.PHONY: all deps data test test-race run-shuffled test-pytorch bench bench-gpu bench-pytorch kernel-stats profile clean help FORCE
+.PHONY: all deps data test test-race run-shuffled test-pytorch bench bench-gpu bench-pytorch kernel-stats profile fuzz clean help FORCE
 .DELETE_ON_ERROR:
 
 all: train_gpt train_gpt_cpu data_prep
@@ -82,6 +82,7 @@ help:
 	@echo 'make bench-pytorch  the same step by PyTorch, in turn with ours (PYTHON=python3, which needs torch; DEVICE=cuda)'
 	@echo 'make profile        one step under NVIDIA'"'"'s profilers (KERNEL=name, the one shown in detail)'
 	@echo 'make kernel-stats   registers, spills and shared memory of every kernel (ARCH=90 or all)'
+	@echo 'make fuzz           every reader of files and flags against bytes of all kinds (clang++; FUZZ_SECONDS=60 each)'
 	@echo 'make clean          remove what was built; data/ and out/ stay'
 	@echo 'CXX=clang++, MARCH=x86-64-v3: another compiler, another instruction set'
 	@echo 'ARCH=90, ARCH=all, NVCC=path (or empty: no CUDA): for which GPUs train_gpt is built; now: $(if $(NVCC),$(ARCH),no nvcc)'
@@ -280,7 +281,30 @@ $(BUILD)/bench.o: dev/bench.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
 
+# Fuzzing with clang's libFuzzer: every target for FUZZ_SECONDS, from seeds that our own writers make; what was found to
+# be of interest is kept in build/fuzz/corpus, and an input that fails is left in the folder build/fuzz.
+FUZZ_TARGETS := $(filter-out seeds,$(patsubst dev/fuzz/%.cpp,%,$(wildcard dev/fuzz/*.cpp)))
+FUZZ_SECONDS ?= 60
+FUZZ_FLAGS   := -std=c++20 -g -O2 -MMD -MP $(WARNINGS) -Wno-unknown-pragmas -fsanitize=fuzzer-no-link,address,undefined \
+                -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
+fuzz: $(addprefix run-fuzz-,$(FUZZ_TARGETS))
+run-fuzz-%: build/fuzz/% build/fuzz/corpus
+	cd build/fuzz && ./$* -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1024 -malloc_limit_mb=256 \
+	  -timeout=10 -print_final_stats=1 -close_fd_mask=1 -artifact_prefix=$*- corpus/$* 2>&1 | tail -n 12
+build/fuzz/corpus: build/fuzz/seeds
+	$< $@
+build/fuzz/seeds: build/fuzz/seeds.o $(addprefix build/fuzz/host/,$(HOST_OBJECTS))
+	clang++ -fsanitize=address,undefined -fopenmp $^ -lzip -o $@
+$(addprefix build/fuzz/,$(FUZZ_TARGETS)): %: %.o $(addprefix build/fuzz/host/,$(HOST_OBJECTS))
+	clang++ -fsanitize=fuzzer,address,undefined -fopenmp $^ -lzip -o $@
+build/fuzz/%.o: dev/fuzz/%.cpp
+	@mkdir -p $(@D)
+	clang++ $(FUZZ_FLAGS) -c $< -o $@
+build/fuzz/host/%.o: host/%.cpp
+	@mkdir -p $(@D)
+	clang++ $(FUZZ_FLAGS) -c $< -o $@
+
 clean:
 	rm -rf build train_gpt train_gpt_cpu data_prep
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d build/fuzz/*.d build/fuzz/host/*.d)

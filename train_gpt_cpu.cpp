@@ -310,7 +310,7 @@ class CpuModel {
     if (training) plan.add("a snapshot for checkpoints", 3 * params);
     return plan;
   }
-  static AvailableMemory memory() { return {physical_memory(), "this machine has"}; }
+  static AvailableMemory memory() { return {usable_memory(), "this machine has"}; }
 
   const ModelShape& shape() const { return gpt_.shape; }
   const Layout& layout() const { return gpt_.param_layout; }

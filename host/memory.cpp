@@ -3,24 +3,29 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cstdio>
+
+#include "limits.h"
+
+static std::string megabytes(double bytes) {
+  char line[64];
+  std::snprintf(line, sizeof line, bytes < 9.95e6 ? "%.1f MB" : "%.0f MB", bytes / 1e6);
+  return line;
+}
+
+static const char* const what_lowers_it = "lower --batch_size (activations) or --n_embd, --n_layer, --block_size (all)";
 
 void PageDeleter::operator()(void* pages) const { munmap(pages, bytes); }
 
 Pages allocate_pages(size_t bytes) {
   if (bytes == 0) return {};
   void* pages = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (pages == MAP_FAILED) fail("the system has no ", bytes, " bytes of memory left");
+  if (pages == MAP_FAILED) fail("the system has no ", megabytes(double(bytes)), " of memory left; ", what_lowers_it);
 #ifdef MADV_HUGEPAGE
   madvise(pages, bytes, MADV_HUGEPAGE);  // a wish: without large pages all works the same
 #endif
   return Pages(pages, {bytes});
-}
-
-static std::string megabytes(double bytes) {
-  char line[64];
-  std::snprintf(line, sizeof line, bytes < 9.95e6 ? "%.1f MB" : "%.0f MB", bytes / 1e6);
-  return line;
 }
 
 std::string MemoryPlan::print() const {
@@ -32,8 +37,10 @@ std::string MemoryPlan::print() const {
 
 void MemoryPlan::require(const AvailableMemory& available) const {
   if (total() > available.bytes)
-    fail("this run needs ", megabytes(total()), " of memory, ", available.where, " ", megabytes(available.bytes),
-         "; lower --batch_size (activations) or --n_embd, --n_layer, --block_size (all). ", print());
+    fail("this run needs ", megabytes(total()), " of memory, ", available.where, " ", megabytes(available.bytes), "; ",
+         what_lowers_it, ". ", print());
 }
 
-double physical_memory() { return double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)); }
+double usable_memory() {
+  return std::min(double(sysconf(_SC_PHYS_PAGES)) * double(sysconf(_SC_PAGESIZE)), memory_limit());
+}

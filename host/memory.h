@@ -58,4 +58,4 @@ class MemoryPlan {
   std::vector<Row> rows_;
 };
 
-double physical_memory();  // bytes
+double usable_memory();  // bytes: the machine's, or what its container leaves of it

@@ -5,7 +5,6 @@
 #include <limits>
 
 #include "files.h"
-#include "ngram.h"
 #include "plot.h"
 #include "pth.h"
 
@@ -97,7 +96,9 @@ std::string flops_text(double flops, double peak) {
 }
 
 RunFiles::RunFiles(const Config& config, int first_iteration)
-    : config_(config), metrics_(path("metrics.jsonl"), first_iteration) {}
+    : config_(config),
+      baselines_(load_baselines(config.data + "/baselines.json")),
+      metrics_(path("metrics.jsonl"), first_iteration) {}
 
 std::string RunFiles::path(const char* name) const { return config_.out_dir + "/" + name; }
 
@@ -105,7 +106,7 @@ bool RunFiles::plot(const std::string& title) {
   PlotData data;
   data.evals = metrics_.evals();
   data.iters = metrics_.iters();
-  data.baselines = load_baselines(config_.data + "/baselines.json");
+  data.baselines = baselines_;
   data.title = title;
   return draw_plot(path("training_plot.png"), data);
 }
@@ -114,8 +115,8 @@ std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabular
   if (!config.given.count("start")) return {0};  // the newline, in any text that has lines
   const bool from_file = config.start.rfind("FILE:", 0) == 0;
   const std::string prompt = from_file ? read_file(config.start.substr(5)) : config.start;
-  if (prompt.empty()) fail("--start is empty: the model needs at least one character to go on from");
   const std::vector<uint16_t> tokens = vocabulary.encode(prompt, "--start");
+  if (tokens.empty()) fail("--start is empty: the model needs at least one character to go on from");
   return {tokens.begin(), tokens.end()};
 }
 

@@ -29,6 +29,7 @@
 #include "error.h"
 #include "memory.h"
 #include "metrics.h"
+#include "ngram.h"
 #include "progress.h"
 #include "sampler.h"
 #include "schedule.h"
@@ -76,6 +77,7 @@ class RunFiles {
 
  private:
   Config config_;
+  std::vector<Baseline> baselines_;  // read first: if they are damaged, nothing has been touched
   Metrics metrics_;
 };
 

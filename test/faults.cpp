@@ -1,21 +1,24 @@
 // Linked into a program, it makes the system fail: the calls by which files are written are counted, and what FAULT says
 // happens at one of them. The program itself is the one that is shipped.
-//   FAULT=12:ENOSPC   the 12th call fails with this errno (EIO, EINTR, ...)
+//   FAULT=12:ENOSPC   the 12th call fails with this errno: ENOSPC, EIO, or EINTR (which rename never gives: the next)
 //   FAULT=12:short    the next write takes only half of its bytes
 //   FAULT=12:torn     the next write takes half, then the process is killed
 //   FAULT=12:kill     the process is killed before it
 //   FAULT=12:power    the same, and the disk forgets what no fsync has brought to it
+//   FAULT_CLOCK=1     the clock of the day goes back an hour each time somebody looks
 //   FAULT_LOG=path    a line for each call: its name and its file's path
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <csignal>
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <map>
 #include <mutex>
 #include <string>
@@ -60,16 +63,17 @@ std::string fault_of(const char* call, const std::string& path) {
   }
   const std::string what = fault.substr(fault.find(':') + 1);
   static bool done = false;
-  const bool of_writes = what == "short" || what == "torn";
-  const int at = std::atoi(fault.c_str());
-  if (fault.empty() || done || (of_writes ? calls < at || std::strcmp(call, "write") != 0 : calls != at)) return "";
+  const bool for_it = what == "short" || what == "torn" ? std::strcmp(call, "write") == 0
+                      : what == "EINTR"                 ? std::strcmp(call, "rename") != 0
+                                                        : true;
+  if (fault.empty() || done || !for_it || calls < std::atoi(fault.c_str())) return "";
   done = true;
   if (what == "power") lose_power();
   if (what == "power" || what == "kill") {
     kill(getpid(), SIGKILL);
     pause();
   }
-  errno = what == "ENOSPC" ? ENOSPC : what == "EINTR" ? EINTR : EIO;
+  errno = what == "ENOSPC" ? ENOSPC : what == "EINTR" ? EINTR : what == "EROFS" ? EROFS : EIO;
   return what;
 }
 
@@ -130,6 +134,15 @@ int rename(const char* from, const char* to) {
   const std::lock_guard hold(mutex);
   if (is_error(fault_of("rename", to))) return -1;
   return real<int(const char*, const char*)>("rename")(from, to);
+}
+
+int clock_gettime(clockid_t clock, timespec* now) {
+  static auto* next = real<int(clockid_t, timespec*)>("clock_gettime");
+  static const bool backwards = std::getenv("FAULT_CLOCK");
+  static std::atomic<int> hours = 0;
+  const int result = next(clock, now);
+  if (backwards && clock == CLOCK_REALTIME) now->tv_sec -= 3600 * ++hours;
+  return result;
 }
 
 int close(int file) {

@@ -157,6 +157,7 @@ TEST_CASE("Refusals: checkpoints and prompts") {
                 "--n_embd is 64, but the checkpoint's model has 32");
   check_refused(train_gpt + " sample --start=abc" + out, "c");
   check_refused(train_gpt + " sample --start=" + out, "--start is empty");
+  check_refused(train_gpt + " sample --start=\uFEFF" + out, "--start is empty");  // a byte order mark alone
   check_refused(train_gpt + " sample --start=FILE:/nowhere" + out, "/nowhere");
   check_refused(train_gpt + " sample --checkpoint=" + folder + "/input.txt", "input.txt");
 

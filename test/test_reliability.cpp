@@ -120,6 +120,10 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
   for (std::string line; std::getline(log, line);) calls.push_back(line);
   REQUIRE(calls.size() > 60);  // two evaluations' and the last checkpoint, the record, the model, the picture, the text
 
+  size_t last_write = 0;
+  for (size_t n = 1; n < calls.size(); n++)
+    if (calls[n].rfind("write", 0) == 0) last_write = n;
+
   std::map<std::string, int> seen;
   for (size_t n = 1; n < calls.size(); n++) {
     const std::string kind = calls[n].substr(0, calls[n].find(' '));
@@ -127,7 +131,7 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
     std::vector<std::string> faults = {"EIO", "power", "EINTR", "short", "kill", "torn", "ENOSPC"};
     if (!exhaustive) faults = {faults[n % 2 * 6], faults[1 + n % 6]};
     for (const std::string& fault : faults) {
-      if (fault == "EINTR" && kind == "rename") continue;  // it never gives that
+      if ((fault == "short" || fault == "torn") && n > last_write) continue;
       const Run r = run(path + "FAULT=" + std::to_string(n) + ":" + fault + " " + faulty + begin("/out"));
       INFO(fault << " at call " << n << ", " << calls[n] << ": " << r.err);
       seen[fault]++;

@@ -5,6 +5,7 @@
 #include <filesystem>
 
 #include "../host/files.h"
+#include "../host/limits.h"
 #include "test.h"
 
 static void put(const std::string& path, const std::string& content) {
@@ -46,4 +47,18 @@ TEST_CASE("threads: the smallest quota on the way to the root counts", "[threads
     put(groups + "/cpu/cpu.cfs_period_us", "100000\n");
     CHECK(cpu_quota(root) == 3);
   }
+}
+
+TEST_CASE("threads: the smallest memory limit on the way to the root counts", "[threads]") {
+  const std::string root = test_folder(), groups = root + "/sys/fs/cgroup";
+  CHECK(std::isinf(memory_limit(root)));
+  put(root + "/proc/self/cgroup", "0::/a/b\n");
+  put(groups + "/memory.max", "max\n");
+  CHECK(std::isinf(memory_limit(root)));
+  put(groups + "/a/memory.max", "3000000000\n");
+  put(groups + "/a/b/memory.max", "5000000000\n");
+  CHECK(memory_limit(root) == 3e9);
+  put(root + "/proc/self/cgroup", "4:cpu:/\n3:memory:/docker/c\n");
+  put(groups + "/memory/memory.limit_in_bytes", "2000000000\n");
+  CHECK(memory_limit(root) == 2e9);
 }

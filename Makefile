@@ -62,7 +62,7 @@ CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcu
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
-.PHONY: all deps data test test-race run-shuffled test-pytorch bench bench-gpu bench-pytorch kernel-stats profile fuzz clean help FORCE
+.PHONY: all deps data test test-race run-shuffled test-memcheck test-threads test-pytorch bench bench-gpu bench-pytorch kernel-stats profile fuzz clean help FORCE
 .DELETE_ON_ERROR:
 
 all: train_gpt train_gpt_cpu data_prep
@@ -76,6 +76,7 @@ help:
 	@echo 'make test           all tests, CUDA kernels on the CPU; SANITIZE=address,undefined checks every access'
 	@echo 'make test DEVICE=cuda  the tests of kernels and GPU trainer on a GPU'
 	@echo 'make test-race      kernels under ThreadSanitizer, and with their threads in shuffled order'
+	@echo 'make test-memcheck  a short run of the CPU programs under Valgrind; make test-threads: under ThreadSanitizer (clang++)'
 	@echo 'make test-pytorch   the exported model against PyTorch (PYTHON=python3, which needs torch)'
 	@echo "make bench          each layer's time and share of the machine's peak"
 	@echo 'make bench-gpu      the same on a GPU: what it can do, kernel by kernel, and whole steps of every type'
@@ -235,6 +236,18 @@ $(BUILD)/test/%.o: test/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 # Those that call kernels are compiled as the trainers are, the others quickly.
 TEST_FLAGS := -O0
 $(addprefix $(BUILD)/test/test_,layers.o model.o fixture.o random.o): TEST_FLAGS := $(KERNEL_FLAGS)
+
+# A short run under Valgrind, which also sees what was read before it was written; it knows no AVX-512. And one under
+# ThreadSanitizer, of a size that is worth threads: by clang, whose OpenMP tells it of its barriers through Archer.
+test-memcheck:
+	$(MAKE) MARCH=x86-64-v3 build/$(notdir $(CXX))-x86-64-v3/train_gpt_cpu build/$(notdir $(CXX))-x86-64-v3/data_prep
+	dev/short_run.sh build/$(notdir $(CXX))-x86-64-v3 valgrind -q --error-exitcode=9 --leak-check=full \
+	  --show-leak-kinds=definite --errors-for-leak-kinds=definite
+ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
+test-threads:
+	$(MAKE) CXX=clang++ SANITIZE=thread build/clang++-thread/train_gpt_cpu build/clang++-thread/data_prep
+	SHAPE='--n_layer=2 --n_head=4 --n_embd=128 --block_size=64 --batch_size=8' OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS='ignore_noninstrumented_modules=1 exitcode=9' \
+	  dev/short_run.sh build/clang++-thread env
 
 PYTHON ?= python3
 test-pytorch: train_gpt_cpu data_prep

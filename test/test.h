@@ -39,6 +39,7 @@ class Process {
   bool printed(const std::string& part) const;   // on stdout or stderr, by now
   void wait_for(const std::string& part) const;  // fails the test after a minute, or if the process ends without
   void signal(int number) const;
+  int id() const { return pid_; }
   Run wait();
 
  private:

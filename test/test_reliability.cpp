@@ -302,3 +302,39 @@ TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliabil
   }
   CHECK(run(train_gpt + " sample --max_new_tokens=100000 --out_dir " + folder + "/pipe | head -c 3").out.size() == 3);
 }
+
+// A day's run in little.
+TEST_CASE("A long run keeps its memory and its open files", "[reliability]") {
+  if (!fs::exists("/proc/self/statm")) return skip("needs /proc");
+  const int steps = 200'000;
+  const std::string folder = prepared(), out = folder + "/out";
+  Process process(train_gpt + " --preset=lecture --n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=1" +
+                  " --eval_interval=100 --eval_iters=1 --log_interval=100 --checkpoint_secs=0.01 --threads=1" +
+                  " --max_iters=" + std::to_string(steps) + " --data " + folder + "/data --out_dir " + out);
+  const std::string proc = "/proc/" + std::to_string(process.id());
+  process.wait_for("step " + std::to_string(steps / 10) + ":");
+  const auto look = [&](double& megabytes, int& files) {
+    std::ifstream in(proc + "/statm");
+    double size, resident;
+    if (!(in >> size >> resident)) return false;
+    megabytes = resident * double(sysconf(_SC_PAGESIZE)) / 1e6;
+    std::error_code error;
+    files = int(std::distance(fs::directory_iterator(proc + "/fd", error), fs::directory_iterator()));
+    return !error;
+  };
+  double first = 0, last = 0, largest = 0;
+  int files = 0, most = 0;
+  REQUIRE(look(first, files));
+  // At the end the model is exported, drawn and sampled from, which takes memory of its own.
+  while (!process.printed("step " + std::to_string(steps / 100 * 100 - 100) + ":") && look(last, files)) {
+    largest = std::max(largest, last);
+    most = std::max(most, files);
+    usleep(20'000);
+  }
+  CHECK(process.wait().code == 0);
+  CHECK(most <= 12);  // 0, 1, 2, the record, the lock, the text's two files, two of a checkpoint, what looks takes
+  INFO(first << " MB, at most " << largest << " MB");
+#if !defined(__SANITIZE_ADDRESS__)  // which keeps what is freed
+  CHECK(largest - first < 1);
+#endif
+}

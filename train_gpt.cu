@@ -526,8 +526,7 @@ class GpuModel {
     std::string name = look(gpt_.a.inp[0], gpt_.act_layouts.of_real, Order::forward);
     if (!name.empty()) return name;
     name = look(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
-    if (!name.empty()) return "the gradient of " + name;
-    return look(gpt_.params_memory.data(), gpt_.param_layout, Order::forward);
+    return name.empty() ? name : "the gradient of " + name;
   }
 
   std::map<std::string, std::string> state() const {

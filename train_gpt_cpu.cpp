@@ -339,8 +339,7 @@ class CpuModel {
     std::string name = ::first_not_finite(gpt_.acts_memory.data(), gpt_.act_layout, Order::forward);
     if (!name.empty()) return name;
     name = ::first_not_finite(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
-    if (!name.empty()) return "the gradient of " + name;
-    return ::first_not_finite(gpt_.params_memory.data(), gpt_.param_layout, Order::forward);
+    return name.empty() ? name : "the gradient of " + name;
   }
   std::map<std::string, std::string> state() const { return {}; }
   void set_state(const std::map<std::string, std::string>&) {}

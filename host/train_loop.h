@@ -5,7 +5,8 @@
 //   static MemoryPlan plan(config, shape, data, training)  what that will take, static AvailableMemory memory()
 //   shape(), layout(), describe(), peak_flops()   peak_flops: of the machine, 0 if it was not measured
 //   restore(params, m, v), snapshot(params, m, v) from and to buffers of that layout on the host; m, v: null, or both
-//   first_not_finite()                            after a step: its first tensor with infinity or NaN; empty: none has
+//   first_not_finite()                            after a step: its first activation, or else gradient, with infinity or
+//                                                 NaN; empty: none has
 //   state(), set_state(map)                       what else a resumed run needs, for the checkpoint's metadata
 //   int chunk()                                   steps, or batches, that are best asked for at once
 //   std::vector<float> train_steps(iteration, count)          updates; each one's loss, the mean over its batches
@@ -42,6 +43,7 @@ struct Interrupted {};  // thrown out of a long task when a signal came
 struct NotFinite {      // thrown when a number has become infinite or NaN, in this iteration or one before
   std::string what;
   int iteration;
+  bool evaluation = false;
 };
 
 std::string checkpoint_path(const Config& config);  // --checkpoint last, best, or a file
@@ -136,11 +138,11 @@ double exact_loss(Model& model, Split split, uint64_t tokens, int batch_size) {
 // ---------------------------------------------------------------------------------------------------------------------
 // train
 
-// Repeats the steps of a run since its last checkpoint one by one, up to `until`, and says which step and which of its
+// Repeats the steps of a run since its last checkpoint one by one, up to the bad one, and says which step and which of its
 // tensors were the first with a number that is not finite. A run is a function of its checkpoint and its settings, so
 // that what went wrong goes wrong again; if not, it was no mistake in the numbers.
 template <class Model>
-std::string find_not_finite(Model& model, const std::string& path, int until) {
+std::string find_not_finite(Model& model, const std::string& path, const NotFinite& bad) {
   const Checkpoint good(path);
   const Layout& layout = model.layout();
   const Snapshot now{Buffer<float>(layout), Buffer<float>(layout), Buffer<float>(layout)};
@@ -148,13 +150,20 @@ std::string find_not_finite(Model& model, const std::string& path, int until) {
   good.load_moments(now.m.data(), now.v.data(), layout);
   model.restore(now.params.data(), now.m.data(), now.v.data());
   model.set_state(good.info().state);
-  for (int i = good.info().iteration; i <= until && !stop_signal(); i++) {
+  for (int i = good.info().iteration; i <= bad.iteration && !stop_signal(); i++) {
     const float loss = model.train_steps(i, 1)[0];
     model.snapshot(now.params.data(), now.m.data(), now.v.data());
     if (std::isfinite(loss) && now.all_finite(layout)) continue;
-    const std::string tensor = model.first_not_finite();
+    std::string tensor = model.first_not_finite();
+    for (const auto& [buffer, what] : {std::pair{now.m.data(), "AdamW's m of "},
+                                       {now.v.data(), "AdamW's v of "},
+                                       {now.params.data(), "the weights "}})
+      if (const std::string name = first_not_finite(buffer, layout, Order::backward); tensor.empty() && !name.empty())
+        tensor = what + name;
     return text("it began in iteration ", i, tensor.empty() ? "" : " with ", tensor);
   }
+  if (stop_signal()) return "where it began was not looked for to the end";
+  if (bad.evaluation) return "the weights are finite, but too large";
   return "it did not come back when the steps were repeated: memory or processor may be faulty";
 }
 
@@ -240,7 +249,8 @@ int train(Config config) {
         bar.clear();
         const EvalPoint point = evaluate(model, config, iteration);
         if (!std::isfinite(point.train) || !std::isfinite(point.val))
-          throw NotFinite{text("the losses before iteration ", iteration, " are not finite"), iteration - 1};
+          throw NotFinite{text("the losses of the evaluation before iteration ", iteration, " are not finite"),
+                          iteration - 1, true};
         std::printf("step %d: train loss %.4f, val loss %.4f\n", iteration, point.train, point.val);
         std::fflush(stdout);
         files.metrics().add_eval(iteration, point.train, point.val);
@@ -321,7 +331,7 @@ int train(Config config) {
     writer.wait();
     std::fprintf(stderr, "%s; the steps since the last checkpoint are repeated, to see where it began\n",
                  bad.what.c_str());
-    fail(bad.what, "; ", find_not_finite(model, last_path, bad.iteration), ". ", last_path, " is the last good state; ",
+    fail(bad.what, "; ", find_not_finite(model, last_path, bad), ". ", last_path, " is the last good state; ",
          "--init_from resume with a lower --learning_rate, or with --grad_clip 1, may get further");
   } catch (const Error& error) {
     if (writer.saved() < 0) throw;

@@ -1,6 +1,10 @@
 // What comes from outside, as a person meets it: damaged files, strange texts, impossible flags, odd surroundings. Each
 // is refused by a message that names the file or flag and by exit code 1, and nothing is touched; or it just works.
+#ifdef __APPLE__
+#include <util.h>
+#else
 #include <pty.h>
+#endif
 #include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/wait.h>

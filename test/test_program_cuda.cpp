@@ -117,3 +117,19 @@ TEST_CASE("What a GPU cannot do is refused before it begins") {
   refused(on_gpu, " --n_head=32 --n_embd=4096", "n_embd");
   refused("CUDA_ON_CPU_MEMORY=300000 " + on_gpu, "", "on this GPU there are free");
 }
+
+TEST_CASE("On a GPU, too, a number that is not finite is traced to its tensor, and the last good checkpoint stays") {
+  const std::string folder = prepared();
+  for (const std::string dtype : {"float32", "bfloat16"}) {
+    const Run r =
+        train_with(on_gpu, folder, "/" + dtype,
+                   tiny + " --dtype=" + dtype +
+                       " --learning_rate=10 --weight_decay=10 --beta2=0 --max_iters=200 --eval_interval=1000");
+    INFO(r.err);
+    CHECK(r.code == 1);
+    CHECK(contains(r.err, "not finite"));
+    CHECK(contains(r.err, "it began in iteration "));
+    CHECK(contains(r.err, " with "));
+    CHECK(run(on_cpu + " sample --max_new_tokens=5 --out_dir " + folder + "/" + dtype).code == 0);
+  }
+}

@@ -96,6 +96,9 @@ TEST_CASE("A run that is killed a hundred times ends in the bytes of one that is
 // All calls with all faults take ten times as long: MICROGPT_EXHAUSTIVE=1. Else the writes in the middle of a file are
 // represented by some, and faults that are alike take turns.
 TEST_CASE("Every call that writes a file fails once: what is saved loads, and the run goes on", "[reliability]") {
+#ifdef __APPLE__
+  return skip("macOS does not let a program stand before the system's calls");
+#endif
   const bool exhaustive = std::getenv("MICROGPT_EXHAUSTIVE");
   const std::string folder = prepared(), data = " --data " + folder + "/data";
   // A quick gnuplot.
@@ -176,7 +179,8 @@ TEST_CASE("Signals finish the step, save, and say so by the exit code; the run t
     const Run r = process.wait();
     INFO(r.err);
     CHECK(r.code == code);
-    CHECK(contains(r.err, "stopped before iteration"));
+    CHECK(contains(r.err, text("stopped before iteration ", Checkpoint(out + "/ckpt_last.safetensors").info().iteration,
+                               " and saved")));
     REQUIRE(run(train_gpt + " --init_from=resume" + data + " --out_dir " + out).code == 0);
     check_equal(left_in(out), want);
   }
@@ -184,18 +188,18 @@ TEST_CASE("Signals finish the step, save, and say so by the exit code; the run t
 
 TEST_CASE("A second Ctrl-C ends the run at once, and nohup keeps a hangup away", "[reliability]") {
   const std::string folder = prepared(), data = " --data " + folder + "/data";
-  // A step of this takes seconds.
-  const std::string slow = " --preset=lecture --n_layer=40 --n_embd=64 --n_head=2 --block_size=150 --batch_size=100" +
+  // A step of this takes a second.
+  const std::string slow = " --preset=lecture --n_layer=40 --n_embd=64 --n_head=2 --block_size=150 --batch_size=200" +
                            data + " --eval_iters=1 --max_iters=1000000 --out_dir " + folder;
   {
     Process process(train_gpt + slow + "/slow");
     process.wait_for("step 0");
     process.signal(SIGINT);
-    usleep(100'000);
+    usleep(50'000);
     process.signal(SIGINT);
-    const auto start = std::chrono::steady_clock::now();
-    CHECK(process.wait().code == 128 + SIGINT);
-    CHECK(std::chrono::steady_clock::now() - start < std::chrono::seconds(1));
+    const Run r = process.wait();
+    CHECK(r.code == 128 + SIGINT);
+    CHECK(r.err.find("stopped before") == std::string::npos);  // in the middle of the step
   }
   Process process("nohup " + train_gpt + small_run + data + " --max_iters=300 --out_dir " + folder + "/nohup");
   process.wait_for("iter 0");
@@ -205,18 +209,22 @@ TEST_CASE("A second Ctrl-C ends the run at once, and nohup keeps a hangup away",
 
 TEST_CASE("Two runs do not share a folder, and a killed one leaves it free", "[reliability]") {
   const std::string folder = prepared(), out = folder + "/out";
-  const std::string flags = small_run + " --data " + folder + "/data --max_iters=1000000 --eval_interval=1000000";
+  const std::string flags =
+      small_run + " --data " + folder + "/data --max_iters=1000000 --eval_interval=1000000 --checkpoint_secs=0.01";
   Process first(train_gpt + flags + " --out_dir " + out);
-  while (!fs::exists(out + "/ckpt_last.safetensors")) first.wait_for("iter 5:");
-  const auto before = left_in(out);
+  while (!fs::exists(out + "/ckpt_last.safetensors")) first.wait_for("iter 1000:");
+  const std::string best = read_file(out + "/ckpt_best.safetensors");
   check_refused(train_gpt + flags + " --out_dir " + out, "/out is in use by process ");
   check_refused(train_gpt + flags + " --init_from=resume --out_dir " + out, "/out is in use by process ");
-  CHECK((left_in(out).at("ckpt_last.safetensors") == before.at("ckpt_last.safetensors")));
+  CHECK((read_file(out + "/ckpt_best.safetensors") == best));
   CHECK(run(train_gpt + " sample --max_new_tokens=3 --out_dir " + out).code == 0);  // reads only
   first.signal(SIGKILL);
   first.wait();
   CHECK(fs::exists(out + "/lock"));
-  const Run r = run(train_gpt + " --init_from=resume --max_iters=10 --data " + folder + "/data --out_dir " + out);
+  CHECK(Checkpoint(out + "/ckpt_last.safetensors").info().iteration > 100);  // written between evaluations
+  const int next = Checkpoint(out + "/ckpt_last.safetensors").info().iteration + 1;
+  const Run r = run(train_gpt + " --init_from=resume --max_iters=" + std::to_string(next) + " --data " + folder +
+                    "/data --out_dir " + out);
   INFO(r.err);
   CHECK(r.code == 0);
   CHECK(!fs::exists(out + "/lock"));
@@ -251,6 +259,19 @@ TEST_CASE("A run that was stopped after its last step finishes when it goes on",
   check_refused(train_gpt + resume + "/out --max_iters=19", "has done 20 iterations, more than --max_iters 19");
 }
 
+TEST_CASE("Ctrl-C while the text at the end is made leaves that for later", "[reliability]") {
+  const std::string folder = prepared(), data = " --data " + folder + "/data --out_dir " + folder + "/out";
+  Process process(train_gpt + small_run + " --n_layer=60 --n_embd=64 --max_iters=1 --eval_iters=1 --threads=1" + data);
+  process.wait_for("trained in");
+  process.signal(SIGINT);
+  const Run r = process.wait();
+  INFO(r.err);
+  CHECK(r.code == 130);
+  CHECK(!fs::exists(folder + "/out/sample.txt"));
+  CHECK(run(train_gpt + " --init_from=resume" + data).code == 0);
+  CHECK(read_file(folder + "/out/sample.txt").size() == 501);
+}
+
 TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoint and names the tensor",
           "[reliability]") {
   const std::string folder = prepared(), last = folder + "/out/ckpt_last.safetensors";
@@ -259,29 +280,43 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
   CHECK(r.code == 1);
   CHECK(contains(r.err, "is not finite"));
   CHECK(contains(r.err, "it began in iteration "));
+  CHECK(contains(r.err, " with "));
   CHECK(contains(r.err, last + " is the last good state"));
   CHECK(Checkpoint(last).info().iteration == 0);
 
-  // Weights so large that a certain tensor of the next step must overflow: of the first block's second linear layer.
-  REQUIRE(train(folder, "--max_iters=3 --dtype=float32", "/big").code == 0);
-  const std::string big = folder + "/big/ckpt_last.safetensors";
-  {
-    const Checkpoint checkpoint(big);
-    const Layout layout = parameter_layout(checkpoint.info().shape);
-    const Buffer<float> params(layout), m(layout), v(layout);
-    checkpoint.load_params(params.data(), layout);
-    checkpoint.load_moments(m.data(), v.data(), layout);
-    const TensorSpec& fcw = layout.find("fcw");
-    for (size_t i = 0; i < fcw.slice; i++) params.data()[fcw.offset + i] = i % 2 ? 3e38f : 3e38f;
-    save_checkpoint(big, checkpoint.info(), checkpoint.vocabulary(), layout, params.data(), m.data(), v.data());
-  }
-  const std::string before = read_file(big);
-  const Run named = train(folder, "--init_from=resume --max_iters=9 --dtype=float32", "/big");
-  INFO(named.err);
-  CHECK(named.code == 1);
-  CHECK(contains(named.err, "the loss of iteration 3 is not finite"));
-  CHECK(contains(named.err, "it began in iteration 3 with fc"));
-  CHECK((read_file(big) == before));
+  // Checkpoints in which one tensor makes the next step overflow: in forward, or only in the update, whose weights must
+  // not reach a checkpoint before the next loss tells.
+  REQUIRE(train(folder, "--max_iters=3 --dtype=float32", "/made").code == 0);
+  const std::string made = folder + "/made/ckpt_last.safetensors", good = read_file(made);
+  const auto go_on_with = [&](const char* tensor, bool moment, const std::string& flags) {
+    write_file(made, good);
+    {
+      const Checkpoint checkpoint(made);
+      const Layout layout = parameter_layout(checkpoint.info().shape);
+      const Snapshot s{Buffer<float>(layout), Buffer<float>(layout), Buffer<float>(layout)};
+      checkpoint.load_params(s.params.data(), layout);
+      checkpoint.load_moments(s.m.data(), s.v.data(), layout);
+      const TensorSpec& spec = layout.find(tensor);
+      for (size_t i = spec.offset; i < spec.offset + spec.slice; i++) {
+        (moment ? s.m : s.params).data()[i] = 3e38f;
+        if (moment) s.v.data()[i] = 0;
+      }
+      save_checkpoint(made, checkpoint.info(), checkpoint.vocabulary(), layout, s.params.data(), s.m.data(),
+                      s.v.data());
+    }
+    const Run end = train(folder, "--init_from=resume --dtype=float32 " + flags, "/made");
+    CHECK(end.code == 1);
+    CHECK(Checkpoint(made).info().iteration == 3);
+    return end.err;
+  };
+  std::string message = go_on_with("fcw", false, "--max_iters=9");
+  CHECK(contains(message, "the loss of iteration 3 is not finite"));
+  CHECK(contains(message, "it began in iteration 3 with fc"));
+  message = go_on_with("fcw", false, "--max_iters=4");  // which is evaluated first
+  CHECK(contains(message, "the evaluation before iteration 3 are not finite; the weights are finite, but too large"));
+  message = go_on_with("lnfw", true, "--max_iters=4");  // and saved at once
+  CHECK(contains(message, "the weights after iteration 3 are not finite"));
+  CHECK(contains(message, "it began in iteration 3 with the weights lnfw"));
 }
 
 TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliability]") {
@@ -295,6 +330,9 @@ TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliabil
   const Run closed = run(train_gpt + flags + "/closed >&-");
   CHECK(closed.code == 1);
   check_equal(left_in(folder + "/closed"), left_in(folder + "/pipe"));
+  // Nor does it go into a file that was given the number of the closed stream.
+  CHECK(run("FAULT=100:kill " + faulty + flags + "/killed >&-").code == 128 + SIGKILL);
+  CHECK(read_file(folder + "/killed/lock").find("step") == std::string::npos);
   if (fs::exists("/dev/full")) {
     CHECK(run(train_gpt + flags + "/full > /dev/full").code == 1);
     CHECK(run(train_gpt + " sample --out_dir " + folder + "/full > /dev/full").code == 1);

@@ -733,9 +733,12 @@ inline int run_on_gpu(Config config) {
   if (capability < 75)
     fail(card.name, " has compute capability ", card.major, ".", card.minor,
          ", this program needs 7.5 (Turing) or later; --device cpu trains on the CPU");
-  if (config.dtype == "auto") config.dtype = dtype_so_far(config);
   const bool turing = capability < 80;
-  if (config.dtype.empty() || (turing && config.dtype == "bfloat16")) config.dtype = turing ? "float16" : "bfloat16";
+  if (config.dtype == "auto") {
+    config.dtype = dtype_so_far(config);
+    if (turing && config.dtype != "float32") config.dtype.clear();
+  }
+  if (config.dtype.empty()) config.dtype = turing ? "float16" : "bfloat16";
   if (capability < 80 && (config.dtype == "bfloat16" || config.dtype == "tf32"))
     fail("--dtype ", config.dtype, ": ", card.name, " has no ", config.dtype,
          " arithmetic (compute capability 8.0 has); --dtype float16 or float32");

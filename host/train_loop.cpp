@@ -23,7 +23,9 @@ Data open_data(const std::string& folder, const Vocabulary* expected) {
 
 static std::string dtype_of(const CheckpointInfo& info) {
   const auto found = info.state.find("dtype");
-  return found == info.state.end() ? "" : found->second;
+  for (const char* known : {"float32", "tf32", "bfloat16", "float16"})
+    if (found != info.state.end() && found->second == known) return known;
+  return "";
 }
 
 std::string dtype_so_far(const Config& config) {

@@ -329,6 +329,7 @@ int train(Config config) {
     }
   } catch (const NotFinite& bad) {
     writer.wait();
+    if (info.iteration == 0 && writer.saved() < 0) fail(bad.what, " from the start");
     std::fprintf(stderr, "%s; the steps since the last checkpoint are repeated, to see where it began\n",
                  bad.what.c_str());
     fail(bad.what, "; ", find_not_finite(model, last_path, bad), ". ", last_path, " is the last good state; ",

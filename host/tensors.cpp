@@ -118,9 +118,14 @@ namespace {
 
 template <class Real>
 bool finite(const Real* values, size_t count) {
-  Real sum = 0;  // 0 as long as all are finite: 0 times infinity, or NaN, is NaN
-  for (size_t i = 0; i < count; i++) sum += values[i] * 0;
-  return sum == 0;
+  Real sums[8] = {};  // 0 as long as all are finite: 0 times infinity, or NaN, is NaN
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (size_t j = 0; j < 8; j++) sums[j] += values[i + j] * 0;
+  for (; i < count; i++) sums[0] += values[i] * 0;
+  for (const Real sum : sums)
+    if (sum != 0) return false;
+  return true;
 }
 
 }  // namespace

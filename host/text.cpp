@@ -138,8 +138,9 @@ Vocabulary Vocabulary::load(const std::string& path) {
       if (before > 0 && characters[before] <= characters[before - 1]) fail("the characters are not in ascending order");
     }
     if (characters.empty()) fail("it has no characters");
-    const size_t vocab_size = json.at("vocab_size").get<size_t>();
-    if (vocab_size != characters.size()) fail(characters.size(), " characters, but vocab_size is ", vocab_size);
+    const nlohmann::json& vocab_size = json.at("vocab_size");
+    if (!vocab_size.is_number_unsigned() || vocab_size.get<size_t>() != characters.size())
+      fail(characters.size(), " characters, but vocab_size is ", vocab_size.dump());
     Vocabulary vocabulary(std::move(characters));
     const std::string hash = json.at("hash"), expected = hash_text(vocabulary.hash());
     if (hash != expected) fail("the characters have the hash ", expected, ", but the file says ", hash);

@@ -167,6 +167,8 @@ TEST_CASE("vocabulary: a damaged vocab.json is refused") {
       {"}", "", "parse error"},
       {"\"a\"", "\"\xFF\"", "parse error"},
       {"\"vocab_size\": 2", "\"vocab_size\": 3", "2 characters, but vocab_size is 3"},
+      {"\"vocab_size\": 2", "\"vocab_size\": 2.5", "2 characters, but vocab_size is 2.5"},
+      {"\"vocab_size\": 2", "\"vocab_size\": 5e57", "2 characters, but vocab_size is 5e+57"},
       {"\"vocab_size\"", "\"size\"", "vocab_size"},
       {"\"hash\"", "\"hush\"", "hash"},
       {"\"a\"", "\"c\"", "not in ascending order"},

@@ -169,7 +169,7 @@ ifeq ($(DEVICE),cuda)
 test: $(BUILD)/cuda-$(ARCH)/test/run_tests
 	$<
 else
-test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu train_gpt_faulty data_prep data_prep_faulty)
+test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu train_gpt_faulty data_prep)
 	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
 endif
 
@@ -207,11 +207,9 @@ $(BUILD)/train_gpt_on_cpu.o: train_gpt.cu $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(CUDA_ON_CPU) $(OPENMP) -x c++ -c $< -o $@
 
-# The programs on a system that fails (test/faults.cpp).
-$(BUILD)/train_gpt_faulty $(BUILD)/data_prep_faulty: $(BUILD)/test/faults.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+# The trainer on a system that fails (test/faults.cpp).
+$(BUILD)/train_gpt_faulty: $(BUILD)/train_gpt_cpu.o $(BUILD)/test/faults.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -ldl -rdynamic -o $@
-$(BUILD)/train_gpt_faulty: $(BUILD)/train_gpt_cpu.o
-$(BUILD)/data_prep_faulty: $(BUILD)/data_prep.o
 $(BUILD)/test/faults.o: test/faults.cpp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) -O2 -c $< -o $@
@@ -246,7 +244,8 @@ test-memcheck:
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 test-threads:
 	$(MAKE) CXX=clang++ SANITIZE=thread build/clang++-thread/train_gpt_cpu build/clang++-thread/data_prep
-	SHAPE='--n_layer=2 --n_head=4 --n_embd=128 --block_size=64 --batch_size=8' OMP_TOOL_LIBRARIES=$(ARCHER) TSAN_OPTIONS='ignore_noninstrumented_modules=1 exitcode=9' \
+	SHAPE='--n_layer=2 --n_head=4 --n_embd=128 --block_size=64 --batch_size=8' OMP_TOOL_LIBRARIES=$(ARCHER) \
+	  TSAN_OPTIONS='ignore_noninstrumented_modules=1 exitcode=9' \
 	  dev/short_run.sh build/clang++-thread env
 
 PYTHON ?= python3

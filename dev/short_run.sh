@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # A run of everything that the CPU program does, in a few seconds, under a tool: dev/short_run.sh PROGRAMS TOOL...
-# SHAPE: flags of the model, DTYPES: its types. PROGRAMS: the folder with train_gpt_cpu and data_prep. `make test-memcheck` and `make test-threads` call it.
+# PROGRAMS: the folder with train_gpt_cpu and data_prep. In the environment, SHAPE: flags of the model, DTYPES: its types.
+# `make test-memcheck` and `make test-threads` call it.
 set -eu
 programs=$(cd "$1" && pwd)
 shift

@@ -197,7 +197,8 @@ def exact_loss(model, tokens):
 
 def test_export(data, out, val, V):
     printed = run("./train_gpt_cpu", *flags(preset="lecture", data=data, out_dir=out, dropout=0.1, max_iters=200,
-                                            dtype="float32", learning_rate=3e-3, eval_interval=100, eval_iters=2, seed=SEED, **SMALL))
+                                            dtype="float32", learning_rate=3e-3, eval_interval=100, eval_iters=2,
+                                            seed=SEED, **SMALL))
     state = torch.load(out / "microGPT_model.pth", weights_only=True)
     model = GPT(V, *(SMALL[name] for name in ("block_size", "n_embd", "n_head", "n_layer")), dropout=0.1)
     expected = {name: (tensor.shape, tensor.dtype) for name, tensor in model.state_dict().items()}
@@ -232,7 +233,8 @@ def test_steps(what, data, folder, train, V, preset, n_layer, n_head, n_embd, bl
     float64 in PyTorch do: where a sum falls so near zero that the two round it to different sides, ReLU passes a
     gradient in one and not in the other, and AdamW's first steps are as large for a tiny gradient as for any."""
     shape = dict(n_layer=n_layer, n_head=n_head, n_embd=n_embd, block_size=block_size)
-    common = dict(preset=preset, data=data, dtype="float32", dropout=0, batch_size=batch_size, eval_iters=1, seed=SEED, **shape)
+    common = dict(preset=preset, data=data, dtype="float32", dropout=0, batch_size=batch_size, eval_iters=1, seed=SEED,
+                  **shape)
     adamw = dict(learning_rate=1e-3, weight_decay=0.1, beta1=0.9, beta2=0.99)
 
     # One step at a learning rate of zero leaves the initial weights in the checkpoint.

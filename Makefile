@@ -169,7 +169,7 @@ ifeq ($(DEVICE),cuda)
 test: $(BUILD)/cuda-$(ARCH)/test/run_tests
 	$<
 else
-test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu train_gpt_faulty data_prep)
+test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty)
 	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
 endif
 
@@ -207,8 +207,10 @@ $(BUILD)/train_gpt_on_cpu.o: train_gpt.cu $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(CUDA_ON_CPU) $(OPENMP) -x c++ -c $< -o $@
 
-# The trainer on a system that fails (test/faults.cpp).
-$(BUILD)/train_gpt_faulty: $(BUILD)/train_gpt_cpu.o $(BUILD)/test/faults.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+# The programs on a system that fails (test/faults.cpp).
+$(BUILD)/train_gpt_faulty: $(BUILD)/train_gpt_cpu.o
+$(BUILD)/data_prep_faulty: $(BUILD)/data_prep.o
+$(BUILD)/train_gpt_faulty $(BUILD)/data_prep_faulty: $(BUILD)/test/faults.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -ldl -rdynamic -o $@
 $(BUILD)/test/faults.o: test/faults.cpp | $(AFTER_DEPS)
 	@mkdir -p $(@D)

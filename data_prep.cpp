@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "host/error.h"     // defines: fail, run_main
-#include "host/files.h"     // defines: AtomicFile, Lock, fail_errno, flush_folder, make_folder
+#include "host/files.h"     // defines: AtomicFile, Lock, fail_errno, flush_folder, make_folder, move_file
 #include "host/ngram.h"     // defines: compute_baselines, save_baselines
 #include "host/progress.h"  // defines: ProgressBar
 #include "host/shards.h"    // defines: ShardWriter, Tokens, move_shards, shard_path
@@ -241,7 +241,7 @@ static int prepare(const Options& options) {
   move_shards(workshop.path, options.out, "train");
   move_shards(workshop.path, options.out, "val");
   flush_folder(options.out);
-  for (const char* name : {"/baselines.json", "/vocab.json"}) fs::rename(workshop.path + name, options.out + name);
+  for (const char* name : {"/baselines.json", "/vocab.json"}) move_file(workshop.path + name, options.out + name);
   flush_folder(options.out);
 
   std::printf("%s: %s characters, %s bytes%s\n", options.text.c_str(), with_commas(characters).c_str(),

@@ -156,11 +156,15 @@ void AtomicFile::commit() {
   // The order matters: were the file renamed before its bytes are on the disk, a power cut could leave the name with
   // half of them, and the old file gone.
   if (!flush_file(file_)) fail_errno("write " + path_);
-  if (rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno("rename " + temporary_ + " to " + path_);
+  move_file(temporary_, path_);
   close(file_);  // all is on the disk: what close could say is of no interest any more
   file_ = -1;    // and nothing is left for the destructor
   const std::string folder = std::filesystem::path(path_).parent_path().string();
   flush_folder(folder.empty() ? "." : folder);
+}
+
+void move_file(const std::string& from, const std::string& to) {
+  if (rename(from.c_str(), to.c_str()) != 0) fail_errno("rename " + from + " to " + to);
 }
 
 void flush_folder(const std::string& folder) {

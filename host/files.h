@@ -1,7 +1,7 @@
 // Files, written so that what was there before is lost only once the new one is safe, and read without copies.
 // defines: fail_errno, read_file, open_file, write_all, flush_file, AtomicFile,
-//          write_file, flush_folder, make_folder, Lock, fnv1a, checksum,
-//          MappedFile
+//          write_file, move_file, flush_folder, make_folder, Lock, fnv1a,
+//          checksum, MappedFile
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -38,6 +38,9 @@ class AtomicFile {
 
 // The same for a file whose content is at hand.
 void write_file(const std::string& path, std::string_view content);
+
+// rename(2): the file at `to`, if there is one, is replaced.
+void move_file(const std::string& from, const std::string& to);
 
 // Brings the names in a folder, and what was renamed there, to the disk.
 void flush_folder(const std::string& folder);

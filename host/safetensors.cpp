@@ -68,6 +68,8 @@ Json parse_header(const std::string& path, std::string_view header) {
   } catch (const Json::parse_error& e) {
     fail("could not read ", path, ": its header is no valid JSON (byte ", 8 + e.byte,
          "): it is damaged or no safetensors file");
+  } catch (const Json::out_of_range&) {
+    fail("could not read ", path, ": its header has a number beyond all limits: it is damaged or no safetensors file");
   }
 }
 

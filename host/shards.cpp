@@ -96,7 +96,7 @@ void ShardWriter::finish() {
 
 void move_shards(const std::string& from, const std::string& to, const std::string& split) {
   const std::vector<size_t> fresh = shard_numbers(from, split), old = shard_numbers(to, split);
-  for (const size_t number : fresh) fs::rename(shard_path(from, split, number), shard_path(to, split, number));
+  for (const size_t number : fresh) move_file(shard_path(from, split, number), shard_path(to, split, number));
   for (const size_t number : old)
     if (!std::binary_search(fresh.begin(), fresh.end(), number)) fs::remove(shard_path(to, split, number));
 }

@@ -62,7 +62,7 @@ void set_aside_older_run(const std::string& out_dir) {
   // The checkpoint goes last: after a crash on the way the next run moves the rest.
   for (const char* name : {"sample.txt", "metrics.jsonl", "training_plot.png", "microGPT_model.pth",
                            "ckpt_best.safetensors", "ckpt_last.safetensors"})
-    if (fs::exists(out_dir + "/" + name)) fs::rename(out_dir + "/" + name, folder + "/" + name);
+    if (fs::exists(out_dir + "/" + name)) move_file(out_dir + "/" + name, folder + "/" + name);
   flush_folder(folder);
   flush_folder(out_dir);
   std::fprintf(stderr, "%s held another run%s: it is in %s now; --init_from resume would have gone on with it\n",

@@ -56,6 +56,13 @@ std::string content(const fs::path& path) {
 
 }  // namespace
 
+std::map<std::string, std::string> contents(const std::string& folder) {
+  std::map<std::string, std::string> files;
+  for (const fs::directory_entry& entry : fs::recursive_directory_iterator(folder))
+    files[fs::relative(entry.path(), folder).string()] = entry.is_regular_file() ? content(entry.path()) : "no file";
+  return files;
+}
+
 std::string test_folder() {
   static int number = 0;
   const fs::path path = root() / std::to_string(number++);

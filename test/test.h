@@ -1,6 +1,7 @@
 // What every test includes: Catch2, whichever version is installed, and a few things to try programs and files with.
-// defines: test_folder, skip, Run, run, Process, program, error_of, contains
+// defines: test_folder, contents, skip, Run, run, Process, program, error_of, contains
 #pragma once
+#include <map>
 #include <string>
 
 #if __has_include(<catch2/catch_all.hpp>)
@@ -19,6 +20,9 @@ inline auto ContainsSubstring(const std::string& part) { return Catch::Matchers:
 
 // A fresh, empty folder, which is removed when the tests end.
 std::string test_folder();
+
+// Every file under a folder, by its path from there; what is no file, as "no file".
+std::map<std::string, std::string> contents(const std::string& folder);
 
 // Counts the running test case as skipped, not as passed (Catch2 2 has no such thing); the caller returns.
 void skip(const std::string& reason);

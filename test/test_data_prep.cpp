@@ -3,9 +3,10 @@
 
 #include <sys/stat.h>
 
+#include <csignal>
 #include <cstdlib>
 #include <filesystem>
-#include <map>
+#include <fstream>
 #include <string>
 #include <vector>
 
@@ -32,11 +33,10 @@ static std::string text_in(const std::string& folder) {
   return all;
 }
 
-static std::map<std::string, std::string> contents(const std::string& folder) {
-  std::map<std::string, std::string> files;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder))
-    files[entry.path().filename().string()] = entry.is_regular_file() ? read_file(entry.path().string()) : "(no file)";
-  return files;
+static std::string some_letters(const std::string& letters, size_t length) {
+  std::string text;
+  for (size_t i = 0; i < length; i++) text += letters[i * i % 17 % letters.size()];
+  return text;
 }
 
 TEST_CASE("data_prep: the first nine tenths train, the rest validates") {
@@ -248,4 +248,49 @@ TEST_CASE("get_text: keeps what exists, checks what comes, falls back, and leave
   CHECK(contains(r.err, "is not Tiny Shakespeare: its sha256 is"));
   CHECK(contains(r.err, "King James Bible"));
   CHECK(read_file(out) == bible);
+}
+
+TEST_CASE("data_prep: every call that writes a file fails once, and no mixture of two texts is left", "[reliability]") {
+#ifdef __APPLE__
+  return skip("macOS does not let a program stand before the system's calls");
+#endif
+  const std::string folder = test_folder(), out = folder + "/data";
+  const std::string old_text = some_letters("abc", 150), new_text = some_letters("abcd", 250);
+  write_file(folder + "/old.txt", old_text);
+  write_file(folder + "/new.txt", new_text);
+  const std::string flags = " --shard_tokens=50 --out " + out, anew = " " + folder + "/new.txt" + flags;
+  const auto begin = [&] {
+    fs::remove_all(out);
+    REQUIRE(data_prep(folder + "/old.txt" + flags).code == 0);
+  };
+  begin();
+  REQUIRE(run("FAULT_LOG=" + folder + "/calls " + program("data_prep_faulty") + anew).code == 0);
+  const auto want = contents(out);
+  std::vector<std::string> calls = {""};
+  std::ifstream log(folder + "/calls");
+  for (std::string line; std::getline(log, line);) calls.push_back(line);
+  REQUIRE(calls.size() > 30);
+
+  int kept = 0, replaced = 0, refused = 0;
+  for (size_t n = 1; n < calls.size(); n++)
+    for (const std::string fault : {"EIO", "ENOSPC", "EINTR", "kill", "power"}) {
+      begin();
+      const Run r = run("FAULT=" + std::to_string(n) + ":" + fault + " " + program("data_prep_faulty") + anew);
+      INFO(fault << " at call " << n << ", " << calls[n] << ": " << r.err);
+      const bool for_people = calls[n].starts_with("write") && contains(calls[n], "/lock");
+      CHECK(r.code == (fault == "EINTR" || (for_people && fault[0] == 'E') ? 0 : fault[0] == 'E' ? 1 : 128 + SIGKILL));
+      if (r.code == 1) CHECK(contains(r.err, "error: could not "));
+      const std::string error = error_of([&] {
+        const std::string found = text_in(out);
+        (found == old_text ? kept : replaced)++;
+        CHECK((found == old_text || found == new_text));
+      });
+      if (error != "no error") {
+        refused++;
+        CHECK(contains(error, "vocab.json is missing"));
+      }
+      REQUIRE(data_prep(anew.substr(1)).code == 0);
+      CHECK((contents(out) == want));
+    }
+  CHECK((kept > 50 && replaced > 20 && refused > 20));
 }

@@ -18,11 +18,7 @@ const std::string faulty = program("train_gpt_faulty");
 
 // Everything that a finished run left behind, its record without the times that measure the machine.
 std::map<std::string, std::string> left_in(const std::string& folder) {
-  std::map<std::string, std::string> files;
-  for (const fs::directory_entry& entry : fs::directory_iterator(folder)) {
-    const std::string name = entry.path().filename().string();
-    files[name] = entry.is_regular_file() ? read_file(entry.path().string()) : "no file";
-  }
+  std::map<std::string, std::string> files = contents(folder);
   std::string record;
   for (nlohmann::json line : lines_of(folder + "/metrics.jsonl")) {
     for (const char* time : {"time_ms", "tokens_per_s", "train_seconds"}) line.erase(time);

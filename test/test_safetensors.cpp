@@ -132,6 +132,7 @@ TEST_CASE("safetensors: no header is believed", "[safetensors]") {
   refuses("{\"a\":" + std::string(1'000'000, '['), 0, "nested too deeply");
   refuses("{\"a\":" + std::string(1'000'000, '[') + std::string(1'000'000, ']') + "}", 0, "nested too deeply");
   refuses("{" + tensor("F32", "[1]", "[0,4]") + "," + tensor("F32", "[1]", "[0,4]") + "}", 4, "two entries named 'a'");
+  refuses(R"({"a":1e999})", 0, "a number beyond all limits");
   refuses(R"({"a":1})", 0, "a is no JSON object");
   refuses(R"({"a":{}})", 0, "a lacks a type");
   refuses(R"({"__metadata__":{"k":1}})", 0, "k is no text");

@@ -175,7 +175,7 @@ endif
 
 CATCH2_LIBS = $$(pkg-config --libs catch2 2>/dev/null)
 TEST_HOST  := $(addprefix $(BUILD)/test/host/,$(HOST_OBJECTS))
-$(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) cuda_on_cpu.o) $(TEST_HOST)
+$(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) cuda_on_cpu.o ladder/rung.o ladder/charts.o) $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
 
 # CUDA on the CPU: the kernels' tests, and through them the whole GPU trainer, by the C++ compiler (dev/cuda_on_cpu).
@@ -227,6 +227,10 @@ $(BUILD)/test/host/%.o: host/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(HOST_FLAGS) $(OPENMP) -DCANARIES -c $< -o $@
 
+$(BUILD)/test/ladder/%.o: dev/ladder/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(TEST_FLAGS) $(OPENMP) -DCANARIES -c $< -o $@
+
 $(BUILD)/test/host/cpu_features.o: HOST_FLAGS := $(KERNEL_FLAGS)
 
 $(BUILD)/test/%.o: test/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
@@ -235,7 +239,7 @@ $(BUILD)/test/%.o: test/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 
 # Those that call kernels are compiled as the trainers are, the others quickly.
 TEST_FLAGS := -O0
-$(addprefix $(BUILD)/test/test_,layers.o model.o fixture.o random.o): TEST_FLAGS := $(KERNEL_FLAGS)
+$(addprefix $(BUILD)/test/test_,layers.o model.o fixture.o random.o ladder.o): TEST_FLAGS := $(KERNEL_FLAGS)
 
 # A short run under Valgrind, which also sees what was read before it was written; it knows no AVX-512. And one under
 # ThreadSanitizer, of a size that is worth threads: by clang, whose OpenMP tells it of its barriers through Archer.
@@ -292,6 +296,16 @@ $(BUILD)/bench: $(BUILD)/bench.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -o $@
 
 $(BUILD)/bench.o: dev/bench.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
+
+# The ladder: the course's earlier models, dev/ladder.
+LADDER := $(patsubst dev/ladder/%.cpp,$(BUILD)/ladder/%.o,$(wildcard dev/ladder/*.cpp))
+ladder: $(BUILD)/ladder/ladder FORCE
+	@cmp -s $< $@ || cp -f $< $@
+$(BUILD)/ladder/ladder: $(LADDER) $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+	$(CXX) $^ $(LIBS) -o $@
+$(BUILD)/ladder/%.o: dev/ladder/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
 

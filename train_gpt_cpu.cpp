@@ -265,17 +265,7 @@ void check_all_canaries(const GPT<Real, Factor>& m) {
 
 template <class Real, class Factor>
 void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip) {
-  optimizer.gradient_scale = 1;
-  if (grad_clip > 0) {
-    std::vector<double> squares;  // by tensor and layer, added in this order
-    for (const TensorSpec& spec : m.param_layout.tensors())
-      for (int l = 0; l < spec.layers; l++)
-        squares.push_back(gradient_norm_squared(m.grads_memory.data() + spec.offset + l * spec.stride, spec.slice));
-    double norm = 0;
-    for (const double s : squares) norm += s;
-    norm = std::sqrt(norm);
-    if (norm > grad_clip) optimizer.gradient_scale = grad_clip / norm;
-  }
+  optimizer.gradient_scale = clip_scale(m.grads_memory.data(), m.param_layout, grad_clip);
   m.packed = {};
   adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.grads_memory.data(),
                m.param_layout.size(), optimizer);

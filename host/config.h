@@ -1,5 +1,5 @@
-// The command line: one table of flags, from which the parser, --help and the printout are made.
-// defines: Config, parse_command_line, apply_preset, help_text, print_config, recorded_flags, recorded_settings,
+// The trainers' command line: their flags, by command.
+// defines: Config, parse_command_line, config_flag, apply_preset, help_text, print_config, recorded_flags, recorded_settings,
 //          apply_settings, model_shape
 #pragma once
 #include <cstdint>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "flags.h"
 #include "tensors.h"
 
 // What a run is to do. The values are the preset `lecture`; config.cpp has the table of flags and the other preset.
@@ -62,6 +63,9 @@ struct Config {
 // Fails on an unknown flag (with the nearest name), a value out of range, or a flag of another command. A preset's
 // values are not in yet: which one is taken depends on the device.
 Config parse_command_line(int argc, char** argv);
+
+// One flag of the table, whose value goes into this config.
+Flag config_flag(Config& config, const std::string& name);
 
 // Sets what the preset (lecture or small) says, but for the flags that were given.
 void apply_preset(Config& config, const std::string& preset);

@@ -16,13 +16,11 @@
 
 extern char** environ;
 
-namespace {
-
 // A gnuplot string. Within single quotes gnuplot expands nothing, neither escapes nor `commands`; an apostrophe becomes
 // the typographic one, since gnuplot does not understand a doubled one everywhere.
-std::string quoted(const std::string& s) {
+std::string quoted(const std::string& text) {
   std::string out = "'";
-  for (char c : s) {
+  for (char c : text) {
     if (static_cast<unsigned char>(c) < ' ') c = ' ';  // a line's end would end the command
     if (c == '\'')
       out += "’";
@@ -31,6 +29,8 @@ std::string quoted(const std::string& s) {
   }
   return out + "'";
 }
+
+namespace {
 
 std::string decimals(double value, int digits = 3) {
   char buffer[64];
@@ -96,16 +96,10 @@ void spread(std::vector<Label>& labels, double distance) {
 }
 
 std::string script(const PlotData& data) {
-  // Colours of Okabe and Ito (2008), which colour-blind people tell apart.
-  constexpr const char *train_colour = "#0072B2", *val_colour = "#D55E00", *batch_colour = "#B4C0CA", *grey = "#707070";
   const Range range = loss_range(data);
   const int last = std::max(last_iter(data), 1);
 
-  std::string s = "set encoding utf8\n";            // the environment says LC_ALL=C, so that numbers have points
-  for (const char* terminal : {"png", "pngcairo"})  // the last one there is remains
-    s += text("if (strstrt(GPVAL_TERMINALS, ' ", terminal, " ') > 0) set terminal ", terminal,
-              " noenhanced size 1200,750 font 'Sans,13' background rgb 'white'\n");
-
+  std::string s;
   const auto block = [&](const char* name, const auto& points, auto value) {
     s += text("$", name, " << END\n");
     for (const auto& p : points)
@@ -252,10 +246,14 @@ std::string run_gnuplot(const std::string& commands) {
 
 }  // namespace
 
-bool draw_plot(const std::string& png_path, const PlotData& data) {
+bool draw_picture(const std::string& png_path, int width, int height, const std::string& commands) {
+  std::string start = "set encoding utf8\n";         // the environment says LC_ALL=C, so that numbers have points
+  for (const char* terminal : {"png", "pngcairo"})  // the last one there is remains
+    start += text("if (strstrt(GPVAL_TERMINALS, ' ", terminal, " ') > 0) set terminal ", terminal, " noenhanced size ",
+                  width, ",", height, " font 'Sans,13' background rgb 'white'\n");
   std::string picture;
   try {
-    picture = run_gnuplot(script(data));
+    picture = run_gnuplot(start + commands);
   } catch (const Error& e) {
     static bool warned = false;
     if (!warned) std::fprintf(stderr, "warning: no picture %s: %s\n", png_path.c_str(), e.what());
@@ -264,4 +262,8 @@ bool draw_plot(const std::string& png_path, const PlotData& data) {
   }
   write_file(png_path, picture);
   return true;
+}
+
+bool draw_plot(const std::string& png_path, const PlotData& data) {
+  return draw_picture(png_path, 1200, 750, script(data));
 }

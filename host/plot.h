@@ -1,5 +1,5 @@
-// The picture of a run, drawn by gnuplot.
-// defines: PlotData, draw_plot
+// Pictures, drawn by gnuplot; above all that of a run.
+// defines: PlotData, draw_plot, draw_picture, quoted, train_colour, val_colour, ...
 #pragma once
 #include <string>
 #include <vector>
@@ -17,3 +17,13 @@ struct PlotData {
 // Draws the losses by iteration into a PNG. If gnuplot is missing or fails, a warning goes to stderr (once per program)
 // and the result is false: a run is not to end for its picture. Only a disk that cannot be written is an Error.
 bool draw_plot(const std::string& png_path, const PlotData& data);
+
+// The same for any commands of gnuplot; size in pixels.
+bool draw_picture(const std::string& png_path, int width, int height, const std::string& commands);
+
+// A text as gnuplot's commands quote it.
+std::string quoted(const std::string& text);
+
+// Colours of Okabe and Ito (2008), which colour-blind people tell apart.
+constexpr const char *train_colour = "#0072B2", *val_colour = "#D55E00", *third_colour = "#009E73",
+                     *fourth_colour = "#CC79A7", *batch_colour = "#B4C0CA", *grey = "#707070";

@@ -1,10 +1,11 @@
 // AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, in PyTorch's form: the
 // decay is applied to every parameter, and eps is added after the bias-corrected root.
-// defines: AdamW, adamw_update, gradient_norm_squared
+// defines: AdamW, adamw_update, gradient_norm_squared, clip_scale
 #pragma once
 #include <cmath>
 #include <cstddef>
 
+#include "../host/tensors.h"
 #include "simd.h"
 
 struct AdamW {
@@ -36,4 +37,17 @@ double gradient_norm_squared(const Real* grads, size_t count) {
 #pragma omp simd reduction(+ : sum)
   for (size_t i = 0; i < count; i++) sum += double(grads[i]) * double(grads[i]);
   return sum;
+}
+
+// By what gradients in a buffer of this layout are to be multiplied so that their norm is at most grad_clip; 0: whatever
+// it is. Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
+template <class Real>
+double clip_scale(const Real* grads, const Layout& layout, double grad_clip) {
+  if (grad_clip <= 0) return 1;
+  double squares = 0;  // by tensor and layer, added in this order
+  for (const TensorSpec& spec : layout.tensors())
+    for (int l = 0; l < spec.layers; l++)
+      squares += gradient_norm_squared(grads + spec.offset + l * spec.stride, spec.slice);
+  const double norm = std::sqrt(squares);
+  return norm > grad_clip ? grad_clip / norm : 1;
 }

@@ -1,0 +1,272 @@
+// Rung 6, the transformer, piece by piece: Vaswani et al., "Attention Is All You Need", 2017, at the small size at which
+// Karpathy's lecture puts it together, 8 characters of context and 32 channels. Each row of the table adds one thing to the
+// row before. What comes out in the end is the trainer's own model, whose program is train_gpt_cpu.cpp at the top of this
+// repository; the switches are here only.
+#include <cmath>
+
+#include "layers.h"
+#include "rung.h"
+#include "rungs.h"
+
+#include "../../kernels/attention.h"
+#include "../../kernels/embedding.h"
+#include "../../kernels/layernorm.h"
+#include "../../kernels/relu.h"
+#include "../../kernels/residual.h"
+
+namespace transformer {
+
+// Without residual connections a block is attention and then, perhaps, one linear layer with ReLU; with them both branches
+// end in a projection of their own, and the hidden layer is four times as wide.
+struct Shape {
+  int V, T = 8, C = 32, heads = 1, L = 1;
+  bool feed_forward = false, residual = false, layernorm = false;
+  int F() const { return residual ? 4 * C : C; }
+};
+
+#define PARAMETERS_OF_TRANSFORMER(ONE, EACH_LAYER) \
+  ONE(wte, V, C)                                   \
+  ONE(wpe, T, C)                                   \
+  EACH_LAYER(ln1w, norm, C)                        \
+  EACH_LAYER(ln1b, norm, C)                        \
+  EACH_LAYER(qkvw, true, 3 * C, C)                 \
+  EACH_LAYER(attprojw, residual, C, C)             \
+  EACH_LAYER(attprojb, residual, C)                \
+  EACH_LAYER(ln2w, norm, C)                        \
+  EACH_LAYER(ln2b, norm, C)                        \
+  EACH_LAYER(fcw, feed_forward, F, C)              \
+  EACH_LAYER(fcb, feed_forward, F)                 \
+  EACH_LAYER(fcprojw, residual, C, F)              \
+  EACH_LAYER(fcprojb, residual, C)                 \
+  EACH_LAYER(lnfw, last_norm, C)                   \
+  EACH_LAYER(lnfb, last_norm, C)                   \
+  ONE(headw, V, C)                                 \
+  ONE(headb, V)
+#define ACTIVATIONS_OF_TRANSFORMER(ONE, EACH_LAYER)                                \
+  EACH_LAYER(inp, rows, C)                                                         \
+  EACH_LAYER(ln1, rows, C)                                                         \
+  EACH_LAYER(ln1_mean, rows)                                                       \
+  EACH_LAYER(ln1_rstd, rows)                                                       \
+  EACH_LAYER(qkv, rows, 3 * C)                                                     \
+  EACH_LAYER(att, rows, C)                                                         \
+  EACH_LAYER(lse, rows, heads)                                                     \
+  EACH_LAYER(mid, rows, C) /* between attention and feed-forward */                \
+  EACH_LAYER(ln2, rows, C)                                                         \
+  EACH_LAYER(ln2_mean, rows)                                                       \
+  EACH_LAYER(ln2_rstd, rows)                                                       \
+  EACH_LAYER(fc, rows, F) /* after ReLU */                                         \
+  ONE(out, rows, C)                                                                \
+  ONE(lnf, rows, C)                                                                \
+  ONE(lnf_mean, rows)                                                              \
+  ONE(lnf_rstd, rows)                                                              \
+  ONE(logits, rows, V)                                                             \
+  ONE(dstream, rows, C)                                                            \
+  ONE(dbranch, rows, C)                                                            \
+  ONE(dnorm, rows, C)                                                              \
+  ONE(datt, rows, C)                                                               \
+  ONE(dqkv, rows, 3 * C)                                                           \
+  ONE(dfc, rows, F)
+DEFINE_POINTERS(Parameters, PARAMETERS_OF_TRANSFORMER)
+DEFINE_POINTERS(Activations, ACTIVATIONS_OF_TRANSFORMER)
+
+inline Layout parameters(const Shape& s) {
+  const size_t V = s.V, T = s.T, C = s.C, F = s.F();
+  const int feed_forward = s.feed_forward * s.L, residual = s.residual * s.L, norm = s.layernorm * s.L,
+            last_norm = s.layernorm;
+  Layout layout;
+#define ADD_IF(name, layers, ...) layout.add(#name, std::min<int>(layers * s.L, s.L), {__VA_ARGS__});
+  PARAMETERS_OF_TRANSFORMER(ADD_ONE, ADD_IF)
+  return layout;
+}
+inline Layout activations(const Shape& s, size_t rows) {
+  const size_t V = s.V, C = s.C, F = s.F(), heads = s.heads;
+  const int L = s.L;
+  Layout layout;
+  ACTIVATIONS_OF_TRANSFORMER(ADD_ONE, ADD_EACH_LAYER)
+  return layout;
+}
+
+template <class Real>
+struct Net {
+  static constexpr bool every_position = true;
+  Shape s;
+  int V = s.V, T = s.T, C = s.C, F = s.F(), L = s.L;
+  Layout param_layout, act_layout;
+  Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
+  Parameters<Real> w{params.data(), param_layout}, dw{grads.data(), param_layout};
+  Activations<Real> a{acts.data(), act_layout};
+
+  Net(const Shape& shape, int batch)
+      : s(shape), param_layout(parameters(shape)), act_layout(activations(shape, size_t(batch) * shape.T)) {}
+
+  // As PyTorch begins, and the lecture with it: embeddings N(0, 1), weights uniform below 1 / sqrt(inputs), here normal with
+  // the same variance, 1 / (3 inputs).
+  void init(uint64_t seed) {
+    uint32_t number = 0;
+    const auto normal = [&](Real* weight, int inputs, int outputs) {
+      ladder::fill_normal(weight, size_t(outputs) * inputs, 1 / std::sqrt(3.0 * inputs), seed, number++);
+    };
+    ladder::fill_normal(w.wte, size_t(V) * C, 1, seed, number++);
+    ladder::fill_normal(w.wpe, size_t(T) * C, 1, seed, number++);
+    for (int l = 0; l < L; l++) {
+      normal(w.qkvw[l], C, 3 * C);
+      if (s.feed_forward) normal(w.fcw[l], C, F);
+      if (s.residual) normal(w.attprojw[l], C, C), normal(w.fcprojw[l], F, C);
+      if (s.layernorm) std::fill_n(w.ln1w[l], C, Real(1)), std::fill_n(w.ln2w[l], C, Real(1));
+    }
+    if (s.layernorm) std::fill_n(w.lnfw[0], C, Real(1));
+    normal(w.headw, C, V);
+  }
+
+  double multiply_adds() const {
+    const double c = C, per_layer = 3 * c * c + 2 * c * (T + 1) / 2 + s.residual * c * c +
+                                    s.feed_forward * c * F + s.residual * c * F;
+    return L * per_layer + c * V;
+  }
+
+  Real* forward(const int* x, int B, int n, const ladder::Mode& mode) {
+    const int rows = B * n;
+    const Dropout& drop = mode.drop;
+    embedding_forward(a.inp[0], x, w.wte, w.wpe, B, n, C);
+    for (int l = 0; l < L; l++) {
+      Real *inp = a.inp[l], *out = l + 1 < L ? a.inp[l + 1] : a.out;
+      if (s.layernorm) layernorm_forward(a.ln1[l], a.ln1_mean[l], a.ln1_rstd[l], inp, w.ln1w[l], w.ln1b[l], rows, C);
+      matmul_forward<Real>(a.qkv[l], s.layernorm ? a.ln1[l] : inp, w.qkvw[l], nullptr, rows, C, 3 * C);
+      Real* att = s.residual ? a.att[l] : s.feed_forward ? a.mid[l] : out;
+      attention_forward(att, a.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, n, C, s.heads);
+      if (s.residual)
+        matmul_forward<Real>(a.mid[l], att, w.attprojw[l], w.attprojb[l], rows, C, C,
+                             add_residual(a.mid[l], inp, drop.at(site::proj_dropout, l), n, C));
+      if (!s.feed_forward) continue;
+
+      if (s.layernorm)
+        layernorm_forward(a.ln2[l], a.ln2_mean[l], a.ln2_rstd[l], a.mid[l], w.ln2w[l], w.ln2b[l], rows, C);
+      Real* fc = s.residual ? a.fc[l] : out;
+      matmul_forward<Real>(fc, s.layernorm ? a.ln2[l] : a.mid[l], w.fcw[l], w.fcb[l], rows, C, F, apply_relu(fc));
+      if (s.residual)
+        matmul_forward<Real>(out, fc, w.fcprojw[l], w.fcprojb[l], rows, F, C,
+                             add_residual(out, a.mid[l], drop.at(site::fc_dropout, l), n, C));
+    }
+    if (s.layernorm) layernorm_forward(a.lnf, a.lnf_mean, a.lnf_rstd, a.out, w.lnfw[0], w.lnfb[0], rows, C);
+    matmul_forward<Real>(a.logits, s.layernorm ? a.lnf : a.out, w.headw, w.headb, rows, C, V);
+    return a.logits;
+  }
+
+  void backward(const int* x, const Real* dlogits, int B, int n, const ladder::Mode& mode) {
+    const int rows = B * n;
+    const size_t stream = size_t(rows) * C;
+    const Dropout& drop = mode.drop;
+    // What comes out of a branch's beginning: into the stream, past a layernorm, beside what flows there already.
+    const auto into_stream = [&](const Real* d, Real* dlnw, Real* dlnb, const Real* inp, const Real* mean, const Real* rstd,
+                                 const Real* lnw) {
+      if (!s.residual) std::fill_n(a.dstream, stream, Real(0));
+      if (s.layernorm)
+        layernorm_backward(a.dstream, dlnw, dlnb, d, inp, mean, rstd, lnw, rows, C);
+      else
+        for (size_t i = 0; i < stream; i++) a.dstream[i] += d[i];
+    };
+    matmul_backward<Real>(a.dnorm, dw.headw, dw.headb, dlogits, s.layernorm ? a.lnf : a.out, w.headw, rows, C, V);
+    std::fill_n(a.dstream, stream, Real(0));
+    into_stream(a.dnorm, dw.lnfw[0], dw.lnfb[0], a.out, a.lnf_mean, a.lnf_rstd, w.lnfw[0]);
+
+    for (int l = L - 1; l >= 0; l--) {
+      const Real* out = l + 1 < L ? a.inp[l + 1] : a.out;
+      if (s.feed_forward) {
+        if (s.residual) {
+          residual_backward(a.dbranch, a.dstream, drop.at(site::fc_dropout, l), B, n, C);
+          matmul_backward<Real>(a.dfc, dw.fcprojw[l], dw.fcprojb[l], a.dbranch, a.fc[l], w.fcprojw[l], rows, F, C,
+                                apply_relu_backward(a.dfc, a.fc[l]));
+        } else {
+          std::copy_n(a.dstream, stream, a.dfc);
+          relu_backward(a.dfc, out, stream);
+        }
+        matmul_backward<Real>(a.dnorm, dw.fcw[l], dw.fcb[l], a.dfc, s.layernorm ? a.ln2[l] : a.mid[l], w.fcw[l], rows, C,
+                              F);
+        into_stream(a.dnorm, dw.ln2w[l], dw.ln2b[l], a.mid[l], a.ln2_mean[l], a.ln2_rstd[l], w.ln2w[l]);
+      }
+      const Real* att = s.residual ? a.att[l] : s.feed_forward ? a.mid[l] : out;
+      if (s.residual) {
+        residual_backward(a.dbranch, a.dstream, drop.at(site::proj_dropout, l), B, n, C);
+        matmul_backward<Real>(a.datt, dw.attprojw[l], dw.attprojb[l], a.dbranch, att, w.attprojw[l], rows, C, C);
+      } else {
+        std::copy_n(a.dstream, stream, a.datt);
+      }
+      attention_backward(a.dqkv, a.datt, a.qkv[l], att, a.lse[l], drop.at(site::attention_dropout, l), B, n, C,
+                         s.heads);
+      matmul_backward<Real>(a.dnorm, dw.qkvw[l], nullptr, a.dqkv, s.layernorm ? a.ln1[l] : a.inp[l], w.qkvw[l], rows, C,
+                            3 * C);
+      into_stream(a.dnorm, dw.ln1w[l], dw.ln1b[l], a.inp[l], a.ln1_mean[l], a.ln1_rstd[l], w.ln1w[l]);
+    }
+    embedding_backward(dw.wte, dw.wpe, a.dstream, x, B, n, C);
+  }
+};
+
+}  // namespace transformer
+
+void transformer_rung(const ladder::Arguments& arguments) {
+  Config config;  // the lecture's
+  config.batch_size = 32;
+  config.max_iters = 5000;
+  config.eval_interval = 500;
+  config.learning_rate = 1e-3;
+  double dropout = 0.1;
+  transformer::Shape shape;
+  int heads = 4, blocks = 3;
+  if (!ladder::read_flags("transformer", arguments, config,
+                          {{"block_size", &shape.T, 1, 100000, {}, "characters of context"},
+                           {"n_embd", &shape.C, 1, 100000, {}, "channels"},
+                           {"n_head", &heads, 1, 1000, {}, "heads, once there are several"},
+                           {"n_layer", &blocks, 1, 1000, {}, "blocks, once there are several"},
+                           {"dropout", &dropout, 0, 0.99, {}, "of the last row"}}))
+    return;
+  if (shape.C % heads != 0) fail("--n_embd ", shape.C, " is not a multiple of --n_head ", heads);
+  const Data data = ladder::open_text(config, shape.T);
+  shape.V = data.vocabulary.size();
+  struct Step {
+    const char *adds, *reached_in_lecture;
+    void (*change)(transformer::Shape&, int heads, int blocks);
+  };
+  const Step steps[] = {
+      {"one head of self-attention", "about 2.4", [](auto&, int, int) {}},
+      {"several heads", "2.28", [](auto& s, int n, int) { s.heads = n; }},
+      {"feed-forward", "2.24", [](auto& s, int, int) { s.feed_forward = true; }},
+      {"blocks with residuals", "2.08", [](auto& s, int, int n) { s.residual = true, s.L = n; }},
+      {"layernorm", "2.06", [](auto& s, int, int) { s.layernorm = true; }},
+      {"dropout", "", [](auto&, int, int) {}},
+  };
+  ladder::Result result;
+  result.rung = "transformer";
+  result.title = "Transformer, piece by piece";
+  config.dropout = 0;
+  int number = 0;
+  for (const Step& step : steps) {
+    step.change(shape, heads, blocks);
+    if (step.adds == std::string("dropout")) config.dropout = dropout;
+    const size_t rows = size_t(config.batch_size) * shape.T;
+    ladder::require_memory(config, transformer::parameters(shape), transformer::activations(shape, rows), shape.V,
+                           shape.T);
+    using Net = transformer::Net<float>;
+    Net net(shape, config.batch_size);
+    net.init(config.seed);
+    Config run = config;
+    run.out_dir = text(config.out_dir, "/", ++number);
+    const std::string name = (number == 1 ? "" : "+ ") + std::string(step.adds);
+    ladder::Row row = ladder::train(net, run, data, name);
+    if (*step.reached_in_lecture) row.reference = text(step.reached_in_lecture, " in the lecture");
+    result.rows.push_back(row);
+    result.pictures = {{text(number, "/training_plot.png"), "Losses of the last row but one."}};
+    if (step.adds == std::string("layernorm")) {
+      ladder::LanguageModel<Net> model(net, config, data);
+      result.sample = ladder::sample_text(model, data, config.seed, shape.T);
+    }
+  }
+  result.pictures[0].first = text(number - 1, "/training_plot.png");
+  if (ladder::is_tiny_shakespeare(data)) {
+    const double reached[] = {2.4, 2.28, 2.24, 2.08, 2.06};
+    for (size_t i = 0; i < 5; i++)
+      result.checks.push_back({text(steps[i].adds, ", val ", ladder::decimals(result.rows[i].val, 3),
+                                    " within 0.06 of the lecture's ", steps[i].reached_in_lecture),
+                               result.rows[i].val < reached[i] + 0.06});
+  }
+  ladder::save_result(config.out_dir, result);
+}

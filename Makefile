@@ -62,7 +62,8 @@ CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcu
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
-.PHONY: all deps data test test-race run-shuffled test-memcheck test-threads test-pytorch bench bench-gpu bench-pytorch kernel-stats profile fuzz clean help FORCE
+.PHONY: all deps data test test-race run-shuffled test-memcheck test-threads test-pytorch bench bench-gpu bench-pytorch \
+        kernel-stats profile ladder fuzz clean help FORCE
 .DELETE_ON_ERROR:
 
 all: train_gpt train_gpt_cpu data_prep
@@ -169,7 +170,7 @@ ifeq ($(DEVICE),cuda)
 test: $(BUILD)/cuda-$(ARCH)/test/run_tests
 	$<
 else
-test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty)
+test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty ladder/ladder)
 	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
 endif
 
@@ -299,15 +300,17 @@ $(BUILD)/bench.o: dev/bench.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
 
-# The ladder: the course's earlier models, dev/ladder.
+# The ladder: the course's earlier models, dev/ladder. All of them, or RUNG=wavenet alone.
 LADDER := $(patsubst dev/ladder/%.cpp,$(BUILD)/ladder/%.o,$(wildcard dev/ladder/*.cpp))
-ladder: $(BUILD)/ladder/ladder FORCE
+RUNG   ?= all
+ladder: $(BUILD)/ladder/ladder train_gpt
 	@cmp -s $< $@ || cp -f $< $@
+	./$@ $(RUNG)
 $(BUILD)/ladder/ladder: $(LADDER) $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -o $@
 $(BUILD)/ladder/%.o: dev/ladder/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
+	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -DMICROGPT_NO_MAIN -c $< -o $@
 
 # Fuzzing with clang's libFuzzer: every target for FUZZ_SECONDS, from seeds that our own writers make; what was found to
 # be of interest is kept in build/fuzz/corpus, and an input that fails is left in the folder build/fuzz.

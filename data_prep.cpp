@@ -15,7 +15,7 @@
 #include "host/ngram.h"     // defines: compute_baselines, save_baselines
 #include "host/progress.h"  // defines: ProgressBar
 #include "host/shards.h"    // defines: ShardWriter, Tokens, move_shards, shard_path
-#include "host/text.h"      // defines: Utf8Decoder, Vocabulary, shown
+#include "host/text.h"      // defines: Utf8Decoder, Vocabulary, shown, with_commas
 
 namespace fs = std::filesystem;
 
@@ -144,13 +144,6 @@ class Source {
   bool regular_ = false;
   uint64_t size_ = 0;
 };
-
-// 1115394 -> "1,115,394"
-static std::string with_commas(uint64_t n) {
-  std::string digits = std::to_string(n);
-  for (int place = int(digits.size()) - 3; place > 0; place -= 3) digits.insert(size_t(place), ",");
-  return digits;
-}
 
 static void report(const Options& options, const Vocabulary& vocabulary, uint64_t train_size, uint64_t val_size,
                    const std::vector<Baseline>& baselines) {

@@ -14,8 +14,6 @@ static std::string megabytes(double bytes) {
   return line;
 }
 
-static const char* const what_lowers_it = "lower --batch_size (activations) or --n_embd, --n_layer, --block_size (all)";
-
 void PageDeleter::operator()(void* pages) const { munmap(pages, bytes); }
 
 Pages allocate_pages(size_t bytes) {
@@ -35,10 +33,10 @@ std::string MemoryPlan::print() const {
   return out + text("; together ", megabytes(total()));
 }
 
-void MemoryPlan::require(const AvailableMemory& available) const {
+void MemoryPlan::require(const AvailableMemory& available, const char* advice) const {
   if (total() > available.bytes)
     fail("this run needs ", megabytes(total()), " of memory, ", available.where, " ", megabytes(available.bytes), "; ",
-         what_lowers_it, ". ", print());
+         advice, ". ", print());
 }
 
 double usable_memory() {

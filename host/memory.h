@@ -33,6 +33,8 @@ class Buffer {
   Pages pages_;
 };
 
+constexpr const char* what_lowers_it = "lower --batch_size (activations) or --n_embd, --n_layer, --block_size (all)";
+
 struct AvailableMemory {
   double bytes;
   const char* where;  // "this machine has"
@@ -48,7 +50,7 @@ class MemoryPlan {
     return sum;
   }
   std::string print() const;
-  void require(const AvailableMemory& available) const;
+  void require(const AvailableMemory& available, const char* advice = what_lowers_it) const;
 
  private:
   struct Row {

@@ -109,6 +109,12 @@ std::vector<uint16_t> Vocabulary::encode(std::string_view text, const char* what
   return ids;
 }
 
+std::string with_commas(uint64_t n) {
+  std::string digits = std::to_string(n);
+  for (int place = int(digits.size()) - 3; place > 0; place -= 3) digits.insert(size_t(place), 1, ',');
+  return digits;
+}
+
 std::string hash_text(uint64_t hash) {
   char digits[17];
   std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(hash));

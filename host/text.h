@@ -1,5 +1,5 @@
 // Text as the model sees it: UTF-8 to characters (Unicode code points), characters to token ids, and back.
-// defines: Utf8Decoder, utf8, shown, Vocabulary
+// defines: Utf8Decoder, utf8, shown, with_commas, Vocabulary
 #pragma once
 #include <cstdint>
 #include <string>
@@ -51,6 +51,8 @@ std::string utf8(char32_t c);
 
 // The same for a person's eyes: what has no shape of its own, or moves others, is shown as \n or U+200B.
 std::string shown(char32_t c);
+
+std::string with_commas(uint64_t n);  // 1115394 -> "1,115,394"
 
 // The characters of a text, sorted: a character's id is its place among them.
 class Vocabulary {

@@ -1,5 +1,5 @@
-// Rung 2, the bigram again, trained: a table of V x V logits, a row for each character, on which gradient descent arrives
-// at what counting gives at once (rung 1). The first network of the ladder, and the smallest: a lookup.
+// Rung 2, the bigram again, trained: a table of V x V logits, a row for each character, on which gradient descent
+// arrives at what counting gives at once (rung 1). The first network of the ladder, and the smallest: a lookup.
 // Karpathy's lecture "Let's build GPT", bigram.py.
 #include "layers.h"
 #include "rung.h"
@@ -7,8 +7,10 @@
 
 namespace bigram {
 
+// clang-format off
 #define PARAMETERS_OF_BIGRAM(ONE, EACH_LAYER) ONE(table, V, V)
 #define ACTIVATIONS_OF_BIGRAM(ONE, EACH_LAYER) ONE(logits, rows, V)
+// clang-format on
 DEFINE_POINTERS(Parameters, PARAMETERS_OF_BIGRAM)
 DEFINE_POINTERS(Activations, ACTIVATIONS_OF_BIGRAM)
 
@@ -62,7 +64,7 @@ void bigram_rung(const ladder::Arguments& arguments) {
   config.weight_decay = 0;
   int window = 32;
   if (!ladder::read_flags("bigram", arguments, config,
-                          {{"window", &window, 1, 100000, {}, "characters of a batch's row"}}))
+                          {{"block_size", &window, 1, 100000, {}, "characters of a batch's row"}}))
     return;
   const Data data = ladder::open_text(config, window);
   const int V = data.vocabulary.size();
@@ -83,7 +85,8 @@ void bigram_rung(const ladder::Arguments& arguments) {
   data.val.copy(0, val.size(), val.data());
   const double counted_val = bigram_loss(train, val, V), counted_train = bigram_loss(train, train, V, 0);
   ladder::Row& row = result.rows[0];
-  row.reference = text("train ", ladder::decimals(counted_train, 4), ", val ", ladder::decimals(counted_val, 4), " (counted)");
+  row.reference =
+      text("train ", ladder::decimals(counted_train, 4), ", val ", ladder::decimals(counted_val, 4), " (counted)");
   result.checks = {{text("train loss ", ladder::decimals(row.train, 4), " within 0.005 of the counted optimum ",
                          ladder::decimals(counted_train, 4)),
                     std::fabs(row.train - counted_train) < 0.005}};

@@ -2,8 +2,8 @@
 // what it finds decides about the next. Bengio, Ducharme, Vincent, Jauvin, "A Neural Probabilistic Language Model",
 // JMLR 2003, section 2, with batch normalisation (Ioffe and Szegedy 2015) as in Karpathy's makemore lectures.
 //
-// The same program is the tree of makemore's last lecture: with a fan of 2 the hidden layers join neighbours two by two,
-// pairs of pairs next, and so on, until one vector is left; with a fan of 8 there is one join, Bengio's.
+// The same program is the tree of makemore's last lecture: with a fan of 2 the hidden layers join neighbours two by
+// two, pairs of pairs next, and so on, until one vector is left; with a fan of 8 there is one join, Bengio's.
 #include <array>
 #include <cmath>
 
@@ -27,26 +27,28 @@ struct Shape {
 };
 
 // At level l the row of a batch has K / fan^(l+1) positions, each joined from fan of the level below.
-#define PARAMETERS_OF_MLP(ONE, EACH_LEVEL)                                                              \
-  ONE(wte, V, E)                                                                                        \
-  ONE(firstw, H, fan* E) /* the first level joins embeddings, */                                        \
-  EACH_LEVEL(joinw, H, fan* H) /* those above it hidden vectors: of these there is one less */          \
-  EACH_LEVEL(gain, H)                                                                                   \
-  EACH_LEVEL(bias, H)                                                                                   \
-  ONE(headw, V, H)                                                                                      \
+// clang-format off
+#define PARAMETERS_OF_MLP(ONE, EACH_LEVEL)                                                        \
+  ONE(wte, V, E)                                                                                  \
+  ONE(firstw, H, fan * E)         /* the first level joins embeddings, */                         \
+  EACH_LEVEL(joinw, H, fan * H)   /* those above it hidden vectors: of these there is one less */ \
+  EACH_LEVEL(gain, H)                                                                             \
+  EACH_LEVEL(bias, H)                                                                             \
+  ONE(headw, V, H)                                                                                \
   ONE(headb, V)
-#define ACTIVATIONS_OF_MLP(ONE, EACH_LEVEL)                           \
-  ONE(emb, B* K, E)                                                   \
-  EACH_LEVEL(pre, rows, H) /* before batch normalisation */           \
-  EACH_LEVEL(act, rows, H) /* after it and tanh */                    \
-  EACH_LEVEL(mean, H)                                                 \
-  EACH_LEVEL(rstd, H)                                                 \
-  EACH_LEVEL(running_mean, H) /* what evaluation normalises with */   \
-  EACH_LEVEL(running_var, H)                                          \
-  ONE(logits, B, V)                                                   \
-  ONE(dact, rows, H)                                                  \
-  ONE(dpre, rows, H)                                                  \
-  ONE(demb, B* K, E)
+#define ACTIVATIONS_OF_MLP(ONE, EACH_LEVEL)                             \
+  ONE(emb, B * K, E)                                                    \
+  EACH_LEVEL(pre, rows, H)        /* before batch normalisation */      \
+  EACH_LEVEL(act, rows, H)        /* after it and tanh */               \
+  EACH_LEVEL(mean, H)                                                   \
+  EACH_LEVEL(rstd, H)                                                   \
+  EACH_LEVEL(running_mean, H)     /* what evaluation normalises with */ \
+  EACH_LEVEL(running_var, H)                                            \
+  ONE(logits, B, V)                                                     \
+  ONE(dact, rows, H)                                                    \
+  ONE(dpre, rows, H)                                                    \
+  ONE(demb, B * K, E)
+// clang-format on
 DEFINE_POINTERS(Parameters, PARAMETERS_OF_MLP)
 DEFINE_POINTERS(Activations, ACTIVATIONS_OF_MLP)
 
@@ -131,7 +133,8 @@ struct Net {
     for (int l = L - 1; l >= 0; l--, rows *= s.fan) {
       tanh_backward(a.dact, a.act[l], size_t(rows) * s.H);
       if (s.batchnorm)
-        batchnorm_backward(a.dpre, dw.gain[l], dw.bias[l], a.dact, a.pre[l], a.mean[l], a.rstd[l], w.gain[l], rows, s.H);
+        batchnorm_backward(a.dpre, dw.gain[l], dw.bias[l], a.dact, a.pre[l], a.mean[l], a.rstd[l], w.gain[l], rows,
+                           s.H);
       else
         std::copy_n(a.dact, size_t(rows) * s.H, a.dpre);
       matmul_backward<Real>(l == 0 ? a.demb : a.dact, weight(dw, l), s.batchnorm ? nullptr : dw.bias[l], a.dpre,
@@ -155,8 +158,8 @@ inline void diagnose(const Config& config, const Data& data, Shape shape, const 
       ladder::LanguageModel<Net<float>> model(net, config, data);
       const std::string what = std::string(scaled ? "weights N(0, (5/3)² / inputs)" : "weights N(0, 1)") +
                                (batchnorm ? ", batch normalisation" : "");
-      ladder::Panel values{what, "hidden value", "share", {}, "set xrange [-1:1]\nset yrange [0:*]\n"},
-          gradients{"", "log10 |gradient before tanh|", "share", {}, "set xrange [-10:0]\nset yrange [0:*]\n"},
+      ladder::Panel values{"", "hidden value", "share", {}, "set xrange [-1:1]\nset yrange [0:*]\n"},
+          gradients{what, "log10 |gradient before tanh|", "share", {}, "set xrange [-10:0]\nset yrange [0:*]\n"},
           ratios{"", "iteration", "log10 (update / weight)", {}, "set yrange [-5:0]\n"};
       const size_t count = size_t(config.batch_size) * shape.H, weights = size_t(shape.H) * net.inputs(0);
       const auto look = [&](const char* when, const char* colour) {
@@ -190,9 +193,10 @@ inline void diagnose(const Config& config, const Data& data, Shape shape, const 
         ratio_head.push_back({double(i), ratio(head, net.w.headw)});
       }
       bar.finish();
-      ratios.curves = {{"hidden layer", ratio_hidden, text("with lines lc rgb '", train_colour, "'")},
-                       {"head", ratio_head, text("with lines lc rgb '", val_colour, "'")},
-                       {"1 in 1000", {{0, -3}, {double(config.max_iters), -3}}, text("with lines dt 2 lc rgb '", grey, "'")}};
+      ratios.curves = {
+          {"hidden layer", ratio_hidden, text("with lines lc rgb '", train_colour, "'")},
+          {"head", ratio_head, text("with lines lc rgb '", val_colour, "'")},
+          {"1 in 1000", {{0, -3}, {double(config.max_iters), -3}}, text("with lines dt 2 lc rgb '", grey, "'")}};
       for (ladder::Panel& panel : {std::ref(values), std::ref(gradients), std::ref(ratios)}) panels.push_back(panel);
     }
   ladder::draw_panels(png_path, 1300, 1300, 3, panels);
@@ -203,16 +207,16 @@ inline void run(const std::string& rung, const std::string& name, Config config,
   bool scaled = true;
   if (!ladder::read_flags(
           rung, arguments, config,
-          {{"context", &shape.K, 2, 4096, {}, "characters that decide about the next: a power of --fan"},
+          {{"block_size", &shape.K, 2, 4096, {}, "characters that decide about the next: a power of --fan"},
            {"embedding", &shape.E, 1, 100000, {}, "channels of a character"},
            {"hidden", &shape.H, 1, 100000, {}, "channels of a hidden vector"},
-           {"fan", &shape.fan, 2, 4096, {}, "neighbours that a hidden layer joins; --context: all at once"},
+           {"fan", &shape.fan, 2, 4096, {}, "neighbours that a hidden layer joins; as many as --block_size: all at once"},
            {"batchnorm", &shape.batchnorm, 0, 1, {}, "batch normalisation before tanh"},
            {"scaled_init", &scaled, 0, 1, {}, "weights scaled by their number of inputs; false: N(0, 1)"}}))
     return;
   int power = 1;
   while (power < shape.K) power *= shape.fan;
-  if (power != shape.K) fail("--context ", shape.K, " is not a power of --fan ", shape.fan);
+  if (power != shape.K) fail("--block_size ", shape.K, " is not a power of --fan ", shape.fan);
   const Data data = ladder::open_text(config, shape.K);
   shape.V = data.vocabulary.size();
   ladder::require_memory(config, parameters(shape), activations(shape, config.batch_size), shape.V, shape.K);
@@ -231,9 +235,10 @@ inline void run(const std::string& rung, const std::string& name, Config config,
     short_run.max_iters = 1000;
     short_run.decay_lr = false;
     diagnose(short_run, data, shape, config.out_dir + "/initialisation.png");
-    result.pictures.push_back({"initialisation.png",
-                               "The hidden layer at the start and after 1000 steps, with weights of the right scale and "
-                               "without, with batch normalisation and without."});
+    result.pictures.push_back(
+        {"initialisation.png",
+         "The hidden layer at the start and after 1000 steps, with weights of the right scale and "
+         "without, with batch normalisation and without."});
   }
   ladder::save_result(config.out_dir, result);
 }
@@ -252,4 +257,21 @@ void mlp_rung(const ladder::Arguments& arguments) {
   config.min_lr = 0;
   mlp::Shape shape;
   mlp::run("mlp", "MLP", config, shape, arguments, true);
+}
+
+// Of the size of the WaveNet on the next rung.
+void tree_rung(const ladder::Arguments& arguments) {
+  Config config;
+  config.batch_size = 256;
+  config.max_iters = 6000;
+  config.eval_interval = 500;
+  config.eval_iters = 50;
+  config.learning_rate = 2e-3;
+  config.decay_lr = true;
+  config.warmup_iters = 100;
+  config.min_lr = 0;
+  mlp::Shape shape;
+  shape.H = 290;
+  shape.fan = 2;
+  mlp::run("tree", "Tree of pairs", config, shape, arguments, false);
 }

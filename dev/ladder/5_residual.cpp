@@ -1,7 +1,8 @@
-// Rung 5, residual networks: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015, and, for the order
-// within a block, "Identity Mappings in Deep Residual Networks", 2016: normalise, compute, add. The same network with and
-// without its skip connections, 2 to 64 blocks deep: without them a deeper network is soon a worse one, and not for want
-// of parameters. He's networks see pictures and normalise batches; these see 16 characters and normalise layers.
+// Rung 5, residual networks: He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", 2015, and, for the
+// order within a block, "Identity Mappings in Deep Residual Networks", 2016: normalise, compute, add. The same network
+// with and without its skip connections, 2 to 64 blocks deep: without them a deeper network is soon a worse one, and
+// not for want of parameters. He's networks see pictures and normalise batches; these see 16 characters and normalise
+// layers.
 #include <cmath>
 
 #include "charts.h"
@@ -21,9 +22,10 @@ struct Shape {
   bool skips = true;
 };
 
+// clang-format off
 #define PARAMETERS_OF_RESIDUAL(ONE, EACH_BLOCK) \
   ONE(wte, V, E)                                \
-  ONE(inw, C, K* E)                             \
+  ONE(inw, C, K * E)                            \
   ONE(inb, C)                                   \
   EACH_BLOCK(lnw, C)                            \
   EACH_BLOCK(lnb, C)                            \
@@ -35,23 +37,24 @@ struct Shape {
   ONE(lnfb, C)                                  \
   ONE(headw, V, C)                              \
   ONE(headb, V)
-#define ACTIVATIONS_OF_RESIDUAL(ONE, EACH_BLOCK)                      \
-  ONE(emb, B* K, E)                                                   \
-  EACH_BLOCK(inp, B, C) /* the stream where it enters the block */    \
-  EACH_BLOCK(ln, B, C)                                                \
-  EACH_BLOCK(ln_mean, B)                                              \
-  EACH_BLOCK(ln_rstd, B)                                              \
-  EACH_BLOCK(fc, B, C) /* after ReLU */                               \
-  ONE(out, B, C)       /* the stream behind the last block */         \
-  ONE(lnf, B, C)                                                      \
-  ONE(lnf_mean, B)                                                    \
-  ONE(lnf_rstd, B)                                                    \
-  ONE(logits, B, V)                                                   \
-  EACH_BLOCK(dout, B, C) /* gradients of the stream behind each block */ \
-  ONE(dstream, B, C)                                                  \
-  ONE(dfc, B, C)                                                      \
-  ONE(dnorm, B, C)                                                    \
-  ONE(demb, B* K, E)
+#define ACTIVATIONS_OF_RESIDUAL(ONE, EACH_BLOCK)                                  \
+  ONE(emb, B * K, E)                                                              \
+  EACH_BLOCK(inp, B, C)           /* the stream where it enters the block */      \
+  EACH_BLOCK(ln, B, C)                                                            \
+  EACH_BLOCK(ln_mean, B)                                                          \
+  EACH_BLOCK(ln_rstd, B)                                                          \
+  EACH_BLOCK(fc, B, C)            /* after ReLU */                                \
+  ONE(out, B, C)                  /* the stream behind the last block */          \
+  ONE(lnf, B, C)                                                                  \
+  ONE(lnf_mean, B)                                                                \
+  ONE(lnf_rstd, B)                                                                \
+  ONE(logits, B, V)                                                               \
+  EACH_BLOCK(dout, B, C)          /* gradients of the stream behind each block */ \
+  ONE(dstream, B, C)                                                              \
+  ONE(dfc, B, C)                                                                  \
+  ONE(dnorm, B, C)                                                                \
+  ONE(demb, B * K, E)
+// clang-format on
 DEFINE_POINTERS(Parameters, PARAMETERS_OF_RESIDUAL)
 DEFINE_POINTERS(Activations, ACTIVATIONS_OF_RESIDUAL)
 
@@ -83,7 +86,8 @@ struct Net {
   Net(const Shape& shape, int batch)
       : s(shape), param_layout(parameters(shape)), act_layout(activations(shape, batch)) {}
 
-  // He et al., "Delving Deep into Rectifiers", 2015, equation 10: variance 2 / inputs keeps a signal's size through ReLUs.
+  // He et al., "Delving Deep into Rectifiers", 2015, equation 10: variance 2 / inputs keeps a signal's size through
+  // ReLUs.
   void init(uint64_t seed) {
     const auto normal = [&](Real* weight, int inputs, int outputs, double variance, uint32_t number) {
       ladder::fill_normal(weight, size_t(outputs) * inputs, std::sqrt(variance / inputs), seed, number);
@@ -129,7 +133,8 @@ struct Net {
                             apply_relu_backward(a.dfc, a.fc[l]));
       matmul_backward<Real>(a.dnorm, dw.fcw[l], dw.fcb[l], a.dfc, a.ln[l], w.fcw[l], B, C, C);
       if (!s.skips) std::fill_n(a.dstream, stream, Real(0));  // else it flows past the block as well
-      layernorm_backward(a.dstream, dw.lnw[l], dw.lnb[l], a.dnorm, a.inp[l], a.ln_mean[l], a.ln_rstd[l], w.lnw[l], B, C);
+      layernorm_backward(a.dstream, dw.lnw[l], dw.lnb[l], a.dnorm, a.inp[l], a.ln_mean[l], a.ln_rstd[l], w.lnw[l], B,
+                         C);
     }
     matmul_backward<Real>(a.demb, dw.inw, dw.inb, a.dstream, a.emb, w.inw, B, K * s.E, C);
     lookup_backward(dw.wte, a.demb, x, B * K, s.E);
@@ -142,9 +147,9 @@ void residual_rung(const ladder::Arguments& arguments) {
   using namespace residual_net;
   Config config;
   config.batch_size = 128;
-  config.max_iters = 3000;
-  config.eval_interval = 1000;
-  config.eval_iters = 50;
+  config.max_iters = 2400;
+  config.eval_interval = 400;
+  config.eval_iters = 20;
   config.learning_rate = 1e-3;
   config.decay_lr = true;
   config.warmup_iters = 50;
@@ -152,11 +157,12 @@ void residual_rung(const ladder::Arguments& arguments) {
   config.grad_clip = 1;
   Shape shape;
   int deepest = 64;
-  if (!ladder::read_flags("residual", arguments, config,
-                          {{"context", &shape.K, 1, 4096, {}, "characters that decide about the next"},
-                           {"embedding", &shape.E, 1, 100000, {}, "channels of a character"},
-                           {"channels", &shape.C, 1, 100000, {}, "of the stream"},
-                           {"deepest", &deepest, 2, 4096, {}, "blocks of the deepest pair; the others have 2, 4, 8, ..."}}))
+  if (!ladder::read_flags(
+          "residual", arguments, config,
+          {{"block_size", &shape.K, 1, 4096, {}, "characters that decide about the next"},
+           {"embedding", &shape.E, 1, 100000, {}, "channels of a character"},
+           {"channels", &shape.C, 1, 100000, {}, "of the stream"},
+           {"deepest", &deepest, 2, 4096, {}, "blocks of the deepest pair; the others have 2, 4, 8, ..."}}))
     return;
   const Data data = ladder::open_text(config, shape.K);
   shape.V = data.vocabulary.size();
@@ -166,10 +172,13 @@ void residual_rung(const ladder::Arguments& arguments) {
   ladder::Result result;
   result.rung = "residual";
   result.title = "Residual networks";
-  ladder::Panel depth{"by depth", "blocks", "exact validation loss (nats per character)", {},
-                      "set logscale x 2\nset key top left\n"},
-      gradients{text("before the first step, ", deepest, " blocks"), "block", "norm of the stream's gradient behind it",
-                {}, "set logscale y\nset format y '10^{%T}'\nset key top left\n"};
+  ladder::Panel depth{
+      "by depth", "blocks", "exact validation loss (nats per character)", {}, "set logscale x 2\nset key top left\n"},
+      gradients{text("before the first step, ", deepest, " blocks"),
+                "block",
+                "norm of the stream's gradient behind it",
+                {},
+                "set logscale y\nset format y '%.0e'\nset key top left\n"};
   std::string table = "| blocks | with skips: train | val | without: train | val |\n|---|---|---|---|---|\n";
   std::vector<std::string> cells;
   for (const bool skips : {true, false}) {
@@ -184,14 +193,17 @@ void residual_rung(const ladder::Arguments& arguments) {
       net.init(config.seed);
       Config run = config;
       run.out_dir = text(config.out_dir, "/", skips ? "skips_" : "plain_", L);
-      const ladder::Row row = ladder::train(net, run, data, text(L, " blocks, ", name), [&](int i) {
-        if (i > 0 || 2 * L <= deepest) return;
-        ladder::Curve norms{name, {}, text("with lines lw 2.5 lc rgb '", colour, "'")};
-        for (int l = 0; l < L; l++)
-          norms.points.push_back(
-              {double(l + 1), std::sqrt(gradient_norm_squared(net.a.dout[l], size_t(config.batch_size) * net.C))});
-        gradients.curves.push_back(norms);
-      }, 2 * L > deepest);
+      const ladder::Row row = ladder::train(
+          net, run, data, text(L, " blocks, ", name),
+          [&](int i) {
+            if (i > 0 || 2 * L <= deepest) return;
+            ladder::Curve norms{name, {}, text("with lines lw 2.5 lc rgb '", colour, "'")};
+            for (int l = 0; l < L; l++)
+              norms.points.push_back(
+                  {double(l + 1), std::sqrt(gradient_norm_squared(net.a.dout[l], size_t(config.batch_size) * net.C))});
+            gradients.curves.push_back(norms);
+          },
+          2 * L > deepest);
       losses.points.push_back({double(L), row.val});
       if (2 * L > deepest) result.rows.push_back(row);
       const std::string numbers = text(" ", ladder::decimals(row.train, 3), " | ", ladder::decimals(row.val, 3), " |");
@@ -209,8 +221,9 @@ void residual_rung(const ladder::Arguments& arguments) {
   for (const std::string& line : cells) table += line + "\n";
   ladder::draw_panels(config.out_dir + "/depth.png", 1300, 560, 2, {depth, gradients});
   result.notes = {table};
-  result.pictures = {{"depth.png", text("Left: the losses of networks of equal width, equally long trained. Right: how large "
-                                        "the gradient is by the time it has come down to a block.")}};
+  result.pictures = {
+      {"depth.png", text("Left: the losses of networks of equal width, equally long trained. Right: how large "
+                         "the gradient is by the time it has come down to a block.")}};
   const auto last = [&](int curve) { return depth.curves[size_t(curve)].points.back().second; };
   const auto best = [&](int curve) {
     double least = INFINITY;

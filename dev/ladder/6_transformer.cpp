@@ -1,7 +1,7 @@
-// Rung 6, the transformer, piece by piece: Vaswani et al., "Attention Is All You Need", 2017, at the small size at which
-// Karpathy's lecture puts it together, 8 characters of context and 32 channels. Each row of the table adds one thing to the
-// row before. What comes out in the end is the trainer's own model, whose program is train_gpt_cpu.cpp at the top of this
-// repository; the switches are here only.
+// Rung 6, the transformer, piece by piece: Vaswani et al., "Attention Is All You Need", 2017, at the small size at
+// which Karpathy's lecture puts it together, 8 characters of context and 32 channels. Each row of the table adds one
+// thing to the row before. What comes out in the end is the trainer's own model, whose program is train_gpt_cpu.cpp at
+// the top of this repository; the switches are here only.
 #include <cmath>
 
 #include "layers.h"
@@ -16,66 +16,70 @@
 
 namespace transformer {
 
-// Without residual connections a block is attention and then, perhaps, one linear layer with ReLU; with them both branches
-// end in a projection of their own, and the hidden layer is four times as wide.
+// Without residual connections a block is attention and then, perhaps, one linear layer with ReLU; with them both
+// branches end in a projection of their own, and the hidden layer is four times as wide.
 struct Shape {
   int V, T = 8, C = 32, heads = 1, L = 1;
   bool feed_forward = false, residual = false, layernorm = false;
   int F() const { return residual ? 4 * C : C; }
 };
 
+// The second entry says how many layers have it: all, or those of a network with layernorms, with a hidden layer, with
+// projections.
+// clang-format off
 #define PARAMETERS_OF_TRANSFORMER(ONE, EACH_LAYER) \
   ONE(wte, V, C)                                   \
   ONE(wpe, T, C)                                   \
-  EACH_LAYER(ln1w, norm, C)                        \
-  EACH_LAYER(ln1b, norm, C)                        \
-  EACH_LAYER(qkvw, true, 3 * C, C)                 \
-  EACH_LAYER(attprojw, residual, C, C)             \
-  EACH_LAYER(attprojb, residual, C)                \
-  EACH_LAYER(ln2w, norm, C)                        \
-  EACH_LAYER(ln2b, norm, C)                        \
-  EACH_LAYER(fcw, feed_forward, F, C)              \
-  EACH_LAYER(fcb, feed_forward, F)                 \
-  EACH_LAYER(fcprojw, residual, C, F)              \
-  EACH_LAYER(fcprojb, residual, C)                 \
+  EACH_LAYER(ln1w, with_norm, C)                   \
+  EACH_LAYER(ln1b, with_norm, C)                   \
+  EACH_LAYER(qkvw, all, 3 * C, C)                  \
+  EACH_LAYER(attprojw, with_proj, C, C)            \
+  EACH_LAYER(attprojb, with_proj, C)               \
+  EACH_LAYER(ln2w, with_norm, C)                   \
+  EACH_LAYER(ln2b, with_norm, C)                   \
+  EACH_LAYER(fcw, with_hidden, F, C)               \
+  EACH_LAYER(fcb, with_hidden, F)                  \
+  EACH_LAYER(fcprojw, with_proj, C, F)             \
+  EACH_LAYER(fcprojb, with_proj, C)                \
   EACH_LAYER(lnfw, last_norm, C)                   \
   EACH_LAYER(lnfb, last_norm, C)                   \
   ONE(headw, V, C)                                 \
   ONE(headb, V)
-#define ACTIVATIONS_OF_TRANSFORMER(ONE, EACH_LAYER)                                \
-  EACH_LAYER(inp, rows, C)                                                         \
-  EACH_LAYER(ln1, rows, C)                                                         \
-  EACH_LAYER(ln1_mean, rows)                                                       \
-  EACH_LAYER(ln1_rstd, rows)                                                       \
-  EACH_LAYER(qkv, rows, 3 * C)                                                     \
-  EACH_LAYER(att, rows, C)                                                         \
-  EACH_LAYER(lse, rows, heads)                                                     \
-  EACH_LAYER(mid, rows, C) /* between attention and feed-forward */                \
-  EACH_LAYER(ln2, rows, C)                                                         \
-  EACH_LAYER(ln2_mean, rows)                                                       \
-  EACH_LAYER(ln2_rstd, rows)                                                       \
-  EACH_LAYER(fc, rows, F) /* after ReLU */                                         \
-  ONE(out, rows, C)                                                                \
-  ONE(lnf, rows, C)                                                                \
-  ONE(lnf_mean, rows)                                                              \
-  ONE(lnf_rstd, rows)                                                              \
-  ONE(logits, rows, V)                                                             \
-  ONE(dstream, rows, C)                                                            \
-  ONE(dbranch, rows, C)                                                            \
-  ONE(dnorm, rows, C)                                                              \
-  ONE(datt, rows, C)                                                               \
-  ONE(dqkv, rows, 3 * C)                                                           \
+#define ACTIVATIONS_OF_TRANSFORMER(ONE, EACH_LAYER)                        \
+  EACH_LAYER(inp, rows, C)                                                 \
+  EACH_LAYER(ln1, rows, C)                                                 \
+  EACH_LAYER(ln1_mean, rows)                                               \
+  EACH_LAYER(ln1_rstd, rows)                                               \
+  EACH_LAYER(qkv, rows, 3 * C)                                             \
+  EACH_LAYER(att, rows, C)                                                 \
+  EACH_LAYER(lse, rows, heads)                                             \
+  EACH_LAYER(mid, rows, C)        /* between attention and feed-forward */ \
+  EACH_LAYER(ln2, rows, C)                                                 \
+  EACH_LAYER(ln2_mean, rows)                                               \
+  EACH_LAYER(ln2_rstd, rows)                                               \
+  EACH_LAYER(fc, rows, F)         /* after ReLU */                         \
+  ONE(out, rows, C)                                                        \
+  ONE(lnf, rows, C)                                                        \
+  ONE(lnf_mean, rows)                                                      \
+  ONE(lnf_rstd, rows)                                                      \
+  ONE(logits, rows, V)                                                     \
+  ONE(dstream, rows, C)                                                    \
+  ONE(dbranch, rows, C)                                                    \
+  ONE(dnorm, rows, C)                                                      \
+  ONE(datt, rows, C)                                                       \
+  ONE(dqkv, rows, 3 * C)                                                   \
   ONE(dfc, rows, F)
+// clang-format on
 DEFINE_POINTERS(Parameters, PARAMETERS_OF_TRANSFORMER)
 DEFINE_POINTERS(Activations, ACTIVATIONS_OF_TRANSFORMER)
 
 inline Layout parameters(const Shape& s) {
   const size_t V = s.V, T = s.T, C = s.C, F = s.F();
-  const int feed_forward = s.feed_forward * s.L, residual = s.residual * s.L, norm = s.layernorm * s.L,
-            last_norm = s.layernorm;
+  const int all = s.L, with_norm = s.layernorm ? s.L : 0, last_norm = s.layernorm ? 1 : 0,
+            with_hidden = s.feed_forward ? s.L : 0, with_proj = s.residual ? s.L : 0;
   Layout layout;
-#define ADD_IF(name, layers, ...) layout.add(#name, std::min<int>(layers * s.L, s.L), {__VA_ARGS__});
-  PARAMETERS_OF_TRANSFORMER(ADD_ONE, ADD_IF)
+#define ADD_LAYERS(name, layers, ...) layout.add(#name, layers, {__VA_ARGS__});
+  PARAMETERS_OF_TRANSFORMER(ADD_ONE, ADD_LAYERS)
   return layout;
 }
 inline Layout activations(const Shape& s, size_t rows) {
@@ -99,8 +103,8 @@ struct Net {
   Net(const Shape& shape, int batch)
       : s(shape), param_layout(parameters(shape)), act_layout(activations(shape, size_t(batch) * shape.T)) {}
 
-  // As PyTorch begins, and the lecture with it: embeddings N(0, 1), weights uniform below 1 / sqrt(inputs), here normal with
-  // the same variance, 1 / (3 inputs).
+  // As PyTorch begins, and the lecture with it: embeddings N(0, 1), weights uniform below 1 / sqrt(inputs), here normal
+  // with the same variance, 1 / (3 inputs).
   void init(uint64_t seed) {
     uint32_t number = 0;
     const auto normal = [&](Real* weight, int inputs, int outputs) {
@@ -119,8 +123,8 @@ struct Net {
   }
 
   double multiply_adds() const {
-    const double c = C, per_layer = 3 * c * c + 2 * c * (T + 1) / 2 + s.residual * c * c +
-                                    s.feed_forward * c * F + s.residual * c * F;
+    const double c = C, per_layer = 3 * c * c + 2 * c * (T + 1) / 2 + s.residual * c * c + s.feed_forward * c * F +
+                                    s.residual * c * F;
     return L * per_layer + c * V;
   }
 
@@ -157,8 +161,8 @@ struct Net {
     const size_t stream = size_t(rows) * C;
     const Dropout& drop = mode.drop;
     // What comes out of a branch's beginning: into the stream, past a layernorm, beside what flows there already.
-    const auto into_stream = [&](const Real* d, Real* dlnw, Real* dlnb, const Real* inp, const Real* mean, const Real* rstd,
-                                 const Real* lnw) {
+    const auto into_stream = [&](const Real* d, Real* dlnw, Real* dlnb, const Real* inp, const Real* mean,
+                                 const Real* rstd, const Real* lnw) {
       if (!s.residual) std::fill_n(a.dstream, stream, Real(0));
       if (s.layernorm)
         layernorm_backward(a.dstream, dlnw, dlnb, d, inp, mean, rstd, lnw, rows, C);
@@ -180,8 +184,8 @@ struct Net {
           std::copy_n(a.dstream, stream, a.dfc);
           relu_backward(a.dfc, out, stream);
         }
-        matmul_backward<Real>(a.dnorm, dw.fcw[l], dw.fcb[l], a.dfc, s.layernorm ? a.ln2[l] : a.mid[l], w.fcw[l], rows, C,
-                              F);
+        matmul_backward<Real>(a.dnorm, dw.fcw[l], dw.fcb[l], a.dfc, s.layernorm ? a.ln2[l] : a.mid[l], w.fcw[l], rows,
+                              C, F);
         into_stream(a.dnorm, dw.ln2w[l], dw.ln2b[l], a.mid[l], a.ln2_mean[l], a.ln2_rstd[l], w.ln2w[l]);
       }
       const Real* att = s.residual ? a.att[l] : s.feed_forward ? a.mid[l] : out;
@@ -208,6 +212,7 @@ void transformer_rung(const ladder::Arguments& arguments) {
   config.batch_size = 32;
   config.max_iters = 5000;
   config.eval_interval = 500;
+  config.eval_iters = 100;
   config.learning_rate = 1e-3;
   double dropout = 0.1;
   transformer::Shape shape;

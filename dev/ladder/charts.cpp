@@ -13,8 +13,8 @@ bool draw_panels(const std::string& png_path, int width, int height, int columns
   for (const Panel& panel : panels) {
     plots += text("reset\nset border 3 lc rgb '#404040'\nset tics nomirror out scale 0.6 font ',11'\n",
                   "set grid lc rgb '#E8E8E8' lt 1 lw 1\nset key top right samplen 2 font ',11'\n", "set title ",
-                  quoted(panel.title), "\nset xlabel ", quoted(panel.xlabel), "\nset ylabel ", quoted(panel.ylabel), "\n",
-                  panel.settings);
+                  quoted(panel.title), "\nset xlabel ", quoted(panel.xlabel), "\nset ylabel ", quoted(panel.ylabel),
+                  "\n", panel.settings);
     std::string curves;
     for (const Curve& curve : panel.curves) {
       blocks += text("$d", ++number, " << END\n");

@@ -1,5 +1,5 @@
-// The layers that only the ladder's rungs have; all others are the trainer's, in kernels/. As there: outputs, inputs, then
-// sizes; activations' gradients are written (=), parameters' gradients are added (+=).
+// The layers that only the ladder's rungs have; all others are the trainer's, in kernels/. As there: outputs, inputs,
+// then sizes; activations' gradients are written (=), parameters' gradients are added (+=).
 // defines: lookup_forward, lookup_backward, tanh_forward, tanh_backward, sigmoid_vec, tanh_vec, matmul_add,
 //          matmul_add_backward, batchnorm_forward, batchnorm_backward
 #pragma once
@@ -92,8 +92,8 @@ void matmul_add_backward(Real* dinp, Real* dweight, const Real* dout, const Real
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Batch normalisation: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. Every channel of a batch gets mean 0
-// and variance 1, then a scale and an offset of its own. In evaluation, mean and variance are those that training has
+// Batch normalisation: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. Every channel of a batch gets mean
+// 0 and variance 1, then a scale and an offset of its own. In evaluation, mean and variance are those that training has
 // seen, averaged; there is nothing to learn from them.
 
 constexpr double batchnorm_eps = 1e-5, batchnorm_momentum = 0.01;
@@ -143,8 +143,8 @@ void batchnorm_forward(Real* out, Real* mean, Real* rstd, Real* running_mean, Re
   });
 }
 
-// dinp (rows, C) =, dgain (C) +=, dbias (C) +=; dout (rows, C), after a forward in training. As in a layernorm, but with
-// the sums over the rows of a channel: with n = (inp - mean) * rstd,
+// dinp (rows, C) =, dgain (C) +=, dbias (C) +=; dout (rows, C), after a forward in training. As in a layernorm, but
+// with the sums over the rows of a channel: with n = (inp - mean) * rstd,
 //   dinp = (dout - mean(dout) - n * mean(dout * n)) * rstd * gain
 template <class Real>
 void batchnorm_backward(Real* dinp, Real* dgain, Real* dbias, const Real* dout, const Real* inp, const Real* mean,

@@ -12,15 +12,15 @@ namespace ladder {
 
 using Json = nlohmann::ordered_json;
 
-bool read_flags(const std::string& rung, const Arguments& arguments, Config& config, const std::vector<Flag>& own) {
+bool read_flags(const std::string& rung, const Arguments& arguments, Config& config, const std::vector<Flag>& own,
+                const std::vector<std::string>& common) {
   config.out_dir = "out/ladder/" + rung;
   std::vector<Flag> flags = own;
-  for (const char* common : {"data", "out_dir", "batch_size", "max_iters", "eval_interval", "eval_iters", "learning_rate",
-                             "warmup_iters", "weight_decay", "grad_clip", "threads", "seed"})
-    flags.push_back(config_flag(config, common));
+  for (const std::string& name : common) flags.push_back(config_flag(config, name));
   std::vector<std::string> names = {"help"};
   for (const Flag& flag : flags) names.push_back(flag.name);
-  std::string help = text("usage: ./ladder ", rung, " [--flag value | --flag=value ...]\n\nflags, with their defaults:\n");
+  std::string help =
+      text("usage: ./ladder ", rung, " [--flag value | --flag=value ...]\n\nflags, with their defaults:\n");
   for (const Flag& flag : flags) help += help_line(flag);
 
   config.given = parse_flags(arguments, flags, [&](const std::string& name) {
@@ -47,7 +47,7 @@ void require_memory(const Config& config, const Layout& params, const Layout& ac
   plan.add("parameters, gradients, AdamW's m and v", 16.0 * double(params.size()));
   plan.add("activations and their gradients", 4.0 * double(acts.size()));
   plan.add("batches, probabilities", double(config.batch_size) * T * (8 + 8.0 * V));
-  plan.require({usable_memory(), "this machine has"});
+  plan.require({usable_memory(), "this machine has"}, "lower --batch_size or the sizes of the network");
 }
 
 std::string decimals(double value, int digits) {
@@ -61,8 +61,9 @@ bool is_tiny_shakespeare(const Data& data) {
 }
 
 void save_result(const std::string& out_dir, const Result& result) {
-  Json json = {{"rung", result.rung}, {"title", result.title}, {"rows", Json::array()}, {"notes", result.notes},
-               {"pictures", Json::array()}, {"checks", Json::array()}, {"sample", result.sample}};
+  Json json = {{"rung", result.rung},    {"title", result.title},     {"rows", Json::array()},
+               {"notes", result.notes},  {"pictures", Json::array()}, {"checks", Json::array()},
+               {"sample", result.sample}};
   const auto number = [](double x) { return std::isfinite(x) ? Json(x) : Json(); };
   for (const Row& row : result.rows)
     json["rows"].push_back({{"name", row.name},
@@ -71,8 +72,11 @@ void save_result(const std::string& out_dir, const Result& result) {
                             {"seconds", number(row.seconds)},
                             {"train", number(row.train)},
                             {"val", number(row.val)},
-                            {"reference", row.reference}});
-  for (const auto& [file, caption] : result.pictures) json["pictures"].push_back({{"file", file}, {"caption", caption}});
+                            {"reference", row.reference},
+                            {"record", row.record},
+                            {"per_step", row.per_step}});
+  for (const auto& [file, caption] : result.pictures)
+    json["pictures"].push_back({{"file", file}, {"caption", caption}});
   for (const auto& [what, reached] : result.checks) {
     json["checks"].push_back({{"what", what}, {"reached", reached}});
     std::printf("%s: %s\n", reached ? "reached" : "MISSED", what.c_str());
@@ -92,7 +96,7 @@ Result load_result(const std::string& out_dir) {
     for (const Json& row : json.at("rows"))
       result.rows.push_back({row.at("name"), number(row.at("parameters")), number(row.at("flops")),
                              number(row.at("seconds")), number(row.at("train")), number(row.at("val")),
-                             row.at("reference")});
+                             row.at("reference"), row.at("record"), row.at("per_step")});
     for (const Json& note : json.at("notes")) result.notes.push_back(note);
     for (const Json& p : json.at("pictures")) result.pictures.push_back({p.at("file"), p.at("caption")});
     for (const Json& c : json.at("checks")) result.checks.push_back({c.at("what"), c.at("reached")});

@@ -20,9 +20,12 @@ namespace ladder {
 
 using Arguments = std::vector<std::string>;
 
-// Reads a rung's flags: its own, and those that it has in common with the trainer, whose defaults it has put into config.
-// False: it was asked for --help, and answered.
-bool read_flags(const std::string& rung, const Arguments& arguments, Config& config, const std::vector<Flag>& own = {});
+// Reads a rung's flags: its own, and those that it has in common with the trainer, whose defaults it has put into
+// config. False: it was asked for --help, and answered.
+bool read_flags(const std::string& rung, const Arguments& arguments, Config& config, const std::vector<Flag>& own,
+                const std::vector<std::string>& common = {"data", "out_dir", "batch_size", "max_iters", "eval_interval",
+                                                          "eval_iters", "learning_rate", "warmup_iters", "weight_decay",
+                                                          "grad_clip", "threads", "seed"});
 
 // Opens the text; refuses one that is too short for windows of T characters.
 Data open_text(const Config& config, int T);
@@ -194,7 +197,9 @@ struct Row {
   std::string name;
   double parameters = 0, flops = 0;  // of a training step, by the characters that it predicts
   double seconds = 0, train = not_measured, val = not_measured;
-  std::string reference;
+  std::string reference = "";
+  std::string record = "";  // its metrics.jsonl
+  double per_step = 0;      // characters that an iteration predicts
 };
 
 struct Result {
@@ -215,14 +220,15 @@ std::string decimals(double value, int digits);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Trains a network as the trainer trains its own: the same batches, evaluations, record and picture, then the exact
-// losses. each_gradient(iteration) is called before every update. Without exact_train the loss in training is that of the
-// last evaluation.
+// losses. each_gradient(iteration) is called before every update. Without exact_train the loss in training is that of
+// the last evaluation.
 template <class Net>
 Row train(Net& net, const Config& config, const Data& data, const std::string& name,
           const std::function<void(int)>& each_gradient = {}, bool exact_train = true) {
   using Clock = std::chrono::steady_clock;
   LanguageModel<Net> model(net, config, data);
   make_folder(config.out_dir);
+  const Lock lock(config.out_dir);
   RunFiles files(config, 0);
   const Clock::time_point start = Clock::now();
   Row row;
@@ -249,6 +255,8 @@ Row train(Net& net, const Config& config, const Data& data, const std::string& n
     bar.finish();
   }
   row.name = name;
+  row.record = files.path("metrics.jsonl");
+  row.per_step = double(config.batch_size) * (Net::every_position ? net.T : 1);
   row.parameters = double(net.param_layout.count());
   row.flops = 6 * net.multiply_adds();
   row.seconds = std::chrono::duration<double>(Clock::now() - start).count();

@@ -7,6 +7,7 @@ void gradient_descent_rung(const ladder::Arguments& arguments);  // 0_gradient_d
 void counted_rung(const ladder::Arguments& arguments);           // 1_counted.cpp
 void bigram_rung(const ladder::Arguments& arguments);            // 2_bigram.cpp
 void mlp_rung(const ladder::Arguments& arguments);               // 3_mlp.cpp
+void tree_rung(const ladder::Arguments& arguments);              // the same
 void wavenet_rung(const ladder::Arguments& arguments);           // 4_wavenet.cpp
 void residual_rung(const ladder::Arguments& arguments);          // 5_residual.cpp
 void transformer_rung(const ladder::Arguments& arguments);       // 6_transformer.cpp

@@ -84,6 +84,7 @@ help:
 	@echo 'make bench-pytorch  the same step by PyTorch, in turn with ours (PYTHON=python3, which needs torch; DEVICE=cuda)'
 	@echo 'make profile        one step under NVIDIA'"'"'s profilers (KERNEL=name, the one shown in detail)'
 	@echo 'make kernel-stats   registers, spills and shared memory of every kernel (ARCH=90 or all)'
+	@echo 'make ladder         the models before the transformer, all of them and a report (RUNG=wavenet: one; doc/ladder.md)'
 	@echo 'make fuzz           every reader of files and flags against bytes of all kinds (clang++; FUZZ_SECONDS=60 each)'
 	@echo 'make clean          remove what was built; data/ and out/ stay'
 	@echo 'CXX=clang++, MARCH=x86-64-v3: another compiler, another instruction set'
@@ -336,6 +337,6 @@ build/fuzz/host/%.o: host/%.cpp
 	clang++ $(FUZZ_FLAGS) -c $< -o $@
 
 clean:
-	rm -rf build train_gpt train_gpt_cpu data_prep
+	rm -rf build train_gpt train_gpt_cpu data_prep ladder
 
 -include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d build/fuzz/*.d build/fuzz/host/*.d)

@@ -13,7 +13,7 @@ namespace fs = std::filesystem;
 
 std::string all_sources() {
   std::string all;
-  for (const char* folder : {".", "kernels", "host", "dev", "test"})
+  for (const char* folder : {".", "kernels", "host", "dev", "dev/ladder", "test"})
     for (const auto& entry : fs::directory_iterator(folder)) {
       const std::string kind = entry.path().extension().string();
       if (kind == ".h" || kind == ".cpp" || kind == ".cu" || kind == ".cuh" || kind == ".py")
@@ -63,6 +63,26 @@ TEST_CASE("The documentation names only files and symbols that exist") {
     }
   CHECK(files > 20);
   CHECK(symbols > 40);
+}
+
+TEST_CASE("Code on the page of the ladder is that of its sources") {
+  const std::string page = read_file("doc/ladder.md");
+  const std::regex excerpt("`([^`]+)`, `([^`]+)`:\n\n```cpp\n([^`]+)\n```");
+  int excerpts = 0;
+  for (std::sregex_iterator at(page.begin(), page.end(), excerpt), end; at != end; ++at) {
+    const std::string path = (*at)[1], name = (*at)[2], code = (*at)[3];
+    INFO(path << ", " << name);
+    CHECK((read_file(path).find(code + "\n") != std::string::npos));
+    CHECK(code.substr(0, code.find('{')).find(" " + name + "(") != std::string::npos);
+    excerpts++;
+  }
+  CHECK(excerpts > 8);
+  size_t blocks = 0;  // none stands there without its place
+  for (size_t at = page.find("```cpp"); at != std::string::npos; at = page.find("```cpp", at + 1)) blocks++;
+  CHECK(blocks == size_t(excerpts));
+  for (const auto& entry : fs::directory_iterator("dev/ladder"))
+    if (std::isdigit(entry.path().filename().string()[0]))
+      CHECK(page.find("`" + entry.path().string() + "`") != std::string::npos);
 }
 
 TEST_CASE("The README's table of flags is the program's own") {

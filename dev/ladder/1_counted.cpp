@@ -95,7 +95,7 @@ inline bool draw_table(const std::string& path, const Model& bigram, const Vocab
 void counted_rung(const ladder::Arguments& arguments) {
   Config config;
   int order = 2;
-  if (!ladder::read_flags("counted", arguments, config, {{"order", &order, 1, 4, {}, "characters of context at most"}},
+  if (!ladder::read_flags("counted", arguments, config, {{"order", &order, 1, 3, {}, "characters of context at most"}},
                           {"data", "out_dir", "seed"}))
     return;
   const Data data = ladder::open_text(config, order);
@@ -111,7 +111,7 @@ void counted_rung(const ladder::Arguments& arguments) {
   ladder::Result result;
   result.rung = "counted";
   result.title = "Counted";
-  const char* const names[] = {"bigram", "trigram", "4-gram", "5-gram"};
+  const char* const names[] = {"bigram", "trigram", "4-gram"};
   for (int n = 1; n <= order; n++) {
     const auto start = std::chrono::steady_clock::now();
     counted::Model model(V, n);

@@ -8,7 +8,7 @@ shift
 work=$(mktemp -d) && trap 'rm -rf "$work"' EXIT
 cd "$work"
 for _ in $(seq 100); do printf 'To be, or not to be: that is the question: %s\n' "$(seq -s ' ' 30)"; done >input.txt
-printf '\x%x' $(seq 33 126) | xargs -0 printf >>input.txt  # every character there is in ASCII
+printf '\\x%x' $(seq 33 126) | xargs -0 printf >>input.txt  # every character there is in ASCII
 "$@" "$programs/data_prep" input.txt --out data
 shape="--preset=lecture ${SHAPE:---n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --batch_size=3} --eval_interval=2 --eval_iters=1"
 for dtype in ${DTYPES:-float32}; do

@@ -237,7 +237,8 @@ TEST_CASE("ladder: every rung runs, and the report tells of it", "[ladder]") {
   }
   const Run r = run(ladder_program + " report" + data + " --out_dir " + out);
   INFO(r.err);
-  CHECK(r.code == 0 + contains(r.out + r.err + read_file(out + "/README.md"), "**missed**"));
+  CHECK(r.code == 1);  // two steps do not tell the moons apart
+  CHECK(contains(read_file(out + "/README.md"), "- **missed**: "));
   const std::string report = read_file(out + "/README.md");
   for (const char* part : {"| bigram, counted | ", "| Tree of pairs | ", "| WaveNet | ", "| 4 blocks, without | ",
                            "| + layernorm | ", "Receptive field: 7 characters", "~~~\n", "4.4e-16"})

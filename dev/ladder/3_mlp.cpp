@@ -203,14 +203,19 @@ inline void diagnose(const Config& config, const Data& data, Shape shape, const 
 }
 
 inline void run(const std::string& rung, const std::string& name, Config config, Shape shape,
-                const ladder::Arguments& arguments, bool diagnosis) {
+                const ladder::Arguments& arguments, double target, bool diagnosis) {
   bool scaled = true;
   if (!ladder::read_flags(
           rung, arguments, config,
           {{"block_size", &shape.K, 2, 4096, {}, "characters that decide about the next: a power of --fan"},
            {"embedding", &shape.E, 1, 100000, {}, "channels of a character"},
            {"hidden", &shape.H, 1, 100000, {}, "channels of a hidden vector"},
-           {"fan", &shape.fan, 2, 4096, {}, "neighbours that a hidden layer joins; as many as --block_size: all at once"},
+           {"fan",
+            &shape.fan,
+            2,
+            4096,
+            {},
+            "neighbours that a hidden layer joins; as many as --block_size: all at once"},
            {"batchnorm", &shape.batchnorm, 0, 1, {}, "batch normalisation before tanh"},
            {"scaled_init", &scaled, 0, 1, {}, "weights scaled by their number of inputs; false: N(0, 1)"}}))
     return;
@@ -227,7 +232,11 @@ inline void run(const std::string& rung, const std::string& name, Config config,
   result.rung = rung;
   result.title = name;
   result.rows = {ladder::train(net, config, data, name)};
-  result.pictures = {{"training_plot.png", "Losses of the " + name + "."}};
+  result.rows[0].reference = text("at most ", target);
+  if (ladder::is_tiny_shakespeare(data))
+    result.checks = {{text(name, ", val ", ladder::decimals(result.rows[0].val, 4), " at most ", target),
+                      result.rows[0].val <= target}};
+  result.pictures = {{"training_plot.png", "Losses."}};
   ladder::LanguageModel<Net<float>> model(net, config, data);
   result.sample = ladder::sample_text(model, data, config.seed, shape.K);
   if (diagnosis) {
@@ -256,7 +265,7 @@ void mlp_rung(const ladder::Arguments& arguments) {
   config.warmup_iters = 100;
   config.min_lr = 0;
   mlp::Shape shape;
-  mlp::run("mlp", "MLP", config, shape, arguments, true);
+  mlp::run("mlp", "MLP", config, shape, arguments, 1.8, true);
 }
 
 // Of the size of the WaveNet on the next rung.
@@ -273,5 +282,5 @@ void tree_rung(const ladder::Arguments& arguments) {
   mlp::Shape shape;
   shape.H = 290;
   shape.fan = 2;
-  mlp::run("tree", "Tree of pairs", config, shape, arguments, false);
+  mlp::run("tree", "Tree of pairs", config, shape, arguments, 1.7, false);
 }

@@ -85,6 +85,17 @@ void train_small(const Config& config, const std::string& folder) {
   if (!WIFEXITED(status) || WEXITSTATUS(status) != 0) fail("./train_gpt --preset small did not end well");
 }
 
+// The lines of this type in a record, metrics.jsonl.
+std::vector<nlohmann::json> lines_of_type(const std::string& path, const std::string& type) {
+  std::vector<nlohmann::json> lines;
+  std::ifstream record(path);
+  for (std::string line; std::getline(record, line);) {
+    const auto json = nlohmann::json::parse(line, nullptr, /*allow_exceptions=*/false);
+    if (json.is_object() && json.value("type", "") == type) lines.push_back(json);
+  }
+  return lines;
+}
+
 void small_rung(Config config, const std::string& out_dir) {
   const Data data = open_data(config.data);
   std::string folder = "out";
@@ -102,10 +113,7 @@ void small_rung(Config config, const std::string& out_dir) {
   row.record = folder + "/metrics.jsonl";
   row.per_step = double(config.batch_size) * config.block_size;
   row.reference = "at most 1.53";
-  std::ifstream record(row.record);
-  for (std::string line; std::getline(record, line);)
-    if (const auto json = nlohmann::json::parse(line, nullptr, false); json.value("type", "") == "final")
-      row.seconds = json.at("train_seconds");
+  for (const auto& line : lines_of_type(row.record, "final")) row.seconds = line.at("train_seconds");
   ladder::Result result;
   result.rung = "small";
   result.title = "The trainer's own model, preset small";
@@ -148,10 +156,9 @@ void draw_curves(const std::string& path, const std::vector<ladder::Result>& res
       ladder::Curve curve{result.rung == "transformer" ? "transformer, all pieces" : row.name,
                           {},
                           text("with lines lw 2.5 lc rgb '", colours[number++ % std::size(colours)], "'")};
-      std::ifstream record(row.record);
-      for (std::string line; std::getline(record, line);)
-        if (const auto json = nlohmann::json::parse(line, nullptr, false); json.value("type", "") == "eval")
-          curve.points.push_back({json.at("iter").get<double>() * row.per_step, json.at("val_loss").get<double>()});
+      for (const auto& line : lines_of_type(row.record, "eval"))
+        if (line.at("val_loss").is_number())
+          curve.points.push_back({line.at("iter").get<double>() * row.per_step, line.at("val_loss").get<double>()});
       panel.curves.push_back(curve);
     }
   for (const Baseline& b : load_baselines(data + "/baselines.json"))

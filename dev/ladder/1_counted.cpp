@@ -73,6 +73,7 @@ class Model {
 // The table of the bigram's probabilities: a row for what is read, a column for what follows.
 inline bool draw_table(const std::string& path, const Model& bigram, const Vocabulary& vocabulary) {
   const int V = bigram.V;
+  if (V > 300) return false;  // nobody could read it
   std::string commands = "$table << END\n", xtics, ytics;
   for (int b = 0; b < V; b++)
     for (int c = 0; c < V; c++)

@@ -13,7 +13,7 @@
 #include "../kernels/matmul.h"
 #include "../kernels/relu.h"
 #include "../kernels/residual.h"
-#include "compare.h"
+#include "gradient.h"
 #include "test.h"
 
 namespace {
@@ -38,22 +38,9 @@ double dot(const Doubles& a, const Doubles& b) {
   return sum;
 }
 
-// Compares grad with the central differences of f at every element of x, or at about a hundred of a large one. With
-// h = 1e-5 the truncation is about 1e-10 and the rounding 1e-16 / h = 1e-11 of f's size.
 void check_gradient(Doubles& x, const Doubles& grad, const std::function<double()>& f, double tolerance = 1e-7) {
-  const size_t stride = std::max<size_t>(1, x.size() / 100);
-  Doubles got, want;
-  for (size_t i = 0; i < x.size(); i += stride) {
-    const double h = 1e-5, kept = x[i];
-    x[i] = kept + h;
-    const double up = f();
-    x[i] = kept - h;
-    const double down = f();
-    x[i] = kept;
-    got.push_back(grad[i]);
-    want.push_back((up - down) / (2 * h));
-  }
-  check_close(got, want, tolerance);
+  REQUIRE(x.size() == grad.size());
+  ::check_gradient(x.data(), grad.data(), x.size(), f, tolerance);
 }
 
 // Rounding of a float sum of K terms.

@@ -4,7 +4,6 @@
 //
 // The same program is the tree of makemore's last lecture: with a fan of 2 the hidden layers join neighbours two by
 // two, pairs of pairs next, and so on, until one vector is left; with a fan of 8 there is one join, Bengio's.
-#include <array>
 #include <cmath>
 
 #include "charts.h"

@@ -259,13 +259,12 @@ void transformer_rung(const ladder::Arguments& arguments) {
     ladder::Row row = ladder::train(net, run, data, name);
     if (*step.reached_in_lecture) row.reference = text(step.reached_in_lecture, " in the lecture");
     result.rows.push_back(row);
-    result.pictures = {{text(number, "/training_plot.png"), "Losses of the last row but one."}};
     if (step.adds == std::string("layernorm")) {
       ladder::LanguageModel<Net> model(net, config, data);
       result.sample = ladder::sample_text(model, data, config.seed, shape.T);
     }
   }
-  result.pictures[0].first = text(number - 1, "/training_plot.png");
+  result.pictures = {{text(number - 1, "/training_plot.png"), "Losses of the last row but one."}};
   if (ladder::is_tiny_shakespeare(data)) {
     const double reached[] = {2.4, 2.28, 2.24, 2.08, 2.06};
     for (size_t i = 0; i < 5; i++)

@@ -64,16 +64,11 @@ bool holds_small(const std::string& folder, const Data& data) {
 
 void train_small(const Config& config, const std::string& folder) {
   std::vector<std::string> words = {"./train_gpt",
-                                    "--preset",
-                                    "small",
-                                    "--data",
-                                    config.data,
-                                    "--out_dir",
-                                    folder,
-                                    "--seed",
-                                    std::to_string(config.seed),
-                                    "--threads",
-                                    std::to_string(config.threads)};
+                                    "--preset=small",
+                                    "--data=" + config.data,
+                                    "--out_dir=" + folder,
+                                    "--seed=" + std::to_string(config.seed),
+                                    "--threads=" + std::to_string(config.threads)};
   std::vector<char*> argv;
   for (std::string& word : words) argv.push_back(word.data());
   argv.push_back(nullptr);

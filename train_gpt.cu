@@ -338,9 +338,10 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
 
 struct Optimizer {
   double beta1, beta2, eps, grad_clip;
-  bool loss_scaling;          // float16: the loss scale follows the gradients' size
-  const AdamWStep* schedule;  // (max_iters) on the device
-  double* norm_parts;         // (gradient_norm_partials) scratch on the device
+  bool loss_scaling;      // float16: the loss scale follows the gradients' size
+  const AdamWStep* ring;  // (ring_size) on the device: what depends on the iteration
+  int ring_size;
+  double* norm_parts;  // (gradient_norm_partials) scratch on the device
 };
 
 template <class Real>
@@ -350,7 +351,7 @@ void update(GPT<Real>& m, const Optimizer& o) {
   if (o.grad_clip > 0 || o.loss_scaling)
     prepare_update(m.state, o.norm_parts, m.grads_memory.data(), count, o.grad_clip, o.loss_scaling, m.stream);
   adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(),
-               m.grads_memory.data(), count, o.beta1, o.beta2, o.eps, o.schedule, m.state, m.stream);
+               m.grads_memory.data(), count, o.beta1, o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
 }
 
 // In builds with canaries the gaps between tensors hold NaN, in the gradients' buffer 0, so that clipping can sum over
@@ -442,6 +443,7 @@ class Graph {
     CUDA_CHECK(cudaGraphInstantiate(&graph_, captured, 0));
     CUDA_CHECK(cudaGraphDestroy(captured));
   }
+  bool captured() const { return graph_; }
   void launch(cudaStream_t stream) { CUDA_CHECK(cudaGraphLaunch(graph_, stream)); }
 
  private:
@@ -455,6 +457,7 @@ class GpuModel {
       : config_(config),
         gpt_(shape, config.batch_size, training, config.dtype == "tf32", stream_),
         loss_ring_(ring_size, "losses"),
+        adamw_ring_(ring_size, "the learning rates"),
         loss_total_(1, "losses"),
         token_(1, "a token") {
     if (data)
@@ -555,13 +558,19 @@ class GpuModel {
                    saved.at("matmul").c_str(), algorithms_.c_str());
   }
 
+  // At most chunk() steps: for so many the device has learning rates and keeps losses.
   std::vector<float> train_steps(int iteration, int count) {
+    const Config& c = config_;
+    std::vector<AdamWStep> adamw(ring_size);
+    for (int i = iteration; i < iteration + count; i++)
+      adamw[size_t(i % ring_size)] = adamw_step(learning_rate_at(c, i), c.beta1, c.beta2, c.weight_decay, i + 1);
+    copy_to_device(adamw_ring_.data(), adamw.data(), ring_size);
     set_step(iteration);
     for (int i = 0; i < count; i++) {
-      if (use_graph)
+      if (use_graph && graph_.captured())
         graph_.launch(stream_);
       else
-        enqueue_step();
+        enqueue_step(c.gradient_accumulation_steps);
     }
     step_ += count;
     std::vector<float> ring(ring_size), losses;
@@ -612,11 +621,12 @@ class GpuModel {
 
  private:
   static constexpr int ring_size = 50;
+  static constexpr int graph_batches = 64;  // steps of more are not captured: launches are not what takes their time
   static constexpr bool loss_scaling = std::is_same_v<Real, fp16>;
 
   // The whole of a training step, as work on the stream.
-  void enqueue_step() {
-    const int B = gpt_.B, T = shape().T, batches = config_.gradient_accumulation_steps;
+  void enqueue_step(int batches) {
+    const int B = gpt_.B, T = shape().T;
     const DeviceTokens& text = tokens_[size_t(Split::train)];
     const double dloss = 1.0 / (double(B) * T * batches);
     for (int k = 0; k < batches; k++) {
@@ -633,25 +643,20 @@ class GpuModel {
   }
 
   void prepare_training() {
-    std::vector<AdamWStep> schedule;
-    for (int i = 0; i < config_.max_iters; i++)
-      schedule.push_back(
-          adamw_step(learning_rate_at(config_, i), config_.beta1, config_.beta2, config_.weight_decay, i + 1));
+    const int batches = config_.gradient_accumulation_steps;
     norm_parts_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");
-    schedule_ = DeviceBuffer<AdamWStep>(schedule.size(), "the learning rates");
+    optimizer_ = {config_.beta1, config_.beta2,      1e-8,      config_.grad_clip,
+                  loss_scaling,  adamw_ring_.data(), ring_size, norm_parts_.data()};
     plant_all_canaries(gpt_);
-    copy_to_device(schedule_.data(), schedule.data(), schedule.size());
-    optimizer_ = {config_.beta1,    config_.beta2,     1e-8, config_.grad_clip, loss_scaling,
-                  schedule_.data(), norm_parts_.data()};
     peak_flops_ = gpt_.matmul.template measure_peak<Real>() * 1e12;
     // One step and one evaluation load every kernel and choose the products' algorithms, which nothing may do while a
     // graph is captured; what they change is overwritten by restore and set_state.
-    enqueue_step();
+    enqueue_step(std::min(batches, 2));
     add_losses(false, gpt_.B * shape().T);
     CUDA_CHECK(cudaStreamSynchronize(stream_));
     algorithms_ = gpt_.matmul.name();
     save_algorithms();
-    graph_.capture(stream_, [&] { enqueue_step(); });
+    if (batches <= graph_batches) graph_.capture(stream_, [&] { enqueue_step(batches); });
     set_state({});
   }
 
@@ -702,11 +707,11 @@ class GpuModel {
   Config config_;
   Stream stream_;
   GPT<Real> gpt_;
-  std::vector<DeviceTokens> tokens_;  // by Split
-  DeviceBuffer<float> loss_ring_;
+  std::vector<DeviceTokens> tokens_;    // by Split
+  DeviceBuffer<float> loss_ring_;       // (ring_size) iteration i's is i % ring_size
+  DeviceBuffer<AdamWStep> adamw_ring_;  // (ring_size) likewise
   DeviceBuffer<double> loss_total_;
   DeviceBuffer<int> token_;
-  DeviceBuffer<AdamWStep> schedule_;
   DeviceBuffer<double> norm_parts_;
   Optimizer optimizer_{};
   Graph graph_;

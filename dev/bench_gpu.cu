@@ -233,13 +233,15 @@ Times time_steps(Model& model, int runs, int steps) {
   int iteration = 0;
   for (int i = -1; i < runs; i++) {  // the first is a warm-up
     const Clock::time_point start = Clock::now();
-    model.train_steps(iteration, steps);
+    for (const int end = iteration + steps; iteration < end;) {
+      const int count = std::min(model.chunk(), end - iteration);
+      model.train_steps(iteration, count);
+      iteration += count;
+    }
     if (i >= 0) seconds.push_back(std::chrono::duration<double>(Clock::now() - start).count() / steps);
-    iteration += steps;
   }
   return of(seconds);
 }
-constexpr int max_steps = 10000;  // longer than all that is asked for here: the schedule of learning rates has so many
 
 void step(const Config& config, const std::vector<std::string>& dtypes) {
   for (const std::string& dtype : dtypes)
@@ -343,9 +345,9 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   const cudaStream_t st = m.stream;
   const Dropout drop = {config.seed, 0, 0, dropout_threshold(config.dropout), 0};
   const DeviceBuffer<uint16_t> text(100001, "a text");
-  const DeviceBuffer<AdamWStep> schedule(max_steps, "the learning rates");
-  const std::vector<AdamWStep> nothing_moves(max_steps, {1, 0, 1});
-  CUDA_CHECK(cudaMemcpy(schedule.data(), nothing_moves.data(), max_steps * sizeof(AdamWStep), cudaMemcpyHostToDevice));
+  const DeviceBuffer<AdamWStep> rates(1, "a learning rate");
+  const AdamWStep nothing_moves = {1, 0, 1};
+  copy_to_device(rates.data(), &nothing_moves, 1);
 
   // A: bytes of one activation; CC: elements of a square weight, FCC: operations of the product with it
   const double R = sizeof(Real), A = double(rows) * C * R, stats = 8.0 * rows, lse = 4.0 * rows * NH;
@@ -437,7 +439,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   });
   table.row_of_one("adamw_update", 1, 0, count * (28 + (m.has_working_copy ? R : 0)), [&](int) {
     adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(),
-                 m.grads_memory.data(), m.param_layout.size(), config.beta1, config.beta2, 1e-8, schedule.data(),
+                 m.grads_memory.data(), m.param_layout.size(), config.beta1, config.beta2, 1e-8, rates.data(), 1,
                  m.state, st);
   });
   const DeviceBuffer<float> ring(1, "losses");
@@ -472,7 +474,6 @@ int run(int argc, char** argv) {
   argv[first - 1] = argv[0];
   Config config = parse_command_line(argc - first + 1, argv + first - 1);
   apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
-  config.max_iters = max_steps;
 
   if (const std::string why = no_gpu(); !why.empty()) fail(why);
   CUDA_CHECK(cudaSetDevice(0));

@@ -22,13 +22,13 @@ struct TrainState {
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The update. What depends on the iteration comes from a table, computed on the host as adamw.h does.
+// The update. What depends on the iteration comes from a ring of rows, computed on the host as adamw.h does.
 
 struct AdamWStep {
   float decay, step_size, root_correction;
 };
 
-// step: counted from 1, as in AdamW; the table's row i is that of step i + 1
+// step: counted from 1, as in AdamW; that of iteration i is i + 1
 inline AdamWStep adamw_step(double learning_rate, double beta1, double beta2, double weight_decay, int step) {
   return {float(1 - learning_rate * weight_decay), float(learning_rate / (1 - std::pow(beta1, step))),
           float(1 / std::sqrt(1 - std::pow(beta2, step)))};
@@ -56,10 +56,10 @@ __device__ inline void store4(Real* to, const Four<Real>& x) {
 template <class Real>
 __global__ void __launch_bounds__(256)
     adamw_update_kernel(float* params, float* m, float* v, Real* working, const float* grads, size_t count,
-                        AdamWConstants c, const AdamWStep* table, const TrainState* state) {
+                        AdamWConstants c, const AdamWStep* ring, int ring_size, const TrainState* state) {
   const size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
   if (i >= count || state->overflow) return;
-  const AdamWStep step = table[state->step];
+  const AdamWStep step = ring[state->step % ring_size];
   const float scale = state->gradient_scale;
   const Four<float> gs = load4(grads + i);
   Four<float> ps = load4(params + i), ms = load4(m + i), vs = load4(v + i);
@@ -80,15 +80,18 @@ __global__ void __launch_bounds__(256)
 
 // params (count), m (count), v (count) are updated from grads (count) * state->gradient_scale, and working (count) =
 // params rounded to Real, which is what the matrix products read; null: they read params. Nothing is written if
-// state->overflow. table: a row for each iteration. Elementwise: the gaps between a buffer's tensors harm no one.
+// state->overflow. ring (ring_size): iteration i's row is i % ring_size. Elementwise: the gaps between a buffer's tensors
+// harm no one.
 template <class Real>
 void adamw_update(float* params, float* m, float* v, Real* working, const float* grads, size_t count, double beta1,
-                  double beta2, double eps, const AdamWStep* table, const TrainState* state, cudaStream_t stream) {
+                  double beta2, double eps, const AdamWStep* ring, int ring_size, const TrainState* state,
+                  cudaStream_t stream) {
   require(count > 0 && count % 4 == 0, "adamw_update: count = ", count, " is not a multiple of 4");
+  require(ring_size > 0, "adamw_update: ring_size = ", ring_size);
   // 1 - beta before it is rounded, as adamw.h does: 1 - float(0.9) differs from float(1 - 0.9) by 2e-7 of it
   const AdamWConstants c = {float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(eps)};
   launch(adamw_update_kernel<Real>, {unsigned(ceil_div(count / 4, 256)), 256, 0, stream}, params, m, v, working, grads,
-         count, c, table, state);
+         count, c, ring, ring_size, state);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(256) bias_forward_kernel(Real* x, const Real* 
   const int r = int(i / groups), c = int(i % groups) * 8;
   if (r >= rows) return;
   Real* const at = x + size_t(r) * ld + c;
-  const auto result = [](float v, float b) { return RELU ? fmaxf(v + b, 0) : v + b; };
+  const auto result = [](float v, float b) { return RELU && v + b < 0 ? 0 : v + b; };  // NaN stays, as in relu.h
   if (c + 8 <= OC) {
     Float8 v = load8(at);
     const Float8 b = load8(bias + c);
@@ -51,11 +51,11 @@ __global__ void __launch_bounds__(256) relu_backward_kernel(Real* dx, const Real
   Float8 d = load8(dx + i);
   const Float8 o = load8(out + i);
 #pragma unroll
-  for (int j = 0; j < 8; j++) d[j] = o[j] > 0 ? d[j] : 0;
+  for (int j = 0; j < 8; j++) d[j] = o[j] <= 0 ? 0 : d[j];
   store8(dx + i, d);
 }
 
-// dx (count) = dx where out > 0, else 0; out (count) is what forward left
+// dx (count) = 0 where out is 0, else dx; out (count) is what forward left
 template <class Real>
 void relu_backward(Real* dx, const Real* out, size_t count, cudaStream_t stream) {
   require(count > 0 && count % 8 == 0, "relu_backward: count = ", count, " is not a multiple of 8");

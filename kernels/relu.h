@@ -4,20 +4,20 @@
 #pragma once
 #include <cstddef>
 
-// x (count) = max(x, 0)
+// x (count) = max(x, 0). What is not a number stays so, as in PyTorch: a mistake has to show.
 template <class Real>
 void relu_forward(Real* x, size_t count) {
-  for (size_t i = 0; i < count; i++) x[i] = x[i] > 0 ? x[i] : Real(0);
+  for (size_t i = 0; i < count; i++) x[i] = x[i] < 0 ? Real(0) : x[i];
 }
 template <class Real>
 auto apply_relu(Real* x) {
   return [=](size_t first, size_t count) { relu_forward(x + first, count); };
 }
 
-// dx (count) = dx where out > 0, else 0; out (count) is what forward left
+// dx (count) = 0 where out is 0, else dx; out (count) is what forward left
 template <class Real>
 void relu_backward(Real* dx, const Real* out, size_t count) {
-  for (size_t i = 0; i < count; i++) dx[i] = out[i] > 0 ? dx[i] : Real(0);
+  for (size_t i = 0; i < count; i++) dx[i] = out[i] <= 0 ? Real(0) : dx[i];
 }
 template <class Real>
 auto apply_relu_backward(Real* dx, const Real* out) {

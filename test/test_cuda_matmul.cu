@@ -290,12 +290,20 @@ TEMPLATE_TEST_CASE("bias and ReLU, as passes of their own, agree with the CPU's"
   relu_forward(want.data(), want.size());
   check_close(without_padding(relu, rows, OC, ld), want, tolerance<Real>(1));
 
-  const std::vector<float> dx = noise(4104, 3), out = noise(4104, 4);
+  // NaN shows, in a group of eight and in what is left of a row.
+  const DeviceArray<Real> lost(std::vector<Real>(padded.size(), Real(NAN)));
+  bias_relu_forward(lost.data(), bias_of.data(), rows, OC, ld, nullptr);
+  for (const Real each : without_padding(lost, rows, OC, ld)) CHECK(std::isnan(float(each)));
+
+  const std::vector<float> dx = noise(4104, 3);
+  std::vector<float> out = noise(4104, 4);
+  out[7] = 0;
   std::vector<double> dwant = rounded<Real>(dx);
   relu_backward(dwant.data(), rounded<Real>(out).data(), dwant.size());
   const DeviceArray<Real> d(dx), o(out);
   relu_backward(d.data(), o.data(), d.size(), nullptr);
   CHECK((rounded<Real>(d.floats()) == dwant));
+  CHECK(d.floats()[7] == 0);
 }
 
 TEST_CASE("a captured product computes what it did before", "[cuda][matmul]") {

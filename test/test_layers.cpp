@@ -339,6 +339,11 @@ TEST_CASE("relu: values and gradients") {
   Doubles dx = dout;
   relu_backward(dx.data(), out.data(), dx.size());
   for (size_t i = 0; i < x.size(); i++) CHECK(dx[i] == (x[i] > 0 ? dout[i] : 0));
+
+  std::vector<float> lost(100, NAN), dlost(100, 1);
+  relu_forward(lost.data(), lost.size());
+  relu_backward(dlost.data(), lost.data(), lost.size());
+  for (size_t i = 0; i < lost.size(); i++) CHECK((std::isnan(lost[i]) && dlost[i] == 1));
 }
 
 TEST_CASE("residual: values and gradients") {

@@ -1,5 +1,7 @@
 // The GPU trainer as a person uses it, on CUDA-on-CPU: which device it takes and what it says, files that go from one
 // device to the other and back. CUDA_ON_CPU_DEVICES and CUDA_ON_CPU_MEMORY (bytes) describe the GPU that it finds.
+#include <csignal>
+
 #include "trainer.h"
 
 namespace {
@@ -116,6 +118,14 @@ TEST_CASE("What a GPU cannot do is refused before it begins") {
   refused(on_gpu, " --n_head=2 --n_embd=16", "head size");
   refused(on_gpu, " --n_head=32 --n_embd=4096", "n_embd");
   refused("CUDA_ON_CPU_MEMORY=300000 " + on_gpu, "", "on this GPU there are free");
+}
+
+TEST_CASE("On a GPU a run without an end begins at once, and Ctrl-C ends it") {
+  const std::string folder = prepared();
+  Process process(on_gpu + tiny + " --max_iters=2000000000 --data " + folder + "/data --out_dir " + folder + "/out");
+  process.wait_for("iter 0: loss");
+  process.signal(SIGINT);
+  CHECK(process.wait().code == 130);
 }
 
 TEST_CASE("On a GPU, too, a number that is not finite is traced to its tensor, and the last good checkpoint stays") {

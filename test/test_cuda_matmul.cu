@@ -291,9 +291,9 @@ TEMPLATE_TEST_CASE("bias and ReLU, as passes of their own, agree with the CPU's"
   check_close(without_padding(relu, rows, OC, ld), want, tolerance<Real>(1));
 
   // NaN shows, in a group of eight and in what is left of a row.
-  const DeviceArray<Real> lost(std::vector<Real>(padded.size(), Real(NAN)));
+  const DeviceArray<Real> lost(padded.size());
   bias_relu_forward(lost.data(), bias_of.data(), rows, OC, ld, nullptr);
-  for (const Real each : without_padding(lost, rows, OC, ld)) CHECK(std::isnan(float(each)));
+  for (const float each : without_padding(lost, rows, OC, ld)) CHECK(std::isnan(each));
 
   const std::vector<float> dx = noise(4104, 3);
   std::vector<float> out = noise(4104, 4);

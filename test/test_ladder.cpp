@@ -248,6 +248,20 @@ TEST_CASE("ladder: every rung runs, and the report tells of it", "[ladder]") {
   check_refused(ladder_program + " report" + data + " --out_dir " + out, "/bigram/result.json is damaged");
 }
 
+TEST_CASE("ladder: a rung says what it missed where it had a chance to reach it", "[ladder]") {
+  std::string text;  // of the size of Tiny Shakespeare, and of no interest
+  for (int i = 0; i < 1115394; i++) text += char('0' + i % 65);
+  const std::string missed = "MISSED: counted bigram, val ", counted = ladder_program +
+                                                                       " counted --seed=3 --data=" + prepared(text) +
+                                                                       "/data --out_dir=" + test_folder();
+  CHECK(contains(run(counted).out, missed));
+  const Run other = run(counted + " --order=1");
+  CHECK(other.code == 0);
+  CHECK(!contains(other.out, missed));
+  CHECK(!contains(run(ladder_program + " counted --data " + with_text() + "/data --out_dir " + test_folder()).out,
+                  missed));
+}
+
 TEST_CASE("ladder: what cannot be is refused", "[ladder]") {
   const std::string folder = with_text(), data = " --data " + folder + "/data --out_dir " + folder + "/out";
   check_refused(ladder_program + " wavnet", "'wavnet' is not a rung of the ladder; the nearest is wavenet");

@@ -131,7 +131,7 @@ void counted_rung(const ladder::Arguments& arguments) {
       row.reference = "val 2.4819";
       if (counted::draw_table(config.out_dir + "/bigram.png", model, data.vocabulary))
         result.pictures = {{"bigram.png", "What follows what."}};
-      if (ladder::is_tiny_shakespeare(data))
+      if (ladder::has_targets(config, data))
         result.checks = {{text("counted bigram, val ", ladder::decimals(row.val, 4), ", is 2.4819"),
                           std::fabs(row.val - 2.4819) < 5e-5},
                          {text("its optimum in training, ", ladder::decimals(optimum, 4), ", is 2.4519"),
@@ -150,7 +150,7 @@ void counted_rung(const ladder::Arguments& arguments) {
   row.parameters = ladder::not_measured;
   row.reference = "val 1.669";
   std::printf("%s: val %.4f\n", row.name.c_str(), row.val);
-  if (ladder::is_tiny_shakespeare(data))
+  if (ladder::has_targets(config, data))
     result.checks.push_back(
         {text("5-gram, val ", ladder::decimals(row.val, 3), ", is 1.669"), std::fabs(row.val - 1.669) < 5e-4});
   result.rows.push_back(row);

@@ -232,7 +232,7 @@ inline void run(const std::string& rung, const std::string& name, Config config,
   result.title = name;
   result.rows = {ladder::train(net, config, data, name)};
   result.rows[0].reference = text("at most ", target);
-  if (ladder::is_tiny_shakespeare(data))
+  if (ladder::has_targets(config, data))
     result.checks = {{text(name, ", val ", ladder::decimals(result.rows[0].val, 4), " at most ", target),
                       result.rows[0].val <= target}};
   result.pictures = {{"training_plot.png", "Losses."}};

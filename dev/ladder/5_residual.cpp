@@ -230,7 +230,7 @@ void residual_rung(const ladder::Arguments& arguments) {
     for (const auto& [blocks, loss] : depth.curves[size_t(curve)].points) least = std::min(least, loss);
     return least;
   };
-  if (ladder::is_tiny_shakespeare(data))
+  if (ladder::has_targets(config, data))
     result.checks = {{text("with skips, ", deepest, " blocks are no worse than the best of the row by 0.05: ",
                            ladder::decimals(last(0), 3), ", ", ladder::decimals(best(0), 3)),
                       last(0) < best(0) + 0.05},

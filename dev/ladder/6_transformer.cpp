@@ -265,7 +265,7 @@ void transformer_rung(const ladder::Arguments& arguments) {
     }
   }
   result.pictures = {{text(number - 1, "/training_plot.png"), "Losses of the last row but one."}};
-  if (ladder::is_tiny_shakespeare(data)) {
+  if (ladder::has_targets(config, data)) {
     const double reached[] = {2.4, 2.28, 2.24, 2.08, 2.06};
     for (size_t i = 0; i < 5; i++)
       result.checks.push_back({text(steps[i].adds, ", val ", ladder::decimals(result.rows[i].val, 3),

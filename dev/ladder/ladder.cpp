@@ -115,7 +115,7 @@ void small_rung(Config config, const std::string& out_dir) {
   result.rows = {row};
   result.notes = {text("The run in ", folder, ".")};
   result.sample = read_file(folder + "/sample.txt").substr(0, 200);
-  if (ladder::is_tiny_shakespeare(data))
+  if (ladder::has_targets(config, data))
     result.checks = {{text("preset small, val ", ladder::decimals(row.val, 4), " at most 1.53"), row.val <= 1.53}};
   make_folder(out_dir);
   std::printf("%s: exact loss, train %.4f, val %.4f\n", row.name.c_str(), row.train, row.val);

@@ -1,7 +1,7 @@
 // What the rungs of the ladder share: their flags, a model around their network, the loop that trains it, and what they
 // tell the report. A rung's own file holds nothing but its network.
 // defines: Arguments, read_flags, open_text, require_memory, Mode, LanguageModel, train, Row, Result, save_result,
-//          load_result, fill_normal, sample_text, is_tiny_shakespeare, decimals
+//          load_result, fill_normal, sample_text, has_targets, decimals
 #pragma once
 #include <chrono>
 #include <functional>
@@ -213,8 +213,8 @@ struct Result {
 void save_result(const std::string& out_dir, const Result& result);  // result.json; and says what was reached
 Result load_result(const std::string& out_dir);
 
-// The numbers that a rung is to reach are those of this text.
-bool is_tiny_shakespeare(const Data& data);
+// The numbers that a rung is to reach are those of Tiny Shakespeare, and of the rung as it is without flags.
+bool has_targets(const Config& config, const Data& data);
 
 std::string decimals(double value, int digits);
 

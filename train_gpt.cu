@@ -520,11 +520,16 @@ class GpuModel {
   }
 
   std::string first_not_finite() const {
-    const auto look = [&](const auto* buffer, const Layout& of, Order order) {
-      std::vector<std::decay_t<decltype(*buffer)>> copy(of.size());
-      CUDA_CHECK(cudaMemcpy(copy.data(), buffer, copy.size() * sizeof copy[0], cudaMemcpyDeviceToHost));
-      const std::vector<float> values(copy.begin(), copy.end());
-      return ::first_not_finite(values.data(), of, order);
+    const auto look = [](const auto* buffer, const Layout& of, Order order) {
+      std::vector<std::decay_t<decltype(*buffer)>> copy;
+      std::vector<float> values;
+      const auto slice = [&](size_t offset, size_t count) {
+        copy.resize(count);
+        CUDA_CHECK(cudaMemcpy(copy.data(), buffer + offset, count * sizeof copy[0], cudaMemcpyDeviceToHost));
+        values = std::vector<float>(copy.begin(), copy.end());
+        return values.data();
+      };
+      return ::first_not_finite(slice, of, order);
     };
     std::string name = look(gpt_.a.inp[0], gpt_.act_layouts.of_real, Order::forward);
     if (!name.empty()) return name;

@@ -138,8 +138,8 @@ bool all_finite(const Real* buffer, const Layout& layout) {
   return true;
 }
 
-template <class Real>
-std::string first_not_finite(const Real* buffer, const Layout& layout, Order order) {
+std::string first_not_finite(const std::function<const float*(size_t offset, size_t count)>& slice,
+                             const Layout& layout, Order order) {
   // What comes before the layers, the layers one by one, and what comes after them.
   std::vector<std::pair<const TensorSpec*, int>> all, layers, after;
   int depth = 0;
@@ -156,7 +156,7 @@ std::string first_not_finite(const Real* buffer, const Layout& layout, Order ord
   all.insert(all.end(), after.begin(), after.end());
   if (order == Order::backward) std::reverse(all.begin(), all.end());
   for (const auto& [spec, l] : all)
-    if (!finite(buffer + spec->offset + size_t(l) * spec->stride, spec->slice))
+    if (!finite(slice(spec->offset + size_t(l) * spec->stride, spec->slice), spec->slice))
       return spec->layers > 1 ? text(spec->name, " of layer ", l) : spec->name;
   return "";
 }
@@ -182,11 +182,10 @@ void check_canaries([[maybe_unused]] const Real* buffer, [[maybe_unused]] const 
                  l);
 }
 
-#define INSTANTIATE(Real)                                                         \
-  template void init_parameters<Real>(Real*, const Layout&, uint64_t);            \
-  template bool all_finite<Real>(const Real*, const Layout&);                     \
-  template std::string first_not_finite<Real>(const Real*, const Layout&, Order); \
-  template void plant_canaries<Real>(Real*, const Layout&);                       \
+#define INSTANTIATE(Real)                                              \
+  template void init_parameters<Real>(Real*, const Layout&, uint64_t); \
+  template bool all_finite<Real>(const Real*, const Layout&);          \
+  template void plant_canaries<Real>(Real*, const Layout&);            \
   template void check_canaries<Real>(const Real*, const Layout&, const char*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -4,6 +4,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -117,11 +118,15 @@ void init_parameters(Real* params, const Layout& layout, uint64_t seed);
 
 // Numbers that are not finite. all_finite looks at the tensors, not at the gaps between them; first_not_finite names the
 // first tensor, and its layer, in the order in which a step computes them (backward: the other way round); empty: none.
+// slice(offset, count) gives the elements of a buffer that may lie elsewhere.
 enum class Order { forward, backward };
 template <class Real>
 bool all_finite(const Real* buffer, const Layout& layout);
-template <class Real>
-std::string first_not_finite(const Real* buffer, const Layout& layout, Order order);
+std::string first_not_finite(const std::function<const float*(size_t offset, size_t count)>& slice,
+                             const Layout& layout, Order order);
+inline std::string first_not_finite(const float* buffer, const Layout& layout, Order order) {
+  return first_not_finite([=](size_t offset, size_t) { return buffer + offset; }, layout, order);
+}
 
 // The gaps between a buffer's slices, in builds with canaries: NaN, which no read goes unnoticed over and which AdamW
 // leaves as it is; checked after every step.

@@ -95,6 +95,15 @@ int main(int argc, char** argv) {
     save_baselines(scratch, {{"uniform", 4.17}, {"5-gram", 1.67}});
     seed("record", "baselines", read_file(scratch));
     std::filesystem::remove(scratch);
+
+    const auto surroundings = [&](const std::string& name, std::initializer_list<const char*> strings) {
+      std::string content;
+      for (const char* string : strings) content += std::string(string) + '\0';
+      seed("surroundings", name, content);
+    };
+    surroundings("version2", {"0::/a/b\n", "150000 100000\n", "", "", "3000000000\n", "0,4\n", "1,5\n", "de_DE.UTF-8"});
+    surroundings("version1", {"9:name=systemd:/\n2:cpu,cpuacct:/c\n4:memory:/\n", "max 100000\n", "300000\n",
+                              "100000\n", "max\n", "0-1\n", "0-1\n", "C"});
     return 0;
   });
 }

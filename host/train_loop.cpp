@@ -70,6 +70,10 @@ void set_aside_older_run(const std::string& out_dir) {
 }
 
 void require_imaginable(const Config& config, const ModelShape& s, double available) {
+  const double windows = double(config.batch_size) * config.gradient_accumulation_steps;
+  if (windows > std::numeric_limits<int>::max())
+    fail("--batch_size ", config.batch_size, " times --gradient_accumulation_steps ",
+         config.gradient_accumulation_steps, " is more than ", std::numeric_limits<int>::max(), " windows a step");
   const double C = s.C, rows = double(config.batch_size) * s.T;
   const double params = C * (2.0 * s.V + s.T) + 12 * C * C * s.L;
   const double bytes = 4 * (params + rows * (10 * C * s.L + s.V));

@@ -57,7 +57,7 @@ std::string dtype_so_far(const Config& config);
 void check_resumed(const Config& config, const Checkpoint& checkpoint, const Data& data);
 // Moves the files of a run that was trained in out_dir before into a folder of its own there.
 void set_aside_older_run(const std::string& out_dir);
-// Refuses sizes for which the plan itself could not be computed.
+// Refuses sizes for which the plan itself, or the number of a window, could not be computed.
 void require_imaginable(const Config& config, const ModelShape& shape, double available);
 
 template <class Model>

@@ -183,6 +183,7 @@ TEST_CASE("Inputs: sizes beyond any machine are refused with the memory that the
     check_refused(run_it + "/out " + flags, " of memory");
     check_refused(run_it + "/out " + flags, "--n_embd");
   }
+  check_refused(run_it + "/out --gradient_accumulation_steps=2000000000", "is more than 2147483647 windows a step");
   CHECK(!fs::exists(folder + "/out"));
   check_refused(run_it + "/out --n_embd=99999999999", "--n_embd is a whole number from 1 to 2000000000");
   check_refused(run_it + "/out --block_size=2000000000", "a window of --block_size 2000000000 needs 2000000001");

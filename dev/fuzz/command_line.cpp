@@ -23,6 +23,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     const ModelShape shape = model_shape(config, 65);
     require_imaginable(config, shape, 1e10);
     must(double(config.batch_size) * shape.T <= 2147483647.0);
+    must(double(config.batch_size) * config.gradient_accumulation_steps <= 2147483647.0);
     flops_per_token(shape);
   });
   return 0;

@@ -43,7 +43,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
 
   const std::string rest(reinterpret_cast<const char*>(data), size);
   for (const char* name : {"LC_ALL", "LC_CTYPE", "LANG"}) {
-    setenv(name, rest.c_str(), 1);
+    std::string variable = name + ("=" + rest);
+    putenv(variable.data());  // setenv would keep every value that there ever was
     ProgressBar bar("fuzz", 1, "it");
     bar.update(0);
     unsetenv(name);

@@ -565,6 +565,7 @@ class GpuModel {
 
   // At most chunk() steps: for so many the device has learning rates and keeps losses.
   std::vector<float> train_steps(int iteration, int count) {
+    require(count <= ring_size, "train_steps: ", count, " at once");
     const Config& c = config_;
     std::vector<AdamWStep> adamw(ring_size);
     for (int i = iteration; i < iteration + count; i++)

@@ -143,6 +143,7 @@ TEST_CASE("The GPU trainer takes the CPU trainer's steps, dropout on", "[cuda]")
   // The learning rates and losses of 50 steps lie in rings; a step shows in the loss of the next.
   const std::vector<float> late = on_gpu->train_steps(98, 4), cpu_late = on_cpu->train_steps(98, 4);
   for (size_t i = 0; i < 4; i++) CHECK(std::fabs(late[i] - cpu_late[i]) < 1e-4);
+  CHECK_THROWS_WITH(on_gpu->train_steps(102, on_gpu->chunk() + 1), ContainsSubstring("51 at once"));
 }
 
 TEST_CASE("The GPU trainer takes steps of more batches than a graph holds", "[cuda]") {

@@ -213,7 +213,7 @@ struct Result {
 void save_result(const std::string& out_dir, const Result& result);  // result.json; and says what was reached
 Result load_result(const std::string& out_dir);
 
-// The numbers that a rung is to reach are those of Tiny Shakespeare, and of the rung as it is without flags.
+// The numbers that a rung is to reach are those of Tiny Shakespeare, and of the rung without flags that change it.
 bool has_targets(const Config& config, const Data& data);
 
 std::string decimals(double value, int digits);

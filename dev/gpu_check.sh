@@ -12,7 +12,7 @@
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
 all_stages=(build tests sanitizer bench kernels run peer profile)
-declare -A limit=([build]=75 [tests]=40 [sanitizer]=100 [bench]=75 [kernels]=20 [run]=75 [peer]=170 [profile]=45)
+declare -A limit=([build]=75 [tests]=40 [sanitizer]=100 [bench]=130 [kernels]=20 [run]=75 [peer]=170 [profile]=45)
 
 passed=0 failed=1 refused=3 not_run=4  # exit codes of a stage
 results=${OUT:-out/gpu_check}

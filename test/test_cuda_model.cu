@@ -246,6 +246,9 @@ TEST_CASE("An evaluation-only model has the trained one's losses in a fraction o
   const Weights w = weights_of(*trained);
   evaluates.restore(w.params.data(), nullptr, nullptr);
   CHECK(evaluates.random_losses(Split::val, 0, 0, 2) == trained->random_losses(Split::val, 0, 0, 2));
-  CHECK(GpuModel<bf16>::plan(config, shape, &some_data(), false).total() <
-        0.7 * GpuModel<bf16>::plan(config, shape, &some_data(), true).total());
+  // cuBLASLt's workspace is the same for both, and on a GPU larger than all the rest of so small a model.
+  const auto bytes = [&](bool training) {
+    return GpuModel<bf16>::plan(config, shape, &some_data(), training).total() - double(Matmul::workspace_bytes);
+  };
+  CHECK(bytes(false) < 0.7 * bytes(true));
 }

@@ -27,6 +27,7 @@
 #include "kernels/adamw.cuh"
 #include "kernels/attention.cuh"
 #include "kernels/batch.cuh"
+#include "kernels/column_sums.cuh"
 #include "kernels/crossentropy.cuh"
 #include "kernels/embedding.cuh"
 #include "kernels/layernorm.cuh"
@@ -83,6 +84,8 @@ int run(Config config, const std::string& why);  // train_gpt_cpu.cpp
   EACH_LAYER(ln1_sums, layernorm_partials(int(rows), int(C)))                                 \
   EACH_LAYER(ln2_sums, layernorm_partials(int(rows), int(C)))                                 \
   ONE(lnf_sums,        layernorm_partials(int(rows), int(C)))                                 \
+  EACH_LAYER(fc_sums,  partials_size(int(rows), 4 * int(C)))                                  \
+  ONE(head_sums,       partials_size(int(rows), s.V))                                         \
   ONE(embedding_sums,  embedding_partials(B, s.T, int(C), s.V))
 // clang-format on
 
@@ -284,6 +287,24 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
 // Backward: every parameter's gradient of dloss * (sum of the losses of the targets m.y), times the loss scale; also
 // the losses. It is forward read from bottom to top. accumulate: the gradients are added to those of the batches before.
 
+// What was summed over blocks of rows on the way is now summed up: the gradients of LayerNorm's own parameters and of all
+// biases. Each LayerNorm has the bias of the branch before it, which for ln1 is the branch of the layer below.
+template <class Real>
+void sum_gradients(const GPT<Real>& m, int rows, bool accumulate) {
+  const Params<float>& dw = m.dw;
+  const GradStatistics<float>& gs = m.gs;
+  const int V = m.shape.V, C = m.shape.C, L = m.shape.L;
+  const Sums sums[] = {
+      sums_of(dw.headb, gs.head_sums, V),
+      layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_sums, C),
+      sums_of(dw.fcb, gs.fc_sums, 4 * C, L),
+      layernorm_sums(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, C, L),
+      layernorm_sums(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_sums[0], C),
+      layernorm_sums(above(dw.ln1w), above(dw.ln1b), dw.fcprojb, above(gs.ln1_sums), C, L - 1),
+  };
+  add_partials(sums, accumulate, rows, m.stream);
+}
+
 template <class Real>
 void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool accumulate) {
   Range range("backward");
@@ -299,38 +320,34 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
   Real* dlogits = a.logits;
   crossentropy_forward_backward(s.losses, dlogits, m.y, dloss, &m.state->loss_scale, rows, V, Vp, stream);
   m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, V, Vp);
-  m.matmul.backward_weight(dw.headw, dw.headb, dlogits, a.lnf, accumulate, rows, C, V, Vp);
+  m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, V, Vp);
+  column_partials(gs.head_sums, dlogits, rows, V, Vp, stream);
   // From here on dstream is the gradient of the residual stream, and dbranch that of the branch which joined it here.
   residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_sums, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw, true,
                               drop.at(site::fc_dropout, L - 1), m.step(), B, T, C, stream);
 
   for (int l = L - 1; l >= 0; l--) {
-    m.matmul.backward_input_relu(g.dfc, g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l], rows, 4 * C, C);
-    m.matmul.backward_weight(dw.fcprojw[l], nullptr, g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
+    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],
+                                 rows, 4 * C, C);
+    m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
-    m.matmul.backward_weight(dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
+    m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
     residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
                                 p.ln2w[l], false, drop.at(site::proj_dropout, l), m.step(), B, T, C, stream);
 
     m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
-    m.matmul.backward_weight(dw.attprojw[l], nullptr, g.dbranch, a.att[l], accumulate, rows, C, C, C);
+    m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], accumulate, rows, C, C, C);
     attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
                        m.step(), B, T, C, NH, stream);
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
-    m.matmul.backward_weight(dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
+    m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
     residual_layernorm_backward(g.dstream, l > 0 ? g.dbranch : nullptr, gs.ln1_sums[l], g.dnorm, a.inp[l],
                                 s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false, drop.at(site::fc_dropout, l - 1),
                                 m.step(), B, T, C, stream);
   }
   embedding_backward(dw.wte, dw.wpe, gs.embedding_sums, g.dstream, m.x, accumulate, B, T, C, V, stream);
 
-  // The sums over rows that residual_layernorm_backward left in parts: of LayerNorm's own parameters, and of the bias
-  // of the branch before it, which for ln1 is the branch of the layer below.
-  layernorm_backward_finish(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_sums, accumulate, rows, C, stream);
-  layernorm_backward_finish(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, accumulate, rows, C, L, stream);
-  layernorm_backward_finish(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_sums[0], accumulate, rows, C, stream);
-  layernorm_backward_finish(above(dw.ln1w), above(dw.ln1b), dw.fcprojb, above(gs.ln1_sums), accumulate, rows, C, L - 1,
-                            stream);
+  sum_gradients(m, rows, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -655,6 +672,7 @@ class GpuModel {
                   loss_scaling,  adamw_ring_.data(), ring_size, norm_parts_.data()};
     plant_all_canaries(gpt_);
     peak_flops_ = gpt_.matmul.template measure_peak<Real>() * 1e12;
+    choose_relu();
     // One step and one evaluation load every kernel and choose the products' algorithms, which nothing may do while a
     // graph is captured; what they change is overwritten by restore and set_state.
     enqueue_step(std::min(batches, 2));
@@ -664,6 +682,21 @@ class GpuModel {
     save_algorithms();
     if (batches <= graph_batches) graph_.capture(stream_, [&] { enqueue_step(batches); });
     set_state({});
+  }
+
+  // Has the products of a hidden layer, forward and backward, timed in either way of computing its ReLU. The layers take
+  // turns, so that most of what a product reads comes from memory, as in a step.
+  void choose_relu() {
+    GPT<Real>& m = gpt_;
+    const int C = shape().C, rows = gpt_.B * shape().T;
+    m.matmul.template choose_relu<Real>(rows, C, 4 * C, [&] {
+      for (int l = 0; l < shape().L; l++)
+        m.matmul.forward_relu(m.a.fc[l], mask_of(m.s.fc_mask, l, true), m.a.ln2[l], m.w.fcw[l], m.w.fcb[l], rows, C,
+                              4 * C);
+      for (int l = shape().L - 1; l >= 0; l--)
+        m.matmul.backward_input_relu(m.g.dfc, m.gs.fc_sums[l], m.g.dbranch, m.w.fcprojw[l],
+                                     mask_of(m.s.fc_mask, l, true), m.a.fc[l], rows, 4 * C, C);
+    });
   }
 
   // Adds the losses of the first `rows` positions of the batch in gpt_.x, dropout off.

@@ -391,28 +391,28 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
 
   table.row_of_one("head dX", 1, head, A + logits,
                    [&](int) { m.matmul.backward_input(g.dnorm, a.logits, w.headw, rows, C, V, Vp); });
-  table.row_of_one("head dW, bias", 1, head, A + logits + 4.0 * V * C,
-                   [&](int) { m.matmul.backward_weight(dw.headw, dw.headb, a.logits, a.lnf, false, rows, C, V, Vp); });
+  table.row_of_one("head dW", 1, head, A + logits + 4.0 * V * C,
+                   [&](int) { m.matmul.backward_weight(dw.headw, a.logits, a.lnf, false, rows, C, V, Vp); });
+  table.row_of_one("head's column_partials", 1, 0, logits,
+                   [&](int) { column_partials(gs.head_sums, a.logits, rows, V, Vp, st); });
   table.row("residual_layernorm_backward", 2 * L + 1, 0, 5 * A + stats + partials, [&](int l) {
     residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
                                 p.ln2w[l], false, drop.at(site::proj_dropout, l), m.step(), B, T, C, st);
   });
   table.row("fcproj dX, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
-    m.matmul.backward_input_relu(g.dfc, g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l], rows, 4 * C, C);
+    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],
+                                 rows, 4 * C, C);
   });
-  table.row("fcproj dW", L, 4 * FCC, 5 * A + 16 * CC, [&](int l) {
-    m.matmul.backward_weight(dw.fcprojw[l], nullptr, g.dbranch, a.fc[l], false, rows, 4 * C, C, C);
-  });
+  table.row("fcproj dW", L, 4 * FCC, 5 * A + 16 * CC,
+            [&](int l) { m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], false, rows, 4 * C, C, C); });
   table.row("fc dX", L, 4 * FCC, 5 * A + 4 * CC * R,
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C); });
-  table.row("fc dW, bias", L, 4 * FCC, 5 * A + 16 * CC, [&](int l) {
-    m.matmul.backward_weight(dw.fcw[l], dw.fcb[l], g.dfc, a.ln2[l], false, rows, C, 4 * C, 4 * C);
-  });
+  table.row("fc dW", L, 4 * FCC, 5 * A + 16 * CC,
+            [&](int l) { m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], false, rows, C, 4 * C, 4 * C); });
   table.row("attproj dX", L, FCC, 2 * A + CC * R,
             [&](int l) { m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C); });
-  table.row("attproj dW", L, FCC, 2 * A + 4 * CC, [&](int l) {
-    m.matmul.backward_weight(dw.attprojw[l], nullptr, g.dbranch, a.att[l], false, rows, C, C, C);
-  });
+  table.row("attproj dW", L, FCC, 2 * A + 4 * CC,
+            [&](int l) { m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], false, rows, C, C, C); });
   // Five products: the weights are not kept, so they have to be made again.
   table.row("attention_backward", L, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
     attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
@@ -420,18 +420,14 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   });
   table.row("qkv dX", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });
-  table.row("qkv dW", L, 3 * FCC, 4 * A + 12 * CC, [&](int l) {
-    m.matmul.backward_weight(dw.qkvw[l], nullptr, g.dqkv, a.ln1[l], false, rows, C, 3 * C, 3 * C);
-  });
+  table.row("qkv dW", L, 3 * FCC, 4 * A + 12 * CC,
+            [&](int l) { m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], false, rows, C, 3 * C, 3 * C); });
   table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables, [&](int) {
     embedding_backward(dw.wte, dw.wpe, gs.embedding_sums, g.dstream, m.x, false, B, T, C, V, st);
   });
-  table.row_of_one("layernorm_backward_finish, L layers", 2, 0, L * (partials + 12.0 * C), [&](int) {
-    layernorm_backward_finish(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, false, rows, C, L, st);
-  });
-  table.row("layernorm_backward_finish, one", 2, 0, partials + 12.0 * C, [&](int l) {
-    layernorm_backward_finish(dw.ln2w[l], dw.ln2b[l], dw.attprojb[l], gs.ln2_sums[l], false, rows, C, st);
-  });
+  const double all_partials =
+      4.0 * double(partials_size(rows, V) + 4 * L * partials_size(rows, C)) + (2 * L + 1) * partials;
+  table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, rows, false); });
 
   const DeviceBuffer<double> norm_parts(gradient_norm_partials, "the gradient's norm");
   table.row_of_one("prepare_update", 0, 0, 4 * count, [&](int) {

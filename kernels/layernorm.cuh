@@ -2,9 +2,10 @@
 // pass over memory with what stands before it in the model: a branch's bias and dropout, and its addition to the
 // residual stream. Going back, one pass gives the gradient of the stream and of the branch.
 // defines: layernorm_forward, residual_layernorm_forward, layernorm_partials, residual_layernorm_backward,
-//          layernorm_backward_finish
+//          layernorm_sums
 #pragma once
 #include "block.cuh"
+#include "column_sums.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "masks.h"
@@ -159,7 +160,7 @@ void residual_layernorm_forward(Real* stream_out, Real* norm, float* mean, float
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int layernorm_block_rows = 64;  // whose shares of the parameters' gradients a block adds up
+constexpr int layernorm_block_rows = sums_block_rows;  // whose shares of the parameters' gradients a block adds up
 
 // The shares of the parameters' gradients stay in registers while a lane goes through its block's rows, 24 for each of
 // its chunks: hence whole blocks for long rows.
@@ -244,13 +245,13 @@ __global__ void __launch_bounds__(layernorm_threads)
 }
 
 // Floats that residual_layernorm_backward leaves as `partials`.
-inline size_t layernorm_partials(int rows, int C) { return size_t(ceil_div(rows, layernorm_block_rows)) * 3 * C; }
+inline size_t layernorm_partials(int rows, int C) { return partials_size(rows, 3 * C); }
 
 // dstream (B, T, C) = what comes through the normalisation from dnorm (B, T, C), added to what was there before, unless
 // it is the first that comes to the stream; dbranch (B, T, C) = dropout(dstream), with the mask of the branch that was
 // added to the stream just before it was normalised. The equation is in kernels/layernorm.h.
 // partials (blocks, 3, C) = sums over each block's rows: of the gradients of weight and bias, and of dbranch, which is
-// the gradient of branch_bias; layernorm_partials(B * T, C) floats for layernorm_backward_finish
+// the gradient of branch_bias; layernorm_partials(B * T, C) floats for layernorm_sums
 // inp (B, T, C), mean, rstd (B, T): what was normalised and how. dbranch is null if no branch came before; it may be
 // dnorm.
 template <class Real>
@@ -269,69 +270,20 @@ void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int finish_columns = 32, finish_groups = 8;
-
-// Elements from one layer's slice of a tensor to the next one's.
-struct FinishStrides {
-  size_t dweight, dbias, dbranch_bias, partials;
-};
-
-// A block adds 32 columns of a layer's partials: eight groups of threads take turns at the rows, and are added in order.
-static __global__ void __launch_bounds__(finish_columns* finish_groups)
-    layernorm_backward_finish_kernel(float* dweight, float* dbias, float* dbranch_bias, const float* partials,
-                                     bool accumulate, int blocks, int C, FinishStrides strides) {
-  __shared__ float shares[finish_groups][finish_columns];
-  const int column = threadIdx.x % finish_columns, group = threadIdx.x / finish_columns;
-  const int c = blockIdx.x * finish_columns + column;
-  const size_t l = blockIdx.y;
-  float* out = nullptr;  // c's place in the partials' rows (3, C) says whose gradient it is
-  if (c < C)
-    out = dweight + l * strides.dweight + c;
-  else if (c < 2 * C)
-    out = dbias + l * strides.dbias + c - C;
-  else if (c < 3 * C && dbranch_bias)
-    out = dbranch_bias + l * strides.dbranch_bias + c - 2 * C;
-  float share = 0;
-  if (out) {
-    partials += l * strides.partials + c;
-#pragma unroll 16
-    for (int k = group; k < blocks; k += finish_groups) share += partials[size_t(k) * 3 * C];
-  }
-  shares[group][column] = share;
-  __syncthreads();
-  if (group == 0 && out) {
-    float total = 0;
-#pragma unroll
-    for (int k = 0; k < finish_groups; k++) total += shares[k][column];
-    *out = accumulate ? *out + total : total;
-  }
+// What add_partials has to do with what residual_layernorm_backward left in partials: it is summed into dweight (C),
+// dbias (C) and dbranch_bias (C), which may be null.
+inline Sums layernorm_sums(float* dweight, float* dbias, float* dbranch_bias, const float* partials, int C) {
+  return {C, 1, 3, partials, 0, {dweight, dbias, dbranch_bias}, {}};
 }
-
-inline void launch_layernorm_backward_finish(float* dweight, float* dbias, float* dbranch_bias, const float* partials,
-                                             bool accumulate, int rows, int C, int layers, const FinishStrides& strides,
-                                             cudaStream_t stream) {
-  require(rows > 0 && C > 0 && layers < 65536, "layernorm_backward_finish: rows = ", rows, ", C = ", C,
-          ", layers = ", layers);
-  if (layers <= 0) return;
-  launch(layernorm_backward_finish_kernel,
-         {{unsigned(ceil_div(3 * C, finish_columns)), unsigned(layers)}, finish_columns * finish_groups, 0, stream},
-         dweight, dbias, dbranch_bias, partials, accumulate, ceil_div(rows, layernorm_block_rows), C, strides);
-}
-
-// dweight (C), dbias (C), dbranch_bias (C) = or += the sums of what residual_layernorm_backward left in partials;
-// dbranch_bias may be null
-inline void layernorm_backward_finish(float* dweight, float* dbias, float* dbranch_bias, const float* partials,
-                                      bool accumulate, int rows, int C, cudaStream_t stream) {
-  launch_layernorm_backward_finish(dweight, dbias, dbranch_bias, partials, accumulate, rows, C, 1, {}, stream);
-}
-
-// The same for several layers (none is allowed) in one launch. A tensor that every layer has is given by its `first`
-// slice and the `stride`, in elements, from slice to slice.
+// The same for several layers, of which there may be none.
 template <class Slices>
-void layernorm_backward_finish(const Slices& dweight, const Slices& dbias, const Slices& dbranch_bias,
-                               const Slices& partials, bool accumulate, int rows, int C, int layers,
-                               cudaStream_t stream) {
-  launch_layernorm_backward_finish(dweight.first, dbias.first, dbranch_bias.first, partials.first, accumulate, rows, C,
-                                   layers, {dweight.stride, dbias.stride, dbranch_bias.stride, partials.stride},
-                                   stream);
+Sums layernorm_sums(const Slices& dweight, const Slices& dbias, const Slices& dbranch_bias, const Slices& partials,
+                    int C, int layers) {
+  return {C,
+          layers,
+          3,
+          partials.first,
+          partials.stride,
+          {dweight.first, dbias.first, dbranch_bias.first},
+          {dweight.stride, dbias.stride, dbranch_bias.stride}};
 }

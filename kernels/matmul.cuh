@@ -3,89 +3,27 @@
 // op(b). A matrix whose rows are ld elements apart is, read by columns, its transpose; so what it is asked for are our
 // equations, transposed, with the same memory:
 //
-//                     d (m, n)                   op(a)                   op(b)                         k      vector
-//   forward           out^T (OC, rows), ldo      weight (C, OC), T       inp^T (C, rows), N            C      bias (m)
+//                     d (m, n)                   op(a)                   op(b)                         k
+//   forward           out^T (OC, rows), ldo      weight (C, OC), T       inp^T (C, rows), N            C
 //   backward_input    dinp^T (C, rows)           weight (C, OC), N       dout^T (OC, rows), ldd, N     OC
-//   backward_weight   dweight^T (C, OC)          inp^T (C, rows), N      dout^T (OC, rows), ldd, T     rows   dbias (n)
+//   backward_weight   dweight^T (C, OC)          inp^T (C, rows), N      dout^T (OC, rows), ldd, T     rows
 //
-// T: op transposes. A bias is added to d's columns, one element for each row. Its gradient has an element for each of
-// d's columns: the sums of op(b), dout, over k. ReLU's mask has a bit for each element of forward's d, out^T, and is
-// read where dinp^T has that shape.
-// defines: Matmul, relu_mask_bytes, column_sums
+// T: op transposes. A bias is added to d's columns, one element for each row; its gradient, the sums of dout's columns,
+// is column_sums.cuh's. ReLU's mask has a bit for each element of forward's d, out^T, and is read where dinp^T has that
+// shape.
+// defines: Matmul, relu_mask_bytes
 #pragma once
+#include <cmath>
 #include <initializer_list>
 #include <set>
 #include <string>
 #include <tuple>
 #include <type_traits>
 
-#include "device.cuh"
+#include "column_sums.cuh"
 #include "launch.cuh"
 #include "matmul_library.cuh"
 #include "relu.cuh"
-
-// ---------------------------------------------------------------------------------------------------------------------
-// The sums of a matrix' columns, a bias' gradient. A block takes 64 columns of one of several parts of the rows; a
-// second kernel adds the parts. How the rows are divided depends on nothing but their number.
-
-constexpr int column_sums_parts = 128;  // at most
-
-template <class Real>
-__global__ void __launch_bounds__(256)
-    column_sums_kernel(float* parts, const Real* x, int rows, int OC, int ld, int rows_of_part) {
-  __shared__ float of_warp[8][64];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = lane % 8 * 8;  // eight columns of every 32nd row
-  const int block_column = blockIdx.x * 64;
-  const int first = blockIdx.y * rows_of_part, last = first + rows_of_part < rows ? first + rows_of_part : rows;
-  Float8 sum = {};
-  if (block_column + c < OC) {
-    x += block_column + c;
-#pragma unroll 4
-    for (int r = first + threadIdx.x / 8; r < last; r += 32) {
-      const Float8 v = load8(x + size_t(r) * ld);
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum[i] += v[i];
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 8; i++) {  // a warp has four rows at a time
-    sum[i] += __shfl_xor_sync(all_lanes, sum[i], 8);
-    sum[i] += __shfl_xor_sync(all_lanes, sum[i], 16);
-    if (lane < 8) of_warp[warp][c + i] = sum[i];
-  }
-  __syncthreads();
-  const int column = block_column + threadIdx.x;
-  if (threadIdx.x < 64 && column < OC) {
-    float total = 0;
-#pragma unroll
-    for (int w = 0; w < 8; w++) total += of_warp[w][threadIdx.x];
-    parts[size_t(blockIdx.y) * OC + column] = total;
-  }
-}
-
-static __global__ void __launch_bounds__(128)
-    add_parts_kernel(float* sums, const float* parts, bool accumulate, int n_parts, int OC) {
-  const int c = blockIdx.x * blockDim.x + threadIdx.x;
-  if (c >= OC) return;
-  float total = 0;
-#pragma unroll 8
-  for (int i = 0; i < n_parts; i++) total += parts[size_t(i) * OC + c];
-  sums[c] = accumulate ? sums[c] + total : total;
-}
-
-// sums (OC) = or += the sums over rows of x (rows, OC), a row of which is ld elements long; what is behind the first OC
-// does not matter. parts (column_sums_parts, OC) is scratch.
-template <class Real>
-void column_sums(float* sums, float* parts, const Real* x, bool accumulate, int rows, int OC, int ld,
-                 cudaStream_t stream) {
-  require(rows > 0 && OC > 0, "column_sums: rows = ", rows, ", OC = ", OC);
-  require(ld >= OC && ld % 8 == 0, "column_sums: rows of ", ld, " elements for OC = ", OC);
-  const int rows_of_part = ceil_div(ceil_div(rows, column_sums_parts), 32) * 32;
-  const int n_parts = ceil_div(rows, rows_of_part);
-  launch(column_sums_kernel<Real>, {dim3(ceil_div(OC, 64), n_parts), 256, 0, stream}, parts, x, rows, OC, ld,
-         rows_of_part);
-  launch(add_parts_kernel, {unsigned(ceil_div(OC, 128)), 128, 0, stream}, sums, parts, accumulate, n_parts, OC);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 
@@ -99,8 +37,8 @@ class Matmul {
  public:
   static constexpr size_t workspace_bytes = MatmulLibrary::workspace_bytes;
 
-  // tf32: products of floats take 10 bits of their mantissas. fuse = false: bias and ReLU get passes of their own, as
-  // where the library has no algorithm that includes them.
+  // tf32: products of floats take 10 bits of their mantissas. fuse = false: bias and ReLU get passes of their own going
+  // forward, as where the library has no algorithm that includes them.
   Matmul(bool tf32, cudaStream_t stream, bool fuse = true)
       : tf32_(tf32), fuse_(fuse), stream_(stream), library_(stream) {}
 
@@ -119,6 +57,32 @@ class Matmul {
     });
   }
 
+  // A hidden layer's ReLU is computed in one of two ways, forward and backward together. Either the product that goes
+  // forward leaves a mask, a bit for each element, and the one that comes back reads it: nothing is left to do but the
+  // sums for the bias's gradient. Or a pass of our own follows the product that comes back, and leaves those sums on the
+  // way. A library whose fused kernels are slow, or which has none, is faster the second way. Takes the table's choice
+  // or, if that has none, the way in which run() takes less time: forward_relu and backward_input_relu of all layers.
+  template <class Real, class Run>
+  void choose_relu(int rows, int C, int OC, Run run) {
+    const Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, OC};
+    const std::string key = "ReLU of " + p.text();
+    const std::string* known = library_.table().find(key);
+    bool mask_wins = known && *known == "mask";
+    float fastest = INFINITY;
+    for (int round = 0; round < 3 && !known; round++)
+      for (const bool mask : {false, true}) {
+        use_relu_mask(mask);
+        const float time = library_.time(run);
+        if (time >= fastest) continue;
+        fastest = time;
+        mask_wins = mask;
+      }
+    use_relu_mask(mask_wins);
+    library_.table().set(key, mask_wins ? "mask" : "pass");
+    library_.table().use(key);
+  }
+  void use_relu_mask(bool use) { relu_mask_ = use; }
+
   // out (rows, OC) = max(inp (rows, C) @ weight (OC, C)^T + bias (OC), 0). mask (relu_mask_bytes(rows, OC)) is for
   // backward_input_relu; nullptr: there will be none.
   template <class Real>
@@ -127,11 +91,15 @@ class Matmul {
     check("forward_relu", {out, mask, inp, weight, bias}, rows, C, OC, OC);
     const Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, OC};
     const Operands o = {.d = out, .a = weight, .b = inp, .bias = bias, .mask = mask};
-    const bool fused = run(p.with(mask ? Epilogue::relu_mask : Epilogue::relu), o, [&] {
+    if (mask && relu_mask_ && library_.has(p.with(Epilogue::relu_mask), o)) {
+      masks_.insert({p.type, rows, OC});
+      return library_.multiply(p.with(Epilogue::relu_mask), o);
+    }
+    if (mask) masks_.erase({p.type, rows, OC});
+    run(p.with(Epilogue::relu), o, [&] {
       library_.multiply(p, o);
       bias_relu_forward(out, bias, rows, OC, OC, stream_);
     });
-    if (mask && fused) masks_.insert({p.type, rows, OC});
   }
 
   // dinp (rows, C) = dout (rows, OC) @ weight (OC, C); a row of dout is ldd elements long
@@ -142,42 +110,31 @@ class Matmul {
                       {.d = dinp, .a = weight, .b = dout});
   }
 
-  // dinp (rows, C) = dout (rows, OC) @ weight (OC, C) where the input passed its ReLU, else 0. mask and relu_out
-  // (rows, C) are what this object's forward_relu left; which of them is read depends on what the library offers.
+  // dinp (rows, C) = dout (rows, OC) @ weight (OC, C) where the input passed its ReLU, else 0
+  // partials (ceil(rows / 64), C) = the sums of each 64 rows of dinp, for the gradient of the bias that was added before
+  // ReLU (column_sums.cuh). mask and relu_out (rows, C) are what this object's forward_relu left.
   template <class Real>
-  void backward_input_relu(Real* dinp, const Real* dout, const Real* weight, const unsigned char* mask,
+  void backward_input_relu(Real* dinp, float* partials, const Real* dout, const Real* weight, const unsigned char* mask,
                            const Real* relu_out, int rows, int C, int OC) {
     check("backward_input_relu", {dinp, dout, weight, mask, relu_out}, rows, C, OC, OC);
     const Product p = {operand<Real>(), false, false, false, C, rows, OC, C, OC, C};
     const Operands o = {.d = dinp, .a = weight, .b = dout, .mask = const_cast<unsigned char*>(mask)};
-    const auto unfused = [&] {
+    if (masks_.count({p.type, rows, C}) && library_.has(p.with(Epilogue::drelu), o)) {
+      library_.multiply(p.with(Epilogue::drelu), o);
+      column_partials(partials, dinp, rows, C, C, stream_);
+    } else {
       library_.multiply(p, o);
-      relu_backward(dinp, relu_out, size_t(rows) * C, stream_);
-    };
-    if (masks_.count({p.type, rows, C}))
-      run(p.with(Epilogue::drelu), o, unfused);
-    else
-      unfused();
+      relu_backward(dinp, partials, relu_out, rows, C, stream_);
+    }
   }
 
-  // dweight (OC, C) = or += dout (rows, OC)^T @ inp (rows, C);  dbias (OC) = or += column sums of dout, not wanted:
-  // nullptr. A row of dout is ldd elements long.
+  // dweight (OC, C) = or += dout (rows, OC)^T @ inp (rows, C); a row of dout is ldd elements long
   template <class Real>
-  void backward_weight(float* dweight, float* dbias, const Real* dout, const Real* inp, bool accumulate, int rows,
-                       int C, int OC, int ldd) {
-    check("backward_weight", {dweight, dbias, dout, inp}, rows, C, OC, ldd);
-    const Product p = {operand<Real>(), true, false, true, C, OC, rows, C, ldd, C};
-    const Operands o = {.d = dweight, .a = inp, .b = dout, .accumulate = accumulate, .dbias = dbias};
-    if (!dbias) return library_.multiply(p, o);
-    require(sizeof(float) * column_sums_parts * OC <= workspace_bytes, "backward_weight: OC = ", OC, " is too large");
-    const auto unfused = [&] {
-      library_.multiply(p, o);
-      column_sums(dbias, library_.workspace(), dout, accumulate, rows, OC, ldd, stream_);
-    };
-    if (accumulate)
-      unfused();  // the library would overwrite dbias
-    else
-      run(p.with(Epilogue::bias_grad), o, unfused);
+  void backward_weight(float* dweight, const Real* dout, const Real* inp, bool accumulate, int rows, int C, int OC,
+                       int ldd) {
+    check("backward_weight", {dweight, dout, inp}, rows, C, OC, ldd);
+    library_.multiply({operand<Real>(), true, false, true, C, OC, rows, C, ldd, C},
+                      {.d = dweight, .a = inp, .b = dout, .accumulate = accumulate});
   }
 
   // The algorithms chosen so far, as text for a file, and back. The table of another card or of another version of the
@@ -207,19 +164,17 @@ class Matmul {
     for (const void* p : pointers)
       require(reinterpret_cast<uintptr_t>(p) % 16 == 0, name, ": ", p, " is not aligned to 16 bytes");
   }
-  // The product with its epilogue, or else `unfused`; returns whether it was the former.
+  // The product with its epilogue or, where the library has no algorithm that is faster so, `unfused`.
   template <class Unfused>
-  bool run(const Product& p, const Operands& o, Unfused unfused) {
-    if (fuse_ && library_.fuses(p, o, unfused)) {
+  void run(const Product& p, const Operands& o, Unfused unfused) {
+    if (fuse_ && library_.fuses(p, o, unfused))
       library_.multiply(p, o);
-      return true;
-    }
-    unfused();
-    return false;
+    else
+      unfused();
   }
 
-  bool tf32_, fuse_;
+  bool tf32_, fuse_, relu_mask_ = false;
   cudaStream_t stream_;
   MatmulLibrary library_;
-  std::set<std::tuple<OperandType, int, int>> masks_;  // (rows, OC) for which forward_relu writes a mask
+  std::set<std::tuple<OperandType, int, int>> masks_;  // (rows, OC) for which forward_relu left a mask
 };

@@ -184,10 +184,13 @@ class MatmulLibrary {
   float* workspace() const { return workspace_.as<float>(); }
 
   // The table may forbid it, as that of a GPU does where there is no such algorithm.
-  template <class Unfused>
-  bool fuses(const Product& p, const Operands&, Unfused) {
+  bool has(const Product& p, const Operands&) {
     const std::string* known = table_.find(p.text());
     return !known || *known != "unfused";
+  }
+  template <class Unfused>
+  bool fuses(const Product& p, const Operands& o, Unfused) {
+    return has(p, o);
   }
   void multiply(const Product& p, const Operands& o) {
     if (used_.insert(p).second) {
@@ -202,6 +205,11 @@ class MatmulLibrary {
       else
         multiply_on_cpu<float, float>(p, o);
     });
+  }
+  // Nothing is measured here: no way is faster than another.
+  template <class Work>
+  float time(Work) {
+    return 0;
   }
   template <class Real>
   double measure_peak(OperandType) {
@@ -244,15 +252,17 @@ class MatmulLibrary {
   // Scratch for kernels on the same stream, too: the library needs it only while a product is computed.
   float* workspace() const { return workspace_.as<float>(); }
 
-  // Whether multiply(p, o) is possible and faster than unfused(), which arrives at the same without an epilogue.
+  // Whether multiply(p, o) is possible.
+  bool has(const Product& p, const Operands& o) {
+    return plan_of(p, o, [] { return INFINITY; }).usable;
+  }
+  // Whether it is, and faster than unfused(), which arrives at the same without an epilogue.
   template <class Unfused>
   bool fuses(const Product& p, const Operands& o, Unfused unfused) {
-    const auto it = plans_.find(p);
-    return (it != plans_.end() ? it->second : make_plan(p, o, [&] { return milliseconds(unfused); })).usable;
+    return plan_of(p, o, [&] { return time(unfused); }).usable;
   }
   void multiply(const Product& p, const Operands& o) {
-    const auto it = plans_.find(p);
-    Plan& plan = it != plans_.end() ? it->second : make_plan(p, o, [] { return INFINITY; });
+    Plan& plan = plan_of(p, o, [] { return INFINITY; });
     if (!plan.usable) throw std::runtime_error("cuBLASLt has no algorithm for " + p.text());
     if (!plan.used && !comparing_) {
       plan.used = true;
@@ -260,6 +270,14 @@ class MatmulLibrary {
     }
     set_pointers(plan, p, o);
     check(run(plan, plan.algorithm, o, o.d, o.accumulate), "cublasLtMatmul");
+  }
+  // Milliseconds of work on the stream, one of several ways to compute the same: its products are not in use yet.
+  template <class Work>
+  float time(Work work) {
+    const bool outer = std::exchange(comparing_, true);
+    const float out = milliseconds(work);
+    comparing_ = outer;
+    return out;
   }
 
   // TFLOP/s of a large product, 0: there is no memory for it. It multiplies noise: zeros would keep the card cooler,
@@ -317,10 +335,12 @@ class MatmulLibrary {
     return out.str();
   }
 
-  // A new product: its algorithm is the table's or, if that has none, the fastest, unless other_way() is faster still,
-  // which returns milliseconds.
+  // A new product's algorithm is the table's or, if that has none, the fastest, unless other_way() is faster still, which
+  // returns milliseconds.
   template <class OtherWay>
-  Plan& make_plan(const Product& p, const Operands& o, OtherWay other_way) {
+  Plan& plan_of(const Product& p, const Operands& o, OtherWay other_way) {
+    const auto it = plans_.find(p);
+    if (it != plans_.end()) return it->second;
     cudaStreamCaptureStatus capture;
     CUDA_CHECK(cudaStreamIsCapturing(stream_, &capture));
     if (capture != cudaStreamCaptureStatusNone)
@@ -331,9 +351,7 @@ class MatmulLibrary {
     const std::string* known = table_.find(p.text());
     if (!known || (*known != "unfused" && !restore(plan, *known))) {
       const float best = choose(plan, p, o);
-      const bool outer = std::exchange(comparing_, true);
       plan.usable = best < other_way();
-      comparing_ = outer;
     }
     table_.set(p.text(), plan.usable ? algorithm_text(plan.algorithm) : "unfused");
     return plans_.insert_or_assign(p, plan).first->second;

@@ -1,9 +1,10 @@
-// Bias and rectified linear unit, in place: what follows a matrix product whose library cannot do it in the same pass
-// (matmul.cuh). Eight neighbouring elements a thread.
+// Bias and rectified linear unit, in place, as passes of their own over what a matrix product left (matmul.cuh). Eight
+// neighbouring elements a thread.
 // defines: bias_forward, bias_relu_forward, relu_backward
 #pragma once
 #include <climits>
 
+#include "column_sums.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 
@@ -44,20 +45,11 @@ void bias_relu_forward(Real* x, const Real* bias, int rows, int OC, int ld, cuda
   launch_bias_forward<Real, true>(x, bias, rows, OC, ld, stream);
 }
 
+// dx (rows, OC) = 0 where out (rows, OC) is 0, else dx; out is what forward left
+// partials (ceil(rows / 64), OC) = the sums of each 64 rows of what dx becomes, of which add_partials makes the gradient
+// of the bias that was added before ReLU
 template <class Real>
-__global__ void __launch_bounds__(256) relu_backward_kernel(Real* dx, const Real* out, size_t count) {
-  const size_t i = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
-  if (i >= count) return;
-  Float8 d = load8(dx + i);
-  const Float8 o = load8(out + i);
-#pragma unroll
-  for (int j = 0; j < 8; j++) d[j] = o[j] <= 0 ? 0 : d[j];
-  store8(dx + i, d);
-}
-
-// dx (count) = 0 where out is 0, else dx; out (count) is what forward left
-template <class Real>
-void relu_backward(Real* dx, const Real* out, size_t count, cudaStream_t stream) {
-  require(count > 0 && count % 8 == 0, "relu_backward: count = ", count, " is not a multiple of 8");
-  launch(relu_backward_kernel<Real>, {unsigned(ceil_div(count / 8, 256)), 256, 0, stream}, dx, out, count);
+void relu_backward(Real* dx, float* partials, const Real* out, int rows, int OC, cudaStream_t stream) {
+  require(OC % 8 == 0, "relu_backward: OC = ", OC, " is not a multiple of 8");
+  launch_column_partials<true>(partials, dx, out, rows, OC, OC, stream);
 }

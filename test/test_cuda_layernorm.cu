@@ -135,8 +135,8 @@ void check_backward(const Shape& s, double p, bool first) {
 
   // The parameters' gradients: sums over the rows, of terms that hold the rounding of sums of C terms.
   const DeviceArray<float> dweight(C), dbias(C), dbranch_bias(C);
-  layernorm_backward_finish(dweight.data(), dbias.data(), dbranch_bias.data(), partials.data(), false, rows, C,
-                            nullptr);
+  add_partials({layernorm_sums(dweight.data(), dbias.data(), dbranch_bias.data(), partials.data(), C)}, false, rows,
+               nullptr);
   const double tolerance = rounding(rows) + rounding(C);
   check_close(dweight.read(), want_dweight, tolerance);
   check_close(dbias.read(), want_dbias, tolerance);
@@ -144,8 +144,8 @@ void check_backward(const Shape& s, double p, bool first) {
   // Added to what was there, they are the same floats.
   const std::vector<float> before = noise(C, 6);
   const DeviceArray<float> more_dweight(before), more_dbias(before), more_dbranch_bias(before);
-  layernorm_backward_finish(more_dweight.data(), more_dbias.data(), more_dbranch_bias.data(), partials.data(), true,
-                            rows, C, nullptr);
+  add_partials({layernorm_sums(more_dweight.data(), more_dbias.data(), more_dbranch_bias.data(), partials.data(), C)},
+               true, rows, nullptr);
   const auto sum = [&](const DeviceArray<float>& x) {
     std::vector<float> out = x.read();
     for (int c = 0; c < C; c++) out[c] += before[c];
@@ -171,8 +171,8 @@ void check_backward(const Shape& s, double p, bool first) {
   residual_layernorm_backward<Real>(dstream_alone.data(), nullptr, partials_alone.data(), dnorm_device.data(),
                                     inp_device.data(), mean_device.data(), rstd_device.data(), weight_device.data(),
                                     first, d.drop, nullptr, B, T, C, nullptr);
-  layernorm_backward_finish(dweight_alone.data(), dbias_alone.data(), static_cast<float*>(nullptr),
-                            partials_alone.data(), false, rows, C, nullptr);
+  add_partials({layernorm_sums(dweight_alone.data(), dbias_alone.data(), nullptr, partials_alone.data(), C)}, false,
+               rows, nullptr);
   CHECK((dstream_alone.floats() == dstream.floats()));
   CHECK((dweight_alone.read() == dweight.read()));
   CHECK((dbias_alone.read() == dbias.read()));
@@ -237,38 +237,6 @@ TEST_CASE("LayerNorm on the device: rows without a variance", "[cuda]") {
   layernorm_forward(norm.data(), mean.data(), rstd.data(), inp.data(), weight_device.data(), bias_device.data(), rows,
                     C, nullptr);
   check_close(rstd.read(), Doubles(rows, 1 / std::sqrt(1e-5)), 0x1p-20);
-}
-
-TEST_CASE("LayerNorm's partial sums of several layers are added in one launch", "[cuda]") {
-  const int layers = 3, rows = 70 * 64 - 3, C = 48;  // more blocks than are loaded at once
-  const size_t stride = 128, partials_stride = layernorm_partials(rows, C) + 16;
-  const int blocks = int(layernorm_partials(rows, C) / (3 * C));
-  const std::vector<float> partials = noise(layers * partials_stride, 1);
-  Doubles want(layers * 3 * C);
-  for (int l = 0; l < layers; l++)
-    for (int k = 0; k < blocks; k++)
-      for (int i = 0; i < 3 * C; i++) want[l * 3 * C + i] += double(partials[l * partials_stride + k * 3 * C + i]);
-
-  const DeviceArray<float> dweight(layers * stride), dbias(layers * stride), dbranch_bias(layers * stride),
-      partials_device(partials);
-  const auto slices = [](const DeviceArray<float>& x, size_t apart) { return Slices<float>{x.data(), apart}; };
-  layernorm_backward_finish(slices(dweight, stride), slices(dbias, stride), slices(dbranch_bias, stride),
-                            slices(partials_device, partials_stride), false, rows, C, layers, nullptr);
-  const DeviceArray<float>* outputs[] = {&dweight, &dbias, &dbranch_bias};
-  for (int kind = 0; kind < 3; kind++) {
-    const std::vector<float> got = outputs[kind]->read();
-    for (int l = 0; l < layers; l++) {
-      INFO("layer " << l << ", kind " << kind);
-      const std::vector<float> slice(got.begin() + l * stride, got.begin() + l * stride + C);
-      const auto from = want.begin() + (l * 3 + kind) * C;
-      check_close(slice, Doubles(from, from + C), rounding(blocks));
-      for (size_t i = C; i < stride; i++) CHECK(std::isnan(got[l * stride + i]));
-    }
-  }
-  // a model of one layer has no layer above its first
-  layernorm_backward_finish(slices(dweight, stride), slices(dbias, stride), slices(dbranch_bias, stride),
-                            slices(partials_device, partials_stride), false, rows, C, 0, nullptr);
-  CUDA_CHECK(cudaDeviceSynchronize());
 }
 
 TEST_CASE("LayerNorm on the device refuses rows that it cannot hold", "[cuda]") {

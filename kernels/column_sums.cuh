@@ -1,0 +1,146 @@
+// The sums of a matrix's columns, such as the gradient of a bias. They are made in two steps, so that the order of every
+// sum is fixed: each block of rows leaves its own sums, `partials`, and one launch adds those up for all layers at once.
+// A block's sums cost next to nothing where a kernel has the elements in its registers anyway, as relu_backward does.
+// defines: sums_block_rows, partials_size, column_partials, Sums, sums_of, add_partials
+#pragma once
+#include <algorithm>
+
+#include "device.cuh"
+#include "launch.cuh"
+
+constexpr int sums_block_rows = 64;  // rows whose sums are one row of partials
+
+// Floats of the partials of a matrix (rows, columns).
+inline size_t partials_size(int rows, int columns) { return size_t(ceil_div(rows, sums_block_rows)) * columns; }
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Step one. A block has 64 rows of 256 columns: a lane has eight columns, and the eight warps take turns at the rows.
+// With RELU the matrix is a gradient, which becomes 0 where relu_out is 0 before it is added.
+
+constexpr int sums_block_columns = 256, sums_warps = 8;
+
+template <class Real, bool RELU>
+__global__ void __launch_bounds__(32 * sums_warps)
+    column_partials_kernel(float* partials, Real* x, const Real* relu_out, int rows, int OC, int ld) {
+  constexpr int batch = 4;  // rows whose loads are under way together
+  __shared__ __align__(16) float of_warp[sums_warps][sums_block_columns];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int c = blockIdx.x * sums_block_columns + lane * 8;
+  const int block_row = blockIdx.y * sums_block_rows;
+  Float8 sum = {};
+  for (int r = warp; r < sums_block_rows; r += batch * sums_warps) {
+    Float8 v[batch], passed[batch];
+#pragma unroll
+    for (int i = 0; i < batch; i++) {
+      const int row = block_row + r + i * sums_warps;
+      const bool there = row < rows && c < OC;
+      v[i] = there ? load8(x + size_t(row) * ld + c) : Float8{};
+      if constexpr (RELU) passed[i] = there ? load8(relu_out + size_t(row) * ld + c) : Float8{};
+    }
+#pragma unroll
+    for (int i = 0; i < batch; i++) {
+      const int row = block_row + r + i * sums_warps;
+#pragma unroll
+      for (int j = 0; j < 8; j++) {
+        if constexpr (RELU) v[i][j] = passed[i][j] <= 0 ? 0 : v[i][j];
+        sum[j] += v[i][j];
+      }
+      if constexpr (RELU)
+        if (row < rows && c < OC) store8(x + size_t(row) * ld + c, v[i]);
+    }
+  }
+  store8(&of_warp[warp][lane * 8], sum);
+  __syncthreads();
+  const int column = blockIdx.x * sums_block_columns + threadIdx.x;
+  if (column >= OC) return;
+  float total = 0;
+#pragma unroll
+  for (int w = 0; w < sums_warps; w++) total += of_warp[w][threadIdx.x];
+  partials[size_t(blockIdx.y) * OC + column] = total;
+}
+
+template <bool RELU, class Real>
+void launch_column_partials(float* partials, Real* x, const Real* relu_out, int rows, int OC, int ld,
+                            cudaStream_t stream) {
+  require(rows > 0 && OC > 0, "column_partials: rows = ", rows, ", OC = ", OC);
+  require(ld >= OC && ld % 8 == 0, "column_partials: rows of ", ld, " elements for OC = ", OC);
+  const dim3 grid(ceil_div(OC, sums_block_columns), ceil_div(rows, sums_block_rows));
+  launch(column_partials_kernel<Real, RELU>, {grid, 32 * sums_warps, 0, stream}, partials, x, relu_out, rows, OC, ld);
+}
+
+// partials (ceil(rows / 64), OC) = the sums of each 64 rows of x (rows, OC), a row of which is ld elements long; what
+// stands behind the first OC does not matter
+template <class Real>
+void column_partials(float* partials, const Real* x, int rows, int OC, int ld, cudaStream_t stream) {
+  launch_column_partials<false, Real>(partials, const_cast<Real*>(x), nullptr, rows, OC, ld, stream);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Step two. A block adds up 32 columns of a layer's partials: eight groups of threads take turns at their rows, and what
+// the groups have is added in order. One launch does that for a list of sums.
+
+// The sums of partials (layers, blocks, count, C): those of part i, C numbers a layer, go to first[i], or nowhere if that
+// is null. Strides are counted in elements, from one layer's to the next's.
+struct Sums {
+  int C, layers, count;
+  const float* partials;
+  size_t partials_stride;
+  float* first[3];
+  size_t stride[3];
+};
+
+// The sums (C) of one matrix, and those (layers, C) of one matrix a layer. Slices have a `first` one and a `stride`.
+inline Sums sums_of(float* sums, const float* partials, int C) { return {C, 1, 1, partials, 0, {sums}, {}}; }
+template <class Slices>
+Sums sums_of(const Slices& sums, const Slices& partials, int C, int layers) {
+  return {C, layers, 1, partials.first, partials.stride, {sums.first}, {sums.stride}};
+}
+
+constexpr int adding_columns = 32, adding_groups = 8, max_sums = 8;
+struct SumsList {
+  Sums of[max_sums];
+};
+
+static __global__ void __launch_bounds__(adding_columns* adding_groups)
+    add_partials_kernel(SumsList list, bool accumulate, int blocks) {
+  __shared__ float of_group[adding_groups][adding_columns];
+  const Sums& s = list.of[blockIdx.z];
+  const int column = threadIdx.x % adding_columns, group = threadIdx.x / adding_columns;
+  const int c = blockIdx.x * adding_columns + column, l = blockIdx.y, part = c / s.C;
+  float* out = l < s.layers && part < s.count ? s.first[part] : nullptr;
+  float own = 0;
+  if (out) {
+    const float* const partials = s.partials + l * s.partials_stride + c;
+    const size_t width = size_t(s.count) * s.C;
+#pragma unroll 16
+    for (int k = group; k < blocks; k += adding_groups) own += partials[k * width];
+  }
+  of_group[group][column] = own;
+  __syncthreads();
+  if (group == 0 && out) {
+    float total = 0;
+#pragma unroll
+    for (int k = 0; k < adding_groups; k++) total += of_group[k][column];
+    out += l * s.stride[part] + c % s.C;
+    *out = accumulate ? *out + total : total;
+  }
+}
+
+// = or += the sums of what kernels left in partials for matrices of `rows` rows
+template <size_t N>
+void add_partials(const Sums (&list)[N], bool accumulate, int rows, cudaStream_t stream) {
+  static_assert(N <= max_sums);
+  SumsList all{};
+  int columns = 0, layers = 0;
+  for (size_t i = 0; i < N; i++) {
+    const Sums& s = all.of[i] = list[i];
+    require(s.C > 0 && s.count <= 3 && s.layers >= 0 && s.layers < 65536, "add_partials: C = ", s.C,
+            ", layers = ", s.layers);
+    columns = std::max(columns, s.count * s.C);
+    layers = std::max(layers, s.layers);
+  }
+  require(rows > 0 && layers > 0, "add_partials: rows = ", rows, ", layers = ", layers);
+  launch(add_partials_kernel,
+         {dim3(ceil_div(columns, adding_columns), layers, N), adding_columns * adding_groups, 0, stream}, all,
+         accumulate, ceil_div(rows, sums_block_rows));
+}

@@ -1,0 +1,112 @@
+#include <limits>
+
+#include "../host/tensors.h"
+#include "../kernels/column_sums.cuh"
+#include "../kernels/relu.cuh"
+#include "../kernels/relu.h"
+#include "cuda.h"
+
+namespace {
+
+using Doubles = std::vector<double>;
+
+double rounding(int terms) { return 4 * std::sqrt(double(terms)) * 0x1p-24; }
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("A bias's gradient: columns are summed in a fixed order", "[cuda]", float, bf16, fp16) {
+  using Real = TestType;
+  struct Shape {
+    int rows, OC, ld;
+  };
+  // One row; rows and columns that are no multiple of a block's; many blocks of rows; several of columns
+  const Shape s =
+      GENERATE(Shape{1, 65, 72}, Shape{33, 72, 72}, Shape{64, 8, 16}, Shape{4200, 65, 72}, Shape{130, 600, 608});
+  const bool accumulate = GENERATE(true, false);
+  CAPTURE(s.rows, s.OC, accumulate);
+  const std::vector<float> x = noise(size_t(s.rows) * s.OC, 1), before = noise(s.OC, 2);
+  Doubles want(s.OC);
+  if (accumulate) want.assign(before.begin(), before.end());
+  const Doubles rounded_x = rounded<Real>(x);
+  for (size_t i = 0; i < x.size(); i++) want[i % s.OC] += rounded_x[i];
+
+  std::vector<float> padded(size_t(s.rows) * s.ld, std::numeric_limits<float>::quiet_NaN());
+  for (size_t i = 0; i < x.size(); i++) padded[i / s.OC * s.ld + i % s.OC] = x[i];
+  const DeviceArray<Real> in(padded);
+  std::vector<float> first;
+  for (int run = 0; run < 2; run++) {
+    const DeviceArray<float> partials(partials_size(s.rows, s.OC)), old(before), fresh(s.OC);
+    const DeviceArray<float>& sums = accumulate ? old : fresh;
+    column_partials(partials.data(), in.data(), s.rows, s.OC, s.ld, nullptr);
+    add_partials({sums_of(sums.data(), partials.data(), s.OC)}, accumulate, s.rows, nullptr);
+    partials.read();
+    if (run == 0)
+      check_close(first = sums.read(), want, rounding(s.rows));
+    else
+      CHECK((sums.read() == first));
+  }
+}
+
+TEMPLATE_TEST_CASE("ReLU going back, with the sums for its bias", "[cuda]", float, bf16, fp16) {
+  using Real = TestType;
+  const auto [rows, OC] = GENERATE(std::pair{1, 8}, std::pair{31, 136}, std::pair{200, 264});
+  CAPTURE(rows, OC);
+  const size_t count = size_t(rows) * OC;
+  const std::vector<float> dx = noise(count, 3);
+  std::vector<float> out = noise(count, 4);
+  out[7] = 0;
+  Doubles want = rounded<Real>(dx), sums(partials_size(rows, OC));
+  relu_backward(want.data(), rounded<Real>(out).data(), count);
+  for (size_t i = 0; i < count; i++) sums[i / OC / sums_block_rows * OC + i % OC] += want[i];
+
+  const DeviceArray<Real> d(dx), o(out);
+  const DeviceArray<float> partials(sums.size());
+  relu_backward(d.data(), partials.data(), o.data(), rows, OC, nullptr);
+  CHECK((rounded<Real>(d.floats()) == want));
+  CHECK(d.floats()[7] == 0);
+  check_close(partials.read(), sums, rounding(sums_block_rows));
+
+  // A layer that was lost shows.
+  const DeviceArray<Real> lost(count), finite(dx);
+  relu_backward(finite.data(), partials.data(), lost.data(), rows, OC, nullptr);
+  CHECK((finite.floats() == rounded<Real, float>(dx)));
+}
+
+TEST_CASE("Partial sums of several tensors and layers are added in one launch", "[cuda]") {
+  const int layers = 3, rows = 70 * 64 - 3, blocks = 70, C = 48;  // more blocks than are loaded at once
+  const size_t stride = 128, three_stride = partials_size(rows, 3 * C) + 16, one_stride = partials_size(rows, C) + 8;
+  const std::vector<float> three = noise(layers * three_stride, 1), one = noise(layers * one_stride, 2);
+  const auto sum = [&](const std::vector<float>& partials, int l, size_t layer_stride, int width, int column) {
+    double total = 0;
+    for (int k = 0; k < blocks; k++) total += double(partials[l * layer_stride + size_t(k) * width + column]);
+    return total;
+  };
+
+  const bool accumulate = GENERATE(false, true);
+  const std::vector<float> before = accumulate ? noise(layers * stride, 3) : std::vector<float>(layers * stride, NAN);
+  const DeviceArray<float> a(before), c(before), d(before), alone(before), three_device(three), one_device(one);
+  const auto slices = [](const DeviceArray<float>& x, size_t apart) { return Slices<float>{x.data(), apart}; };
+  const Sums list[] = {
+      {C, layers, 3, three_device.data(), three_stride, {a.data(), nullptr, c.data()}, {stride, 0, stride}},
+      sums_of(slices(d, stride), slices(one_device, one_stride), C, layers),
+      sums_of(slices(a, stride), slices(one_device, one_stride), C, 0),  // of no layer: nothing is written
+      sums_of(alone.data() + stride, one_device.data() + one_stride, C),
+  };
+  add_partials(list, accumulate, rows, nullptr);
+  const auto check = [&](const DeviceArray<float>& x, int first, int last, auto want) {
+    const std::vector<float> got = x.read();
+    for (int l = 0; l < layers; l++)
+      for (size_t i = 0; i < stride; i++) {
+        const size_t at = l * stride + i;
+        const bool written = l >= first && l < last && i < size_t(C);
+        const double from = accumulate ? double(before[at]) : 0;
+        if (written ? !(std::fabs(got[at] - from - want(l, int(i))) < 20 * rounding(blocks))
+                    : std::memcmp(&got[at], &before[at], 4) != 0)
+          FAIL("layer " << l << ", element " << i << ": " << got[at]);
+      }
+  };
+  check(a, 0, layers, [&](int l, int i) { return sum(three, l, three_stride, 3 * C, i); });
+  check(c, 0, layers, [&](int l, int i) { return sum(three, l, three_stride, 3 * C, 2 * C + i); });
+  check(d, 0, layers, [&](int l, int i) { return sum(one, l, one_stride, C, i); });
+  check(alone, 1, 2, [&](int l, int i) { return sum(one, l, one_stride, C, i); });
+}

@@ -647,6 +647,7 @@ class GpuModel {
   static constexpr int graph_batches = 64;  // steps of more are not captured: launches are not what takes their time
   static constexpr bool loss_scaling = std::is_same_v<Real, fp16>;
 
+ public:
   // The whole of a training step, as work on the stream.
   void enqueue_step(int batches) {
     const int B = gpt_.B, T = shape().T;
@@ -665,6 +666,7 @@ class GpuModel {
     end_step(gpt_.state, loss_ring_.data(), ring_size, dloss, loss_scaling, stream_);
   }
 
+ private:
   void prepare_training() {
     const int batches = config_.gradient_accumulation_steps;
     norm_parts_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");

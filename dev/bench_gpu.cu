@@ -1,8 +1,10 @@
 // How fast the GPU trainer is, as shares of what this card can do.
 //   bench_gpu ceilings              memory bandwidth, second-level cache, large products, gaps between kernels
+//   bench_gpu products [DTYPE ...]  every matrix product of a step with all that can be fused to it, and its kernels
 //   bench_gpu kernels [DTYPE]       every kernel and matrix product of a step beside the least time it could take
 //   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
+//   bench_gpu names [DTYPE]         the names of a step's kernels, in order
 //   bench_gpu planted               a kernel with errors that compute-sanitizer is to find, or else it finds nothing
 // Flags of train_gpt may follow (--batch_size 8); without, it is the preset lecture, on random tokens. A figure is the
 // median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
@@ -12,6 +14,12 @@
 
 #include <chrono>
 #include <filesystem>
+#ifndef CUDA_ON_CPU
+#include <cuda.h>
+#include <cxxabi.h>
+
+#include <regex>
+#endif
 #if __has_include(<cuda_profiler_api.h>) && !defined(CUDA_ON_CPU)
 #include <cuda_profiler_api.h>
 #else
@@ -20,6 +28,8 @@ inline void cudaProfilerStop() {}
 #endif
 
 namespace {
+
+constexpr int V = 65;
 
 struct Times {
   double median, min, max;  // seconds
@@ -94,14 +104,40 @@ constexpr size_t megabyte = 1000;  // what runs on the CPU only shows that it ru
 constexpr size_t megabyte = 1000000;
 #endif
 
-// Bytes a second, read and written, of a copy of 2 GB.
-double copy_bandwidth(cudaStream_t stream) {
-  const size_t bytes = 2000 * megabyte;
-  const DeviceBuffer<char> from(bytes, "a copy"), to(bytes, "a copy");
-  return 2.0 * double(bytes) /
-         in_graph(stream, 2, 7, [&](int) {
-           CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, stream));
-         }).min;
+// A block has 32 KB at a time, a thread eight loads on their way; what is read and written once need not stay in a
+// cache.
+__global__ void __launch_bounds__(256) copy_kernel(float4* to, const float4* from, size_t count) {
+  constexpr int loads = 8;
+  const size_t stride = size_t(gridDim.x) * blockDim.x * loads;
+  for (size_t i = size_t(blockIdx.x) * blockDim.x * loads + threadIdx.x; i < count; i += stride) {
+    float4 x[loads];
+#pragma unroll
+    for (int j = 0; j < loads; j++)
+      if (i + j * blockDim.x < count) x[j] = __ldcs(from + i + j * blockDim.x);
+#pragma unroll
+    for (int j = 0; j < loads; j++)
+      if (i + j * blockDim.x < count) __stcs(to + i + j * blockDim.x, x[j]);
+  }
+}
+
+// Bytes a second, read and written, of a copy of 2 GB. cudaMemcpy is not always the fastest.
+struct CopyBandwidth {
+  double memcpy, kernel;
+  double best() const { return std::max(memcpy, kernel); }
+};
+CopyBandwidth copy_bandwidth(cudaStream_t stream) {
+  const size_t bytes = 2000 * megabyte, count = bytes / sizeof(float4);
+  const DeviceBuffer<float4> from(count, "a copy"), to(count, "a copy");
+  const auto bandwidth = [&](auto copy) { return 2.0 * double(bytes) / in_graph(stream, 2, 7, copy).min; };
+  CopyBandwidth out{};
+  out.memcpy = bandwidth(
+      [&](int) { CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, stream)); });
+  const size_t sm = size_t(device().multiProcessorCount), all = ceil_div(count, 256 * 8);
+  for (const size_t blocks : {4 * sm, 8 * sm, all})
+    out.kernel = std::max(out.kernel, bandwidth([&](int) {
+                            launch(copy_kernel, {unsigned(blocks), 256, 0, stream}, to.data(), from.data(), count);
+                          }));
+  return out;
 }
 
 void print_card() {
@@ -122,7 +158,9 @@ void ceilings(const Config&, const std::vector<std::string>& dtypes) {
   const Stream stream;
   const cudaDeviceProp card = device();
   print_clocks();
-  std::printf("copy of 2 GB, read and written  %7.0f GB/s\n", copy_bandwidth(stream) / 1e9);
+  const CopyBandwidth copy = copy_bandwidth(stream);
+  std::printf("copy of 2 GB, read and written  %7.0f GB/s by cudaMemcpy, %.0f by a kernel\n", copy.memcpy / 1e9,
+              copy.kernel / 1e9);
   const DeviceBuffer<float> memory(2000 * megabyte / 4, "reading"), sink(1, "a sum");
   const unsigned blocks = 4 * unsigned(card.multiProcessorCount);
   for (const size_t megabytes : {8, 16, 32, 48, 2000}) {
@@ -157,6 +195,315 @@ void ceilings(const Config&, const std::vector<std::string>& dtypes) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Products: every matrix product of a step with everything that can be fused to it, and the kernels behind it
+
+#ifdef CUDA_ON_CPU
+void products(const Config&, const std::vector<std::string>&) { fail("products: on the CPU they are plain loops"); }
+void names(const Config&, const std::vector<std::string>&) { fail("names: no driver tells them on the CPU"); }
+#else
+
+// A function of the driver, which the program is not linked to; nullptr: it has none such.
+template <class Function>
+Function* driver_function(const char* name) {
+  void* found = nullptr;
+  cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12030, cudaEnableDefault, &result);
+#else
+  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
+#endif
+  if (error != cudaSuccess) cudaGetLastError();  // so that it is not found again at the next launch
+  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function*>(found) : nullptr;
+}
+
+// What tells a kernel from others: CUTLASS' name for it, which is a template argument, or else its own without scopes
+// and arguments.
+std::string short_name(const std::string& mangled) {
+  std::string name = mangled;
+  if (name.rfind("_Z", 0) == 0) {
+    int status = 0;
+    char* const plain = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
+    if (plain) name = plain;
+    std::free(plain);
+  }
+  const std::string unnamed = "(anonymous namespace)::";
+  for (size_t at; (at = name.find(unnamed)) != std::string::npos;) name.erase(at, unnamed.size());
+  std::smatch cutlass;
+  if (std::regex_search(name, cutlass, std::regex("cutlass[0-9x]*_(\\w+)"))) return cutlass[1];
+  name.erase(std::min({name.find('<'), name.find('('), name.find("_execute_"), name.size()}));
+  return name.substr(name.find_last_of(" :") + 1);  // npos + 1 is 0
+}
+
+// The kernels that `work` launches.
+template <class Work>
+std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
+  static const auto params =
+      driver_function<CUresult(CUgraphNode, CUDA_KERNEL_NODE_PARAMS*)>("cuGraphKernelNodeGetParams");
+  static const auto name_of = driver_function<CUresult(const char**, CUfunction)>("cuFuncGetName");
+  static const auto name_of_kernel = driver_function<CUresult(const char**, CUkernel)>("cuKernelGetName");
+  if (!params || !name_of || !name_of_kernel) return {"(this driver does not tell kernels' names)"};
+  cudaGraph_t graph;
+  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  work();
+  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
+  size_t count = 0;
+  CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &count));
+  std::vector<cudaGraphNode_t> nodes(count);
+  CUDA_CHECK(cudaGraphGetNodes(graph, nodes.data(), &count));
+  std::vector<std::string> out;
+  for (const cudaGraphNode_t node : nodes) {
+    cudaGraphNodeType type;
+    CUDA_CHECK(cudaGraphNodeGetType(node, &type));
+    std::string name = type == cudaGraphNodeTypeMemset ? "memset" : text("node of type ", int(type));
+    if (type == cudaGraphNodeTypeKernel) {
+      CUDA_KERNEL_NODE_PARAMS kernel{};
+      const char* mangled = nullptr;
+      CUresult error = params(node, &kernel);
+      if (error == CUDA_SUCCESS)
+        error = kernel.func ? name_of(&mangled, kernel.func) : name_of_kernel(&mangled, kernel.kern);
+      name = error == CUDA_SUCCESS && mangled ? short_name(mangled) : text("kernel without a name, error ", int(error));
+    }
+    out.push_back(name);
+  }
+  CUDA_CHECK(cudaGraphDestroy(graph));
+  return out;
+}
+
+// A line for each product and epilogue. What a launch reads and writes is taken from several sets of buffers in turn, so
+// that it has left the cache since it was there last.
+template <class Real>
+class ProductTable {
+ public:
+  using Algorithm = MatmulLibrary::Algorithm;
+  using Clock = std::chrono::steady_clock;
+
+  // No line begins after `end`.
+  ProductTable(int rows, int C, OperandType type, Clock::time_point end) : type_(type), rows_(rows), C_(C), end_(end) {
+    CUDA_CHECK(cudaDeviceSynchronize());  // the buffers are filled with zeros by then
+    for (const auto& [memory, bytes] : {std::pair<const void*, size_t>{x_.data(), sets * hidden_ * sizeof(Real)},
+                                        {y_.data(), sets * hidden_ * sizeof(Real)},
+                                        {weight_.data(), sets * size_t(4 * C) * C * sizeof(Real)},
+                                        {bias_.data(), 4 * C * sizeof(Real)},
+                                        {mask_.data(), sets * mask_bytes_}})
+      launch(noise_kernel<Real>, {unsigned(ceil_div(bytes, 256 * 8 * sizeof(Real))), 256, 0, stream_},
+             static_cast<Real*>(const_cast<void*>(memory)));
+  }
+
+  void print() {
+    const int C = C_, Vp = padded_vocabulary(V);
+    struct Linear {
+      std::string name;
+      int C, OC, ld;
+    };
+    std::printf("%-15s %-9s %7s %4s %7s %-5s %3s %7s %-15s %s\n", "", "", "us", "TF/s", "apart", "takes", "n", "cold",
+                "algorithm", "kernels");
+    for (const Linear& l :
+         {Linear{"fc", C, 4 * C, 4 * C}, Linear{"fcproj", 4 * C, C, C}, Linear{"qkv", C, 3 * C, 3 * C},
+          Linear{"attproj", C, C, C}, Linear{"head", C, V, Vp}, Linear{text("head of ", Vp), C, Vp, Vp}}) {
+      const Product forward = {type_, false, true, false, l.OC, rows_, l.C, l.C, l.C, l.ld};
+      const Product dX = {type_, false, false, false, l.C, rows_, l.OC, l.C, l.ld, l.C};
+      const Product dW = {type_, true, false, true, l.C, l.OC, rows_, l.C, l.ld, l.C};
+      row(l.name + " fwd", forward, Epilogue::none);
+      row(l.name + " fwd", forward, Epilogue::bias);
+      if (l.name == "fc") {
+        row(l.name + " fwd", forward, Epilogue::relu);
+        row(l.name + " fwd", forward, Epilogue::relu_mask);
+      }
+      row(l.name + " dX", dX, Epilogue::none);
+      if (l.name == "fcproj") row(l.name + " dX", dX, Epilogue::drelu);
+      row(l.name + " dW", dW, Epilogue::none);
+      row(l.name + " dW", dW, Epilogue::bias_grad);
+    }
+    std::printf(
+        "alignment of 256 bytes: something else was proposed for %d of %d lines; pieces of k added in any way: for "
+        "%d of %d\n",
+        aligned_, asked_, any_way_, asked_of_float_);
+    if (left_out_ > 0) std::printf("%d lines were left out: the time was up\n", left_out_);
+    std::fflush(stdout);
+  }
+
+ private:
+  static constexpr int sets = 6;
+
+  Operands operands(const Product& p, int i) const {
+    const size_t set = size_t(i % sets);
+    const Real *const x = x_.data() + set * hidden_, *const y = y_.data() + set * hidden_;
+    const Real* const weight = weight_.data() + set * size_t(4 * C_) * C_;
+    return {.d = out_.data() + set * hidden_,
+            .a = p.transpose_b ? x : weight,
+            .b = p.transpose_a ? x : y,
+            .bias = bias_.data(),
+            .dbias = dbias_.data(),
+            .mask = mask_.data() + set * mask_bytes_};
+  }
+  // The same without the epilogue, and what it would have done in passes of its own, as Matmul does it.
+  void apart(const Product& p, int i) {
+    const Operands o = operands(p, i);
+    Real* const d = static_cast<Real*>(o.d);
+    library_.multiply(p.with(Epilogue::none), o);
+    if (p.epilogue == Epilogue::bias)
+      bias_forward(d, bias_.data(), rows_, p.m, p.ldd, stream_);
+    else if (p.adds_bias())
+      bias_relu_forward(d, bias_.data(), rows_, p.m, p.ldd, stream_);
+    else if (p.epilogue == Epilogue::drelu)
+      relu_backward(d, x_.data() + size_t(i % sets) * hidden_, size_t(rows_) * p.m, stream_);
+    else if (p.epilogue == Epilogue::bias_grad)
+      column_sums(o.dbias, library_.workspace(), static_cast<const Real*>(o.b), false, rows_, p.n, p.ldb, stream_);
+  }
+  bool multiply_by(const Algorithm& algorithm, const Product& p, int i) {
+    return library_.multiply_by(algorithm, p, operands(p, i));
+  }
+
+  template <class Call>
+  double microseconds(Call call) {
+    return 1e6 * in_graph(stream_, 2 * sets, 9, call).median;
+  }
+  double microseconds(const Algorithm& algorithm, const Product& p) {
+    return microseconds([&](int i) {
+      if (!multiply_by(algorithm, p, i)) throw std::runtime_error("cublasLtMatmul refuses an algorithm it proposed");
+    });
+  }
+  std::string kernels_of(const Algorithm& algorithm, const Product& p) {
+    std::string out;
+    for (const std::string& name : kernel_names(stream_, [&] { multiply_by(algorithm, p, 0); }))
+      out += (out.empty() ? "" : " + ") + name;
+    return out;
+  }
+
+  // MatmulLibrary's race, but with cold operands.
+  Algorithm fastest(const std::vector<Algorithm>& candidates, const Product& p) {
+    std::vector<double> times(candidates.size(), INFINITY);
+    size_t best = 0;
+    for (int round = 0; round < 3; round++)
+      for (size_t i = 0; i < candidates.size(); i++) {
+        if (round > 0 && !(times[i] < 1.2 * times[best])) continue;
+        bool works = multiply_by(candidates[i], p, sets - 1);
+        const double t = device_seconds(stream_, [&] {
+          for (int j = 0; j < 2 * sets; j++) works = works && multiply_by(candidates[i], p, j);
+        });
+        if (works) times[i] = std::min(times[i], t);
+        if (times[i] < times[best]) best = i;
+      }
+    return candidates[best];
+  }
+
+  void row(const std::string& name, const Product& plain, Epilogue epilogue) {
+    constexpr const char* epilogues[] = {"", "bias", "relu", "relu_mask", "drelu", "bias_grad"};
+    if (Clock::now() > end_) {
+      left_out_++;
+      return;
+    }
+    std::printf("%-15s %-9s ", name.c_str(), epilogues[int(epilogue)]);
+    try {
+      print_row(plain.with(epilogue));
+    } catch (const std::exception& e) {
+      cudaGraph_t graph = nullptr;
+      if (cudaStreamEndCapture(stream_, &graph) == cudaSuccess && graph) cudaGraphDestroy(graph);
+      cudaGetLastError();  // nothing was being captured
+      std::printf("failed: %s\n", e.what());
+      CUDA_CHECK(cudaStreamSynchronize(stream_));  // no line can follow an error that stays
+    }
+    std::fflush(stdout);
+  }
+  void print_row(const Product& p) {
+    const bool fused = p.epilogue != Epilogue::none;
+    bool takes = true;
+    if (fused)
+      takes = library_.fuses(p, operands(p, 0), [&] { apart(p, 0); });
+    else
+      library_.multiply(p, operands(p, 0));
+    const std::string others = fused ? text_of(microseconds([&](int i) { apart(p, i); })) : "";
+    const std::vector<Algorithm> candidates = library_.proposals(p, operands(p, 0), {});
+    if (candidates.empty()) {
+      std::printf("%7s %4s %7s %-5s %3d\n", "none", "", others.c_str(), "apart", 0);
+      return;
+    }
+    const Algorithm chosen = library_.chosen(p), cold = fastest(candidates, p);
+    const double us = microseconds(chosen, p);
+    std::printf("%7.2f %4.0f %7s %-5s %3zu %7s %-15s %s\n", us, 2e-6 * p.m * p.n * p.k / us, others.c_str(),
+                !fused  ? ""
+                : takes ? "fused"
+                        : "apart",
+                candidates.size(), chosen == cold ? "same" : text_of(microseconds(cold, p)).c_str(),
+                MatmulLibrary::about(chosen).c_str(), kernels_of(chosen, p).c_str());
+    std::fflush(stdout);
+    asked_++;
+    aligned_ += print_other("alignment of 256 bytes", p, candidates, {.alignment = 256}, us);
+    if (!p.float_d) return;
+    asked_of_float_++;
+    any_way_ +=
+        print_other("pieces of k in any way", p, candidates, {.reductions = CUBLASLT_REDUCTION_SCHEME_MASK}, us);
+  }
+  // The best of what the library proposes for this request, but not for the usual one; returns whether there is any.
+  bool print_other(const char* what, const Product& p, const std::vector<Algorithm>& usual,
+                   const MatmulLibrary::Request& request, double usual_us) {
+    std::vector<Algorithm> others;
+    for (const Algorithm& a : library_.proposals(p, operands(p, 0), request))
+      if (std::find(usual.begin(), usual.end(), a) == usual.end()) others.push_back(a);
+    if (others.empty()) return false;
+    const Algorithm best = fastest(others, p);
+    const double us = microseconds(best, p);
+    std::printf("  %-23s %7.2f us (%+.1f %%), %s, best of %zu others %s %s\n", what, us, 100 * (us / usual_us - 1),
+                repeats(best, p) ? "the same bits 8 times" : "OTHER BITS EACH TIME", others.size(),
+                MatmulLibrary::about(best).c_str(), kernels_of(best, p).c_str());
+    std::fflush(stdout);
+    return true;
+  }
+  // Whether the result is the same every time, bit for bit.
+  bool repeats(const Algorithm& algorithm, const Product& p) {
+    const size_t bytes = size_t(p.n) * p.ldd * (p.float_d ? sizeof(float) : sizeof(Real));
+    std::vector<char> first(bytes), next(bytes);
+    for (int i = 0; i < 8; i++) {
+      multiply_by(algorithm, p, 0);
+      CUDA_CHECK(cudaMemcpyAsync((i == 0 ? first : next).data(), out_.data(), bytes, cudaMemcpyDeviceToHost, stream_));
+      CUDA_CHECK(cudaStreamSynchronize(stream_));
+      if (i > 0 && first != next) return false;
+    }
+    return true;
+  }
+  static std::string text_of(double us) {
+    char out[32];
+    std::snprintf(out, sizeof out, "%.2f", us);
+    return out;
+  }
+
+  OperandType type_;
+  int rows_, C_;
+  Clock::time_point end_;
+  int asked_ = 0, aligned_ = 0, asked_of_float_ = 0, any_way_ = 0, left_out_ = 0;
+  // Elements and bytes of one set, of its largest matrix and mask; buffers end where noise_kernel does.
+  size_t hidden_ = size_t(rows_) * 4 * C_, mask_bytes_ = relu_mask_bytes(rows_, 4 * C_);
+  static constexpr size_t spare = 256 * 8;
+  Stream stream_;
+  MatmulLibrary library_{stream_};
+  DeviceBuffer<Real> x_{sets * hidden_ + spare, "operands"}, y_{sets * hidden_ + spare, "operands"};
+  DeviceBuffer<Real> out_{sets * hidden_, "products"}, weight_{sets * size_t(4 * C_) * C_ + spare, "weights"};
+  DeviceBuffer<Real> bias_{size_t(4 * C_) + spare, "a bias"};
+  DeviceBuffer<float> dbias_{size_t(4 * C_), "a bias"};
+  DeviceBuffer<unsigned char> mask_{sets * mask_bytes_ + spare * sizeof(Real), "masks"};
+};
+
+void products(const Config& config, const std::vector<std::string>& dtypes) {
+  const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(34);
+  std::printf(
+      "us, TF/s: operands are cold, in a graph, by the algorithm that is the fastest where they are hot, as the\n"
+      "trainer takes it. apart: without the epilogue, and passes for it. takes: which way the trainer takes.\n"
+      "n: proposals. cold: us of another algorithm, the fastest where operands are cold. algorithm: its number\n"
+      "/ tile / stages / pieces of k / cluster, as cuBLASLt numbers them.\n");
+  for (const std::string& dtype : dtypes) {
+    const int rows = config.batch_size * config.block_size, C = config.n_embd;
+    std::printf("%s, %d rows, %d channels\n", dtype.c_str(), rows, C);
+    if (dtype == "bfloat16")
+      ProductTable<bf16>(rows, C, OperandType::bfloat16, end).print();
+    else if (dtype == "float16")
+      ProductTable<fp16>(rows, C, OperandType::float16, end).print();
+    else
+      ProductTable<float>(rows, C, dtype == "tf32" ? OperandType::tf32 : OperandType::float32, end).print();
+  }
+}
+#endif
+
+// ---------------------------------------------------------------------------------------------------------------------
 // A model on random tokens
 
 // A folder for shards and for the table of algorithms, which is removed at the end. With --out_dir the table is that
@@ -175,8 +522,6 @@ class Folder {
  private:
   std::string path_;
 };
-
-constexpr int V = 65;
 
 Data random_data(const std::string& folder) {
   std::vector<char32_t> characters;
@@ -278,6 +623,15 @@ void profile(const Config& config, const std::vector<std::string>& dtypes) {
     std::printf("one step of %s, kernel by kernel: loss %.4f\n", dtypes.front().c_str(), loss);
   });
 }
+
+#ifndef CUDA_ON_CPU
+void names(const Config& config, const std::vector<std::string>& dtypes) {
+  with_model(config, dtypes.front(), [&](auto& model) {
+    const auto work = [&] { model.enqueue_step(config.gradient_accumulation_steps); };
+    for (const std::string& name : kernel_names(model.gpt().stream, work)) std::printf("%s\n", name.c_str());
+  });
+}
+#endif
 
 // Reads memory that nothing has written, exchanges it between warps without a barrier, and writes behind the end.
 __global__ void __launch_bounds__(256) planted_kernel(float* memory) {
@@ -446,7 +800,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
 
 void kernels(const Config& config, const std::vector<std::string>& dtypes) {
   with_model(config, dtypes.front(), [&](auto& model) {
-    const double peak = model.peak_flops(), bandwidth = copy_bandwidth(model.gpt().stream);
+    const double peak = model.peak_flops(), bandwidth = copy_bandwidth(model.gpt().stream).best();
     const Times whole = time_steps(model, 5, peak > 0 ? 100 : 1);
     std::printf("%s, batches of %d x %d, peak %.0f TFLOP/s, copy %.0f GB/s\n", dtypes.front().c_str(),
                 config.batch_size, config.block_size, peak / 1e12, bandwidth / 1e9);
@@ -458,12 +812,15 @@ void kernels(const Config& config, const std::vector<std::string>& dtypes) {
 
 int run(int argc, char** argv) {
   using Command = void (*)(const Config&, const std::vector<std::string>&);
-  const std::map<std::string, Command> commands = {
-      {"ceilings", ceilings}, {"kernels", kernels}, {"step", step}, {"profile", profile}, {"planted", planted}};
+  const std::map<std::string, Command> commands = {{"ceilings", ceilings}, {"products", products}, {"kernels", kernels},
+                                                   {"step", step},         {"profile", profile},   {"names", names},
+                                                   {"planted", planted}};
   const auto command = commands.find(argc > 1 ? argv[1] : "");
   if (command == commands.end())
-    fail("usage: bench_gpu ceilings | kernels [DTYPE] | step [DTYPE ...] | profile [DTYPE] | planted, then flags of ",
-         "train_gpt");
+    fail(
+        "usage: bench_gpu ceilings | products [DTYPE ...] | kernels [DTYPE] | step [DTYPE ...] | profile [DTYPE] | "
+        "planted, then flags of ",
+        "train_gpt");
   std::vector<std::string> dtypes;
   int first = 2;  // argument that is a flag
   for (; first < argc && argv[first][0] != '-'; first++) dtypes.push_back(argv[first]);
@@ -477,6 +834,7 @@ int run(int argc, char** argv) {
   if (dtypes.empty()) {
     dtypes = ampere ? std::vector<std::string>{"bfloat16", "float16", "tf32", "float32"}
                     : std::vector<std::string>{"float16", "float32"};
+    if (command->first == "products") dtypes.resize(ampere ? 2 : 1);
   }
   for (const std::string& dtype : dtypes) {
     if (dtype != "bfloat16" && dtype != "float16" && dtype != "tf32" && dtype != "float32")

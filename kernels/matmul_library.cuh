@@ -280,6 +280,52 @@ class MatmulLibrary {
     return out;
   }
 
+  // What dev/bench_gpu.cu looks into: the algorithms that the library proposes, the one that was taken or would have
+  // been, had the other way not been faster, and a product computed by one of them. Returns false: it cannot.
+  struct Algorithm {  // with a name, which the library's struct has not: nvcc 13.0 fails on a vector of those
+    cublasLtMatmulAlgo_t opaque{};
+
+    bool operator==(const Algorithm& other) const {
+      return std::equal(opaque.data, opaque.data + 8, other.opaque.data);
+    }
+  };
+  struct Request {
+    uint32_t alignment = 16;  // of all pointers, in bytes; Matmul asks for no more, the library's default is 256
+    uint32_t reductions = CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE;  // ways to add up the pieces of a k that is split
+  };
+  std::vector<Algorithm> proposals(const Product& p, const Operands& o, const Request& request) {
+    Plan plan = describe(p);
+    set_pointers(plan, p, o);
+    return heuristics(plan, p.k, request);
+  }
+  const Algorithm& chosen(const Product& p) const { return plans_.at(p).algorithm; }
+  bool multiply_by(const Algorithm& algorithm, const Product& p, const Operands& o) {
+    Plan plan = describe(p);
+    set_pointers(plan, p, o);
+    return run(plan, algorithm, o, o.d, o.accumulate) == CUBLAS_STATUS_SUCCESS;
+  }
+  // "66/393/24/1/3": number of the algorithm, of its tile, of its stages, pieces of k, number of the cluster's shape
+  static std::string about(const Algorithm& algorithm) {
+    std::ostringstream out;
+    const auto attribute = [&](cublasLtMatmulAlgoConfigAttributes_t of, auto value) {
+      size_t written = 0;
+      if (cublasLtMatmulAlgoConfigGetAttribute(&algorithm.opaque, of, &value, sizeof value, &written) ==
+          CUBLAS_STATUS_SUCCESS)
+        out << value;
+      else
+        out << "?";
+    };
+    attribute(CUBLASLT_ALGO_CONFIG_ID, int32_t());
+    for (const auto of :
+         {CUBLASLT_ALGO_CONFIG_TILE_ID, CUBLASLT_ALGO_CONFIG_STAGES_ID, CUBLASLT_ALGO_CONFIG_SPLITK_NUM}) {
+      out << "/";
+      attribute(of, uint32_t());
+    }
+    out << "/";
+    attribute(CUBLASLT_ALGO_CONFIG_CLUSTER_SHAPE_ID, uint16_t());
+    return out.str();
+  }
+
   // TFLOP/s of a large product, 0: there is no memory for it. It multiplies noise: zeros would keep the card cooler,
   // and faster.
   template <class Real>
@@ -292,7 +338,7 @@ class MatmulLibrary {
       launch(noise_kernel<Real>, {unsigned(2 * count / 8 / 256), 256, 0, stream_}, x);
       const Operands o = {.d = x + 2 * count, .a = x, .b = x + count};
       Plan plan = describe({type, false, true, false, n, n, n, n, n, n});
-      const std::vector<Algorithm> candidates = heuristics(plan, n);
+      const std::vector<Algorithm> candidates = heuristics(plan, n, Request());
       float best = INFINITY, spent = 0;
       for (size_t i = 0; !candidates.empty() && i < 12 && spent < 50; i++) {
         const Algorithm& algorithm = candidates[i % std::min<size_t>(candidates.size(), 4)];
@@ -309,9 +355,6 @@ class MatmulLibrary {
   }
 
  private:
-  struct Algorithm {  // with a name, which the library's struct has not: nvcc 13.0 fails on a vector of those
-    cublasLtMatmulAlgo_t opaque{};
-  };
   struct Plan {
     cublasLtMatmulDescOpaque_t product{};
     cublasLtMatrixLayoutOpaque_t a{}, b{}, d{};
@@ -415,18 +458,18 @@ class MatmulLibrary {
   // The algorithms that the library proposes; only such that sum over k in the same order every time, and in float: in
   // one piece, or in pieces that lie in the workspace as floats until a second step adds them. The library's other ways
   // to split k add up in d's type, one of them in place while the pieces are computed.
-  std::vector<Algorithm> heuristics(Plan& plan, int k) {
+  std::vector<Algorithm> heuristics(Plan& plan, int k, const Request& request) {
     cublasLtMatmulPreferenceOpaque_t preference{};
     check(cublasLtMatmulPreferenceInit(&preference), "a preference");
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
       check(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value), "a preference");
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(workspace_bytes));
-    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, uint32_t(CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE));
+    prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, request.reductions);
     for (const auto alignment :
          {CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
           CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_C_BYTES, CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_D_BYTES})
-      prefer(alignment, uint32_t(16));  // what Matmul asks of pointers; the default is 256
+      prefer(alignment, request.alignment);
 
     constexpr int count = 32;
     cublasLtMatmulHeuristicResult_t results[count];
@@ -438,8 +481,7 @@ class MatmulLibrary {
     for (int i = 0; i < found; i++) {
       const cublasLtMatmulHeuristicResult_t& r = results[i];
       if (r.state != CUBLAS_STATUS_SUCCESS || r.workspaceSize > workspace_bytes) continue;
-      const uint32_t scheme = config(r.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME);
-      if (scheme != CUBLASLT_REDUCTION_SCHEME_NONE && scheme != CUBLASLT_REDUCTION_SCHEME_COMPUTE_TYPE) continue;
+      if (config(r.algo, CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME) & ~request.reductions) continue;
       // Some versions are said to lose the last terms when tiles do not divide a k that is split.
       if (k % 128 != 0 && config(r.algo, CUBLASLT_ALGO_CONFIG_SPLITK_NUM) > 1) continue;
       out.push_back({r.algo});
@@ -456,7 +498,7 @@ class MatmulLibrary {
   // Gives the plan the fastest algorithm and returns its milliseconds; infinity: there is none. Overwrites d, or memory
   // of the same size where d is to be added to.
   float choose(Plan& plan, const Product& p, const Operands& o) {
-    const std::vector<Algorithm> candidates = heuristics(plan, p.k);
+    const std::vector<Algorithm> candidates = heuristics(plan, p.k, Request());
     std::vector<float> times(candidates.size(), INFINITY);
     std::optional<DeviceMemory> instead;
     if (o.accumulate) instead.emplace(size_t(p.n) * p.ldd * sizeof(float));

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# All that is to be seen on a GPU, in ten minutes and one command:
-#   dev/gpu_check.sh [STAGE ...]       build tests sanitizer bench kernels run peer profile; all, if none is named
+# All that is to be seen on a GPU, in eight minutes and one command, the most valuable first:
+#   dev/gpu_check.sh [STAGE ...]       build products tests step kernels ceilings run sanitizer ncu peer; all, if none is
+#                                      named; after a change `tests step kernels run` are enough
 #   dev/gpu_check.sh pack FOLDER       builds everything here, without a GPU, for a machine that cannot: FOLDER then
 #                                      has programs, libraries and data; ARCH=90 MARCH=x86-64-v3, if not set
 #   PREBUILT=FOLDER dev/gpu_check.sh   the same stages with that folder's programs; needs the repository's dev/ beside it
@@ -11,8 +12,13 @@
 # shellcheck disable=SC2317  # the stages are called by name
 set -u -o pipefail
 cd "$(dirname "$0")/.." || exit 1
-all_stages=(build tests sanitizer bench kernels run peer profile)
-declare -A limit=([build]=75 [tests]=40 [sanitizer]=100 [bench]=130 [kernels]=20 [run]=75 [peer]=170 [profile]=45)
+all_stages=(build products tests step kernels ceilings run sanitizer ncu peer)
+declare -A limit=([build]=10 [products]=42 [tests]=40 [step]=60 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=80
+  [ncu]=40 [peer]=100)
+[ -n "${PREBUILT:-}" ] || limit[build]=600
+
+# What a step is measured with, flags of bench_gpu: first as it is, then with each that is to be compared.
+step_variants=('')
 
 passed=0 failed=1 refused=3 not_run=4  # exit codes of a stage
 results=${OUT:-out/gpu_check}
@@ -53,7 +59,9 @@ libraries() {
   say "$path"
 }
 start() {  # start PROGRAM ARGUMENTS...: with those libraries
-  if [ -n "${PREBUILT:-}" ]; then LD_LIBRARY_PATH=$(libraries) "$@"; else "$@"; fi
+  [ -n "${PREBUILT:-}" ] || { "$@"; return; }
+  : "${library_path:=$(libraries)}"
+  LD_LIBRARY_PATH=$library_path "$@"
 }
 need_programs() {
   need_gpu
@@ -117,57 +125,38 @@ stage_tests() {
   [ "$status" = 0 ] || exit "$failed"
 }
 
-# Only kernels of ours are watched. initcheck sees little: all memory is filled before it is used, by NaN in the tests
-# and by zeros in the trainer. Before a tool is believed it has to find the errors of a kernel that has some.
-stage_sanitizer() {
-  need_programs "$run_tests" "$bench_gpu"
-  local sanitizer=compute-sanitizer tool what log status worst=$passed verdict
-  have "$sanitizer" || sanitizer=/usr/local/cuda/bin/compute-sanitizer
-  have "$sanitizer" || { note 'compute-sanitizer was not found'; exit "$not_run"; }
-  for tool in memcheck racecheck initcheck; do
-    for what in planted tests steps; do
-      case $what in
-        planted) set -- "$bench_gpu" planted ;;
-        tests) set -- "$run_tests" '-#' '[cuda]~[#test_cuda_model]' ;;
-        steps) set -- "$bench_gpu" profile bfloat16 --batch_size 2 ;;
-      esac
-      log=$work/$tool-$what.log
-      say "--- $tool, $what"
-      start timeout 40 "$sanitizer" --tool "$tool" --kernel-name kns=_kernel --error-exitcode 9 "$@" >"$log" 2>&1
-      status=$?
-      tail -n 40 "$log"
-      if [ "$what" = planted ]; then
-        verdict="refused: it does not find planted errors: $(grep -E '^=+ [A-Z]' "$log" | tail -n 1)"
-        [ "$status" = 9 ] && grep -E 'SUMMARY: [1-9]' "$log" >/dev/null && verdict='sees planted errors'
-      elif [ "$status" = 0 ] && grep -E 'SUMMARY: 0 ' "$log" >/dev/null; then
-        verdict=passed
-        [ "$what" = tests ] && verdict="passed, $(counts "$log")"
-      elif [ "$status" = 124 ]; then
-        verdict='not finished'
-      else
-        verdict="failed (exit code $status): $(grep SUMMARY "$log" | tail -n 1)"
-      fi
-      note "$tool, $what: $verdict"
-      case $verdict in
-        passed* | sees*) ;;
-        refused*) [ "$worst" = "$failed" ] || worst=$refused ;;
-        *) worst=$failed ;;
-      esac
-      case $verdict in refused*) break ;; esac
-    done
-  done
-  exit "$worst"
+stage_products() {
+  need_programs "$bench_gpu"
+  start "$bench_gpu" products | tee "$work/products.log" || exit "$failed"
+  { say '#### Products'; say; } | page
+  block <"$work/products.log"
+  note "$(grep -cE '/[0-9?]+/[0-9?]+ ' "$work/products.log") lines, $(grep -c 'failed:' "$work/products.log") failed"
 }
 
-stage_bench() {
+# The types that are trained in most come first, the others if there is time for them.
+stage_step() {
   need_programs "$bench_gpu"
-  start "$bench_gpu" ceilings | tee "$work/ceilings.log" || exit "$failed"
-  { say; say '#### Ceilings'; say; } | page
-  block <"$work/ceilings.log"
-  start "$bench_gpu" step | tee "$work/step.log" || exit "$failed"
+  local variant dtype status
+  {
+    status=$passed
+    for variant in "${step_variants[@]}"; do
+      [ $((seconds - SECONDS)) -gt 17 ] || { say "left out, the time is up: $variant"; continue; }
+      say "--- step bfloat16 $variant"
+      # shellcheck disable=SC2086
+      start "$bench_gpu" step bfloat16 $variant || status=$failed
+    done
+    for dtype in float16 tf32 float32; do
+      [ $((seconds - SECONDS)) -gt 27 ] || { say "left out, the time is up: $dtype"; continue; }
+      say "--- step $dtype"
+      start "$bench_gpu" step "$dtype" || status=$failed
+    done
+    exit "$status"
+  } | tee "$work/step.log"
+  status=${PIPESTATUS[0]}
   { say '#### A training step, an evaluation batch'; say; } | page
   block <"$work/step.log"
   note "$(grep -m 1 -E '^step .* graph' "$work/step.log" | tr -s ' ')"
+  exit "$status"
 }
 
 stage_kernels() {
@@ -176,6 +165,14 @@ stage_kernels() {
   { say '#### Kernel by kernel'; say; } | page
   block <"$work/kernels.log"
   note "$(grep '^a step:' "$work/kernels.log")"
+}
+
+stage_ceilings() {
+  need_programs "$bench_gpu"
+  start "$bench_gpu" ceilings | tee "$work/ceilings.log" || exit "$failed"
+  { say '#### Ceilings'; say; } | page
+  block <"$work/ceilings.log"
+  note "$(grep '^copy' "$work/ceilings.log" | tr -s ' ')"
 }
 
 # The whole run twice, the second with the products' algorithms of the first: then all that it writes is the same.
@@ -234,6 +231,129 @@ stage_run() {
   exit "$worst"
 }
 
+# Only kernels of ours are watched. initcheck sees little: all memory is filled before it is used, by NaN in the tests
+# and by zeros in the trainer. Before a tool is believed it has to find the errors of a kernel that has some. racecheck
+# has ended itself over a step ("failed to handle a hardware exception"), so it gets a step's kernels one at a time too.
+stage_sanitizer() {
+  need_programs "$run_tests" "$bench_gpu"
+  local sanitizer=compute-sanitizer tool kernel own=() worst=$passed
+  have "$sanitizer" || sanitizer=/usr/local/cuda/bin/compute-sanitizer
+  have "$sanitizer" || { note 'compute-sanitizer was not found'; exit "$not_run"; }
+  local small=(bfloat16 --batch_size 2) kernels=()
+  mapfile -t kernels < <(start timeout 20 "$bench_gpu" names "${small[@]}" --out_dir "$work/table" | tee "$work/names" |
+    grep '_kernel$' | sort -u)
+  say "${#kernels[@]} kernels of ours in a step"
+  [ "${#kernels[@]}" -gt 0 ] || { note 'bench_gpu names fails'; exit "$failed"; }
+
+  left() { say $((seconds - SECONDS - 6)); }
+  look() {  # look NAME TOOL PART_OF_KERNELS_NAMES AT_MOST PROGRAM...: in the background, eight at a time
+    while [ "$(jobs -rp | wc -l)" -ge 8 ]; do wait -n; done
+    local name=$1 at_most=$4
+    [ "$(left)" -ge "$at_most" ] || at_most=$(left)
+    [ "$at_most" -gt 3 ] || return
+    {
+      start timeout --kill-after=2 "$at_most" "$sanitizer" --tool "$2" --kernel-name "kns=$3" --error-exitcode 9 "${@:5}" \
+        >"$work/$name.log" 2>&1
+      say $? >"$work/$name.status"
+      say "$name: $(verdict "$name")"
+    } &
+  }
+  step_of() {  # the products' algorithms are known, so that they need not be found again
+    mkdir -p "$work/of_$1" && cp "$work/table/matmul_algorithms.txt" "$work/of_$1/"
+    step=("$bench_gpu" profile "${small[@]}" --out_dir "$work/of_$1")
+  }
+  race_in() {  # in a mangled name its length is before it
+    step_of "$1"
+    look "racecheck-$1" racecheck "${#1}$1" "$2" "${step[@]}"
+  }
+  verdict() {
+    local log=$work/$1.log status
+    status=$(cat "$work/$1.status" 2>/dev/null) || { say 'not run, the time was up'; return; }
+    case $status in
+      0) if grep -E 'SUMMARY: 0 ' "$log" >/dev/null; then say clean; else say 'own failure: no summary'; fi ;;
+      9) say "ERRORS: $(grep SUMMARY "$log" | tail -n 1)" ;;
+      124) say 'not finished' ;;
+      *)
+        if grep -E '[1-9][0-9]* failed' "$log" >/dev/null; then
+          say "FAILED: $(counts "$log")"
+        else
+          say "own failure, exit code $status: $(grep -E '^=+ .*(rror|xception|nternal)' "$log" | head -n 1)"
+        fi
+        ;;
+    esac
+  }
+
+  local step
+  for tool in memcheck racecheck initcheck; do
+    look "$tool-planted" "$tool" _kernel 30 "$bench_gpu" planted
+  done
+  for tool in memcheck initcheck racecheck; do
+    look "$tool-tests" "$tool" _kernel 70 "$run_tests" '-#' '[cuda]~[#test_cuda_model]'
+  done
+  for tool in memcheck initcheck; do
+    step_of "$tool"
+    look "$tool-step" "$tool" _kernel 60 "${step[@]}"
+  done
+  for kernel in "${kernels[@]}"; do race_in "$kernel" 30; done
+  wait
+  for kernel in "${kernels[@]}"; do
+    case $(verdict "racecheck-$kernel") in own*) own+=("$kernel") ;; esac
+  done
+  for kernel in "${own[@]}"; do  # once more, with the GPU to itself
+    [ "$(left)" -lt 12 ] || { race_in "$kernel" 20; wait; }
+  done
+
+  { say '#### Sanitizers'; say; } | page
+  for tool in memcheck racecheck initcheck; do
+    case $(verdict "$tool-planted") in
+      ERRORS*) note "$tool sees planted errors" ;;
+      *) note "$tool is refused, it does not find planted errors: $(verdict "$tool-planted")"; worst=$refused ;;
+    esac
+    note "$tool, tests: $(verdict "$tool-tests"), $(counts "$work/$tool-tests.log" 2>/dev/null)"
+    [ "$tool" = racecheck ] || note "$tool, step: $(verdict "$tool-step")"
+  done
+  for kernel in "${kernels[@]}"; do say "racecheck, $kernel: $(verdict "racecheck-$kernel")"; done |
+    tee "$work/races" | block
+  note "racecheck, the step's kernels one at a time: $(grep -c 'clean$' "$work/races") of ${#kernels[@]} clean"
+  if grep 'own failure' "$work/sanitizer.note" "$work/races" >/dev/null; then worst=$refused; fi
+  if grep -E 'ERRORS|FAILED|not (finished|run)' "$work/sanitizer.note" "$work/races" >/dev/null; then worst=$failed; fi
+  for kernel in "${own[@]}" tests step; do tail -n 40 "$work"/*check-"$kernel".log; done >"$results/sanitizer.txt" 2>&1
+  exit "$worst"
+}
+
+# What limits the kernels of a step of one layer, which has them all. The library's products have no names of ours, but
+# their order: head dX, head dW, then fcproj dX. --clock-control none: the clocks that training has.
+stage_ncu() {
+  need_programs "$bench_gpu"
+  local ncu=ncu path
+  for path in /opt/nvidia/nsight-compute/*/ncu /usr/local/cuda/bin/ncu; do
+    have "$ncu" || [ ! -x "$path" ] || ncu=$path
+  done
+  have "$ncu" || { note 'ncu was not found'; exit "$not_run"; }
+  local sections=() section
+  for section in SpeedOfLight SchedulerStats WarpStateStats Occupancy LaunchStats MemoryWorkloadAnalysis; do
+    sections+=(--section "$section")
+  done
+  mkdir -p "$work/ncu"  # where the run was made, its products' algorithms need not be found again
+  cp "$results/matmul_algorithms.txt" "$work/ncu/" 2>/dev/null
+  start timeout --kill-after=2 $((seconds - 3)) "$ncu" --profile-from-start off --clock-control none "${sections[@]}" \
+    --launch-count 60 --page raw --csv --print-units base "$bench_gpu" profile bfloat16 --n_layer 1 \
+    --out_dir "$work/ncu" >"$results/ncu.csv" 2>&1
+  local status=$?
+  if grep -E 'ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize|not supported' "$results/ncu.csv"; then
+    note 'the machine does not let it count'
+    exit "$refused"
+  fi
+  if ! "${PYTHON:-python3}" dev/ncu_table.py "$results/ncu.csv" | tee "$work/ncu.log"; then
+    tail -n 20 "$results/ncu.csv"
+    note "no table, exit code $status"
+    exit "$failed"
+  fi
+  { say '#### What limits the kernels'; say; } | page
+  block <"$work/ncu.log"
+  note "$(($(wc -l <"$work/ncu.log") - 1)) kernels"
+}
+
 stage_peer() {
   need_gpu
   local python=${PYTHON:-python3} wrapper=$work/bench_gpu
@@ -253,15 +373,6 @@ stage_peer() {
   { say '#### Beside PyTorch'; say; } | page
   block <"$work/peer.log"
   note "$(grep -c '^PyTorch' "$work/peer.log") variants of PyTorch"
-}
-
-stage_profile() {
-  need_programs "$bench_gpu"
-  start dev/profile.sh "$bench_gpu" "${KERNEL:-attention_forward_kernel}" "$results" | tee "$work/profile.log"
-  local status=$?
-  note "$(find "$results" -name '*.n*-rep' -printf '%f ')" \
-    "$(grep -E '^(not run|refused)' "$work/profile.log" | sort -u | paste -s -d ',')"
-  exit "$status"
 }
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -271,8 +271,8 @@ std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
   return out;
 }
 
-// A line for each product and epilogue. What a launch reads and writes is taken from several sets of buffers in turn, so
-// that it has left the cache since it was there last.
+// A line for each product and epilogue. What a launch reads and writes is taken from several sets of buffers in turn,
+// so that it has left the cache since it was there last.
 template <class Real>
 class ProductTable {
  public:

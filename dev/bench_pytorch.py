@@ -207,6 +207,8 @@ def main_gpu(options):
         ("the same, torch.compile", fused_gpt, dict(precision="high", autocast=True, compile_mode="default")),
         ("the same, CUDA graphs", fused_gpt, dict(precision="high", autocast=True, compile_mode="reduce-overhead")),
     ]
+    if options.fused_only:
+        variants = [v for v in variants if v[1] is fused_gpt]
     trainers, ours = [], []
     for name, model, settings in variants:
         if "compile_mode" in settings and (options.no_compile or time.perf_counter() - begin > 0.6 * options.budget):
@@ -263,6 +265,7 @@ def main():
     parser.add_argument("--rounds", type=int, help="turns that each one gets: 5 on the CPU, 3 on a GPU")
     parser.add_argument("--steps", type=int, default=2, help="steps of PyTorch's in one turn on the CPU")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which is slow to begin")
+    parser.add_argument("--fused-only", action="store_true", help="on a GPU, leave out attention head by head")
     parser.add_argument("--budget", type=float, default=600, help="seconds: on a GPU no round begins that exceeds them")
     options = parser.parse_args()
     if options.device == "cuda":

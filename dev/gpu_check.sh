@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # All that is to be seen on a GPU, in eight minutes and one command, the most valuable first:
-#   dev/gpu_check.sh [STAGE ...]       build products tests step kernels ceilings run sanitizer ncu peer; all, if none is
-#                                      named; after a change `tests step kernels run` are enough
+#   dev/gpu_check.sh [STAGE ...]       build products tests step kernels ceilings run sanitizer ncu peer; all, if none
+#                                      is named; after a change `tests step kernels run` are enough
 #   dev/gpu_check.sh pack FOLDER       builds everything here, without a GPU, for a machine that cannot: FOLDER then
 #                                      has programs, libraries and data; ARCH=90 MARCH=x86-64-v3, if not set
 #   PREBUILT=FOLDER dev/gpu_check.sh   the same stages with that folder's programs; needs the repository's dev/ beside it
@@ -246,14 +246,14 @@ stage_sanitizer() {
   [ "${#kernels[@]}" -gt 0 ] || { note 'bench_gpu names fails'; exit "$failed"; }
 
   left() { say $((seconds - SECONDS - 6)); }
-  look() {  # look NAME TOOL PART_OF_KERNELS_NAMES AT_MOST PROGRAM...: in the background, eight at a time
-    while [ "$(jobs -rp | wc -l)" -ge 8 ]; do wait -n; done
+  look() {  # look NAME TOOL PART_OF_KERNELS_NAMES AT_MOST PROGRAM...: in the background, twelve at a time
+    while [ "$(jobs -rp | wc -l)" -ge 12 ]; do wait -n; done
     local name=$1 at_most=$4
     [ "$(left)" -ge "$at_most" ] || at_most=$(left)
     [ "$at_most" -gt 3 ] || return
     {
-      start timeout --kill-after=2 "$at_most" "$sanitizer" --tool "$2" --kernel-name "kns=$3" --error-exitcode 9 "${@:5}" \
-        >"$work/$name.log" 2>&1
+      start timeout --kill-after=2 "$at_most" "$sanitizer" --tool "$2" --kernel-name "kns=$3" --error-exitcode 9 \
+        "${@:5}" >"$work/$name.log" 2>&1
       say $? >"$work/$name.status"
       say "$name: $(verdict "$name")"
     } &
@@ -368,7 +368,8 @@ stage_peer() {
   else
     wrapper=
   fi
-  PYTHONUNBUFFERED=1 "$python" dev/bench_pytorch.py --device cuda --budget $((seconds - 15)) ${wrapper:+"$wrapper"} |
+  PYTHONUNBUFFERED=1 "$python" dev/bench_pytorch.py --device cuda --fused-only --budget $((seconds - 15)) \
+    ${wrapper:+"$wrapper"} |
     tee "$work/peer.log" || exit "$failed"
   { say '#### Beside PyTorch'; say; } | page
   block <"$work/peer.log"

@@ -15,7 +15,10 @@ COLUMNS = {
     "us": ["gpu__time_duration.sum"],
     "issue %": ["smsp__issue_active.avg.pct_of_peak_sustained_active", "smsp__issue_active.avg.per_cycle_active"],
     "sm %": ["sm__throughput.avg.pct_of_peak_sustained_elapsed"],
-    "dram %": ["gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed", "dram__throughput.avg.pct_of_peak_sustained_elapsed"],
+    "dram %": [
+        "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed",
+        "dram__throughput.avg.pct_of_peak_sustained_elapsed",
+    ],
     "l2 %": ["lts__throughput.avg.pct_of_peak_sustained_elapsed", "lts__t_sectors.avg.pct_of_peak_sustained_elapsed"],
     "warps %": ["sm__warps_active.avg.pct_of_peak_sustained_active"],
     "regs": ["launch__registers_per_thread"],

@@ -94,9 +94,6 @@ DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
 DEFINE_POINTERS(Statistics, STATISTICS)
 DEFINE_POINTERS(GradStatistics, GRAD_STATISTICS)
 
-// Rows of logits are padded to a multiple of 8 elements, so that they begin where 16-byte accesses may.
-inline int padded_vocabulary(int V) { return ceil_div(V, 8) * 8; }
-
 // The layouts of the activation buffer's two halves, for batches of B windows.
 struct ActivationLayouts {
   Layout of_real, of_float;
@@ -254,7 +251,7 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
   const Params<float>& p = m.p;
   const Activations<Real>& a = for_backward ? m.a : m.forward_only;
   const Statistics<float>& s = m.s;
-  const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
+  const int Vp = padded_vocabulary(m.shape.V), C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
   const cudaStream_t stream = m.stream;
   const auto kept = [&](const Slices<float>& slices, int l) { return for_backward ? slices[l] : nullptr; };
 
@@ -280,7 +277,7 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
       residual_layernorm_forward(a.out, a.lnf, for_backward ? s.lnf_mean : nullptr, for_backward ? s.lnf_rstd : nullptr,
                                  a.mid[l], a.branch, p.fcprojb[l], fc_drop, m.step(), p.lnfw, p.lnfb, B, T, C, stream);
   }
-  m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, V, padded_vocabulary(V));
+  m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, Vp, Vp);  // zeros follow row V of the head
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -319,17 +316,17 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
 
   Real* dlogits = a.logits;
   crossentropy_forward_backward(s.losses, dlogits, m.y, dloss, &m.state->loss_scale, rows, V, Vp, stream);
-  m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, V, Vp);
-  m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, V, Vp);
+  m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, Vp, Vp);
+  m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, Vp, Vp);
   column_partials(gs.head_sums, dlogits, rows, V, Vp, stream);
   // From here on dstream is the gradient of the residual stream, and dbranch that of the branch which joined it here.
   residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_sums, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw, true,
                               drop.at(site::fc_dropout, L - 1), m.step(), B, T, C, stream);
 
   for (int l = L - 1; l >= 0; l--) {
+    m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
     m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],
                                  rows, 4 * C, C);
-    m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
     m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
     residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
@@ -378,8 +375,8 @@ void plant_canaries_on_device([[maybe_unused]] Element* buffer, [[maybe_unused]]
   if constexpr (canary_gap > 0)
     for (const TensorSpec& spec : layout.tensors())
       for (int l = 0; l < spec.layers; l++)
-        CUDA_CHECK(cudaMemset(buffer + spec.offset + size_t(l) * spec.stride + spec.slice, 0xff,
-                              (spec.stride - spec.slice) * sizeof(Element)));
+        CUDA_CHECK(cudaMemset(buffer + spec.offset + size_t(l) * spec.stride + spec.padded, 0xff,
+                              (spec.stride - spec.padded) * sizeof(Element)));
 }
 template <class Element>
 void check_canaries_on_device([[maybe_unused]] const Element* buffer, [[maybe_unused]] const Layout& layout,
@@ -390,7 +387,7 @@ void check_canaries_on_device([[maybe_unused]] const Element* buffer, [[maybe_un
     std::vector<float> values(copy.begin(), copy.end());
     for (const TensorSpec& spec : layout.tensors())
       for (int l = 0; l < spec.layers && zero; l++)
-        for (size_t i = spec.slice; i < spec.stride; i++) {
+        for (size_t i = spec.padded; i < spec.stride; i++) {
           float& gap = values[spec.offset + size_t(l) * spec.stride + i];
           gap = gap == 0 ? NAN : 0;
         }

@@ -5,9 +5,7 @@
 //   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
 //   bench_gpu names [DTYPE]         the names of a step's kernels, in order
-//   bench_gpu race [DTYPE]          the variants of LayerNorm's kernels, which of them agree, and how long each takes
 //   bench_gpu planted               a kernel with errors that compute-sanitizer is to find, or else it finds nothing
-// With --variant layernorm_backward=2 before other flags, a step and its kernels are timed with that variant.
 // Flags of train_gpt may follow (--batch_size 8); without, it is the preset lecture, on random tokens. A figure is the
 // median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
 // was measured beside it, so both stand in one output.
@@ -348,9 +346,11 @@ class ProductTable {
     else if (p.adds_bias())
       bias_relu_forward(d, bias_.data(), rows_, p.m, p.ldd, stream_);
     else if (p.epilogue == Epilogue::drelu)
-      relu_backward(d, x_.data() + size_t(i % sets) * hidden_, size_t(rows_) * p.m, stream_);
-    else if (p.epilogue == Epilogue::bias_grad)
-      column_sums(o.dbias, library_.workspace(), static_cast<const Real*>(o.b), false, rows_, p.n, p.ldb, stream_);
+      relu_backward(d, sums_.data(), x_.data() + size_t(i % sets) * hidden_, rows_, p.m, stream_);
+    else if (p.epilogue == Epilogue::bias_grad) {
+      column_partials(sums_.data(), static_cast<const Real*>(o.b), rows_, p.n, p.ldb, stream_);
+      add_partials({sums_of(o.dbias, sums_.data(), p.n)}, false, rows_, stream_);
+    }
   }
   bool multiply_by(const Algorithm& algorithm, const Product& p, int i) {
     return library_.multiply_by(algorithm, p, operands(p, i));
@@ -481,7 +481,7 @@ class ProductTable {
   DeviceBuffer<Real> x_{sets * hidden_ + spare, "operands"}, y_{sets * hidden_ + spare, "operands"};
   DeviceBuffer<Real> out_{sets * hidden_, "products"}, weight_{sets * size_t(4 * C_) * C_ + spare, "weights"};
   DeviceBuffer<Real> bias_{size_t(4 * C_) + spare, "a bias"};
-  DeviceBuffer<float> dbias_{size_t(4 * C_), "a bias"};
+  DeviceBuffer<float> dbias_{size_t(4 * C_), "a bias"}, sums_{partials_size(rows_, 4 * C_), "sums"};
   DeviceBuffer<unsigned char> mask_{sets * mask_bytes_ + spare * sizeof(Real), "masks"};
 };
 
@@ -736,7 +736,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   table.row("fcproj forward", L, 4 * FCC, 5 * A + 4 * CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C); });
   table.row_of_one("head forward, bias", 1, head, A + logits,
-                   [&](int) { m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, V, Vp); });
+                   [&](int) { m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, Vp, Vp); });
   table.row_of_one("crossentropy_forward", 0, 0, logits + 8.0 * rows,
                    [&](int) { crossentropy_forward(s.losses, a.logits, m.y, rows, V, Vp, st); });
   table.row_of_one("crossentropy_forward_backward", 1, 0, 2 * logits + 8.0 * rows, [&](int) {
@@ -746,9 +746,9 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
                    [&](int) { sum_losses(&m.state->loss_sum, s.losses, false, rows, st); });
 
   table.row_of_one("head dX", 1, head, A + logits,
-                   [&](int) { m.matmul.backward_input(g.dnorm, a.logits, w.headw, rows, C, V, Vp); });
+                   [&](int) { m.matmul.backward_input(g.dnorm, a.logits, w.headw, rows, C, Vp, Vp); });
   table.row_of_one("head dW", 1, head, A + logits + 4.0 * V * C,
-                   [&](int) { m.matmul.backward_weight(dw.headw, a.logits, a.lnf, false, rows, C, V, Vp); });
+                   [&](int) { m.matmul.backward_weight(dw.headw, a.logits, a.lnf, false, rows, C, Vp, Vp); });
   table.row_of_one("head's column_partials", 1, 0, logits,
                    [&](int) { column_partials(gs.head_sums, a.logits, rows, V, Vp, st); });
   table.row("residual_layernorm_backward", 2 * L + 1, 0, 5 * A + stats + partials, [&](int l) {
@@ -785,6 +785,17 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
       4.0 * double(partials_size(rows, V) + 4 * L * partials_size(rows, C)) + (2 * L + 1) * partials;
   table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, rows, false); });
 
+  for (const int pieces : Matmul::relu_ways) {
+    m.matmul.use_relu(pieces);
+    const std::string way =
+        pieces == Matmul::relu_by_mask ? "by the mask" : text(pieces, pieces > 1 ? " pieces" : " piece");
+    table.row(("fc forward, fcproj dX, " + way).c_str(), 0, 8 * FCC, 10 * A + 8 * CC * R, [&](int l) {
+      m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, true), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+      m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],
+                                   rows, 4 * C, C);
+    });
+  }
+
   const DeviceBuffer<double> norm_parts(gradient_norm_partials, "the gradient's norm");
   table.row_of_one("prepare_update", 0, 0, 4 * count, [&](int) {
     prepare_update(m.state, norm_parts.data(), m.grads_memory.data(), m.param_layout.size(), 1, false, st);
@@ -812,148 +823,18 @@ void kernels(const Config& config, const std::vector<std::string>& dtypes) {
   });
 }
 
-// ---------------------------------------------------------------------------------------------------------------------
-// A race between the variants of a kernel: scaffolding, until the fastest is kept and the others are deleted. Six layers'
-// buffers in turn, as above. A line for each variant, at once: a time limit loses nothing.
-
-const std::map<std::string, int*> variants = {{"layernorm_forward", &layernorm_forward_variant},
-                                              {"layernorm_backward", &layernorm_backward_variant}};
-
-void choose_variant(const std::string& choice) {  // "layernorm_backward=2"
-  const size_t equals = choice.find('=');
-  const auto found = variants.find(choice.substr(0, equals));
-  if (found == variants.end() || equals == std::string::npos)
-    fail("--variant ", choice, ": write layernorm_forward=N or layernorm_backward=N");
-  *found->second = std::atoi(choice.c_str() + equals + 1);
-}
-
-struct Output {
-  void* memory;
-  size_t bytes;
-};
-
-// call(l) runs the kernel on layer l's buffers; prepare() makes the inputs of layer 0 what they were.
-template <class Prepare, class Call>
-void race_family(const char* name, int& variant, int count, double bytes, cudaStream_t stream,
-                 const std::vector<Output>& outputs, Prepare prepare, Call call) {
-  std::vector<std::vector<char>> want;
-  for (variant = 0; variant < count; variant++) {
-    std::printf("%-28s %d %-10s", name, variant, layernorm_variants[variant]);
-    try {
-      prepare();
-      call(0);
-      std::vector<std::vector<char>> got;
-      for (const Output& out : outputs) {
-        got.emplace_back(out.bytes);
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-        CUDA_CHECK(cudaMemcpy(got.back().data(), out.memory, out.bytes, cudaMemcpyDeviceToHost));
-      }
-      if (variant == 0) want = got;
-      std::string same;
-      for (size_t i = 0; i < outputs.size(); i++) same += got[i] == want[i] ? '=' : '#';
-      const Times t = in_graph(stream, 24, 9, [&](int i) { call(i % 6); });
-      int registers = 0;
-      size_t local = 0;
-#ifndef CUDA_ON_CPU
-      cudaFuncAttributes attributes;
-      CUDA_CHECK(cudaFuncGetAttributes(&attributes, layernorm_kernel));
-      registers = attributes.numRegs;
-      local = attributes.localSizeBytes;
-#endif
-      std::printf(" %7.2f us (%6.2f ..%6.2f) %5.0f GB/s, %3d registers, %3zu bytes local, outputs %s\n", t.median * 1e6,
-                  t.min * 1e6, t.max * 1e6, bytes / t.median / 1e9, registers, local, same.c_str());
-    } catch (const CudaError& error) { std::printf(" does not run: %s\n", error.what()); }
-    std::fflush(stdout);
-  }
-  variant = 0;
-}
-
-template <class Real>
-void race_layernorm(const Config& config) {
-  const int B = config.batch_size, T = config.block_size, C = config.n_embd, rows = B * T;
-  const size_t count = size_t(rows) * C;
-  const Stream st;
-  std::vector<Real> noise(count + 3);
-  for (size_t i = 0; i < count; i += 4) {
-    const Philox4 r = random4(1, 0, 0, i);
-    for (size_t j = 0; j < 4; j++) noise[i + j] = Real(float(r.word[j]) * 0x1p-31f - 1);
-  }
-  std::vector<float> vector(C);
-  for (int c = 0; c < C; c++) vector[c] = 1 + float(noise[c]) / 8;
-  const auto six = [&] {
-    DeviceBuffer<Real> x(6 * count, "a race");
-    for (size_t l = 0; l < 6; l++) copy_to_device(x.data() + l * count, noise.data(), count);
-    return x;
-  };
-  const DeviceBuffer<Real> inp = six(), branch = six(), stream_out = six(), norm = six(), dstream = six(),
-                           dnorm = six(), dbranch = six();
-  const size_t partials_count = layernorm_partials(rows, C);
-  const DeviceBuffer<float> mean(6 * rows, "a race"), rstd(6 * rows, "a race"), weight(C, "a race"),
-      partials(6 * partials_count, "a race");
-  const DeviceBuffer<int> step(1, "a race");
-  copy_to_device(weight.data(), vector.data(), C);
-  const Dropout drop = {config.seed, 0, site::proj_dropout, dropout_threshold(config.dropout), 0};
-  const double A = double(count) * sizeof(Real), stats = 8.0 * rows, sums = 4.0 * double(partials_count);
-  const size_t row = rows * sizeof(float);
-  const auto nothing = [] {};
-
-  std::printf("outputs: = the bits are those of variant 0, # they are not; norm, mean, rstd\n");
-  race_family("layernorm_forward", layernorm_forward_variant, 4, 2 * A + stats, st,
-              {{norm.data(), count * sizeof(Real)}, {mean.data(), row}, {rstd.data(), row}}, nothing, [&](int l) {
-                layernorm_forward(norm.data() + l * count, mean.data() + l * rows, rstd.data() + l * rows,
-                                  inp.data() + l * count, weight.data(), weight.data(), rows, C, st);
-              });
-  std::printf("outputs: stream, norm, mean, rstd\n");
-  race_family("residual_layernorm_forward", layernorm_forward_variant, 4, 4 * A + stats, st,
-              {{stream_out.data(), count * sizeof(Real)},
-               {norm.data(), count * sizeof(Real)},
-               {mean.data(), row},
-               {rstd.data(), row}},
-              nothing, [&](int l) {
-                residual_layernorm_forward(stream_out.data() + l * count, norm.data() + l * count,
-                                           mean.data() + l * rows, rstd.data() + l * rows, inp.data() + l * count,
-                                           branch.data() + l * count, weight.data(), drop, step.data(), weight.data(),
-                                           weight.data(), B, T, C, st);
-              });
-  std::printf("outputs: dstream, dbranch, partial sums\n");
-  race_family(
-      "residual_layernorm_backward", layernorm_backward_variant, 5, 5 * A + stats + sums, st,
-      {{dstream.data(), count * sizeof(Real)},
-       {dbranch.data(), count * sizeof(Real)},
-       {partials.data(), partials_count * sizeof(float)}},
-      [&] { copy_to_device(dstream.data(), noise.data(), count); },
-      [&](int l) {
-        residual_layernorm_backward(dstream.data() + l * count, dbranch.data() + l * count,
-                                    partials.data() + l * partials_count, dnorm.data() + l * count,
-                                    stream_out.data() + l * count, mean.data() + l * rows, rstd.data() + l * rows,
-                                    weight.data(), false, drop, step.data(), B, T, C, st);
-      });
-}
-
-void race(const Config& config, const std::vector<std::string>& dtypes) {
-  print_clocks();
-  if (dtypes.front() == "bfloat16")
-    race_layernorm<bf16>(config);
-  else if (dtypes.front() == "float16")
-    race_layernorm<fp16>(config);
-  else
-    race_layernorm<float>(config);
-  print_clocks();
-}
-
 int run(int argc, char** argv) {
   using Command = void (*)(const Config&, const std::vector<std::string>&);
   const std::map<std::string, Command> commands = {{"ceilings", ceilings}, {"products", products}, {"kernels", kernels},
                                                    {"step", step},         {"profile", profile},   {"names", names},
-                                                   {"planted", planted},   {"race", race}};
+                                                   {"planted", planted}};
   const auto command = commands.find(argc > 1 ? argv[1] : "");
   if (command == commands.end())
     fail("usage: bench_gpu ceilings | products [DTYPE ...] | kernels [DTYPE] | step [DTYPE ...] | profile [DTYPE] | ",
-         "names [DTYPE] | race [DTYPE] | planted, then flags of train_gpt");
+         "names [DTYPE] | planted, then flags of train_gpt");
   std::vector<std::string> dtypes;
   int first = 2;  // argument that is a flag
   for (; first < argc && argv[first][0] != '-'; first++) dtypes.push_back(argv[first]);
-  for (; first + 1 < argc && argv[first] == std::string("--variant"); first += 2) choose_variant(argv[first + 1]);
   argv[first - 1] = argv[0];
   Config config = parse_command_line(argc - first + 1, argv + first - 1);
   apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);

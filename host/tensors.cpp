@@ -24,16 +24,18 @@ std::string replaced(std::string text, const std::string& what, const std::strin
 
 }  // namespace
 
-void Layout::add(std::string name, int layers, std::vector<size_t> shape, Init init, std::string export_name) {
+void Layout::add(std::string name, int layers, std::vector<size_t> shape, Init init, std::string export_name,
+                 size_t padding) {
   TensorSpec spec;
   spec.slice = product_of(shape);
+  spec.padded = spec.slice + padding;
   spec.name = std::move(name);
   spec.layers = layers;
   spec.shape = std::move(shape);
   spec.init = init;
   spec.export_name = std::move(export_name);
   spec.offset = size_;
-  spec.stride = (spec.slice + canary_gap + alignment - 1) / alignment * alignment;
+  spec.stride = (spec.padded + canary_gap + alignment - 1) / alignment * alignment;
   size_ += spec.stride * size_t(layers);
   count_ += spec.slice * size_t(layers);
   tensors_.push_back(std::move(spec));
@@ -47,8 +49,13 @@ const TensorSpec& Layout::find(const std::string& name) const {
 
 Layout parameter_layout(const ModelShape& shape) {
   const size_t V = shape.V, T = shape.T, C = shape.C;
+  const auto padding = [&](const std::string& name) {
+    const size_t rows = size_t(padded_vocabulary(shape.V)) - V;
+    return name == "headw" ? rows * C : name == "headb" ? rows : 0;
+  };
   Layout layout;
-#define ADD_ONE(name, init, export_name, ...) layout.add(#name, 1, {__VA_ARGS__}, Init::init, export_name);
+#define ADD_ONE(name, init, export_name, ...) \
+  layout.add(#name, 1, {__VA_ARGS__}, Init::init, export_name, padding(#name));
 #define ADD_EACH_LAYER(name, init, export_name, ...) layout.add(#name, shape.L, {__VA_ARGS__}, Init::init, export_name);
   PARAMETERS(ADD_ONE, ADD_EACH_LAYER)
   return layout;
@@ -166,7 +173,7 @@ void plant_canaries([[maybe_unused]] Real* buffer, [[maybe_unused]] const Layout
   if constexpr (canary_gap > 0)
     for (const TensorSpec& spec : layout.tensors())
       for (int l = 0; l < spec.layers; l++)
-        for (size_t i = spec.slice; i < spec.stride; i++)
+        for (size_t i = spec.padded; i < spec.stride; i++)
           buffer[spec.offset + size_t(l) * spec.stride + i] = std::numeric_limits<Real>::quiet_NaN();
 }
 
@@ -175,11 +182,13 @@ void check_canaries([[maybe_unused]] const Real* buffer, [[maybe_unused]] const 
                     [[maybe_unused]] const char* buffer_name) {
   if constexpr (canary_gap > 0)
     for (const TensorSpec& spec : layout.tensors())
-      for (int l = 0; l < spec.layers; l++)
+      for (int l = 0; l < spec.layers; l++) {
+        const Real* const slice = buffer + spec.offset + size_t(l) * spec.stride;
         for (size_t i = spec.slice; i < spec.stride; i++)
-          if (!std::isnan(buffer[spec.offset + size_t(l) * spec.stride + i]))
+          if (i < spec.padded ? slice[i] != 0 : !std::isnan(slice[i]))
             fail("something was written ", i - spec.slice, " elements behind ", buffer_name, ".", spec.name, ", layer ",
                  l);
+      }
 }
 
 #define INSTANTIATE(Real)                                              \

@@ -49,6 +49,7 @@ struct TensorSpec {
   Init init = Init::none;
   std::string export_name;
   size_t slice = 0;   // elements of one slice
+  size_t padded = 0;  // with the zeros behind them
   size_t offset = 0;  // of the first slice, in elements
   size_t stride = 0;  // from slice to slice, in elements
 };
@@ -58,8 +59,9 @@ struct TensorSpec {
 // follows each slice, and what an overrun writes there is found.
 class Layout {
  public:
+  // padding: zeros that follow each slice, which kernels may read and, with zeros, write
   void add(std::string name, int layers, std::vector<size_t> shape, Init init = Init::none,
-           std::string export_name = "");
+           std::string export_name = "", size_t padding = 0);
   const std::vector<TensorSpec>& tensors() const { return tensors_; }
   const TensorSpec& find(const std::string& name) const;
   size_t size() const { return size_; }    // of the buffer, in elements, gaps included
@@ -101,7 +103,10 @@ void point(Slices<Real>& member, Real* buffer, const TensorSpec& spec) {
 
 DEFINE_POINTERS(Params, PARAMETERS)
 
+// The head's rows are padded to a multiple of 8 with zeros: for products of V = 65 rows, cuBLASLt has only kernels that
+// take three times as long as those for 72.
 Layout parameter_layout(const ModelShape& shape);
+inline int padded_vocabulary(int V) { return (V + 7) / 8 * 8; }
 
 // The tensors of a PyTorch state dict, layer by layer: each is a contiguous piece of the parameter buffer.
 struct ExportTensor {
@@ -129,7 +134,7 @@ inline std::string first_not_finite(const float* buffer, const Layout& layout, O
 }
 
 // The gaps between a buffer's slices, in builds with canaries: NaN, which no read goes unnoticed over and which AdamW
-// leaves as it is; checked after every step.
+// leaves as it is; checked after every step, and so are the zeros of a slice's padding.
 #ifdef CANARIES
 constexpr size_t canary_gap = 64;
 #else

@@ -15,7 +15,8 @@ inline size_t partials_size(int rows, int columns) { return size_t(ceil_div(rows
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Step one. A block has 64 rows of 256 columns: a lane has eight columns, and the eight warps take turns at the rows.
-// With RELU the matrix is a gradient, which becomes 0 where relu_out is 0 before it is added.
+// With RELU the matrix is a gradient, which becomes 0 where relu_out is 0 before it is added. The last rows come first:
+// they were written last, by the product before, and are still in the cache.
 
 constexpr int sums_block_columns = 256, sums_warps = 8;
 
@@ -26,7 +27,7 @@ __global__ void __launch_bounds__(32 * sums_warps)
   __shared__ __align__(16) float of_warp[sums_warps][sums_block_columns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int c = blockIdx.x * sums_block_columns + lane * 8;
-  const int block_row = blockIdx.y * sums_block_rows;
+  const int row_block = gridDim.y - 1 - blockIdx.y, block_row = row_block * sums_block_rows;
   Float8 sum = {};
   for (int r = warp; r < sums_block_rows; r += batch * sums_warps) {
     Float8 v[batch], passed[batch];
@@ -56,7 +57,7 @@ __global__ void __launch_bounds__(32 * sums_warps)
   float total = 0;
 #pragma unroll
   for (int w = 0; w < sums_warps; w++) total += of_warp[w][threadIdx.x];
-  partials[size_t(blockIdx.y) * OC + column] = total;
+  partials[size_t(row_block) * OC + column] = total;
 }
 
 template <bool RELU, class Real>

@@ -59,105 +59,6 @@ __device__ inline void dropout8(Float8& x, const Dropout& drop, float scale, uin
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Scaffolding until a race on a card has chosen (bench_gpu race): several kernels for the same work. All but `plain` keep
-// the next rows on their way to the multiprocessor while they compute one.
-
-enum LayerNormVariant { layernorm_plain, layernorm_registers, layernorm_ring2, layernorm_ring3, layernorm_wide };
-constexpr const char* layernorm_variants[] = {"plain", "registers", "ring2", "ring3", "wide"};  // forward has no wide
-inline int layernorm_forward_variant = layernorm_plain, layernorm_backward_variant = layernorm_plain;
-inline const void* layernorm_kernel = nullptr;  // the one that was launched last
-
-// To keep the compiler's time short, only the tests, which have canaries, race with rows other than the lecture's.
-template <class Shape, class Real>
-#ifdef CANARIES
-constexpr bool layernorm_races = true;
-#else
-constexpr bool layernorm_races = Shape::max_C == 384 && sizeof(Real) == 2;
-#endif
-
-// A loader brings INPUTS tensors (rows, C) to a thread, chunk by chunk, `ahead` rows before they are used. A thread
-// loads only what it uses itself, so there is no barrier. Only the first `loaded` tensors are loaded, and only
-// rows before `end`; the others are zero.
-//   fetch(row)  begins to load a row: called for the first `ahead` rows
-//   next(row)   begins to load the row that is `ahead` rows further, and makes the oldest row the current one
-//   get(a, j)   chunk j of the current row of tensor a
-template <class Real, int INPUTS>
-struct LoaderInputs {
-  const Real* from[INPUTS];
-  int loaded, lane, end, C;
-};
-
-// In registers, one row ahead.
-template <class Shape, int THREADS, int INPUTS, int STAGES, class Real>
-struct RegisterLoader {
-  static constexpr int ahead = 1;
-  static constexpr size_t smem = 0;
-  LoaderInputs<Real, INPUTS> in;
-  Eight<Real> now[INPUTS][Shape::each], coming[INPUTS][Shape::each];
-
-  __device__ explicit RegisterLoader(const LoaderInputs<Real, INPUTS>& inputs) : in(inputs) {}
-  __device__ void fetch(int row) {
-#pragma unroll
-    for (int a = 0; a < INPUTS; a++)
-#pragma unroll
-      for (int j = 0; j < Shape::each; j++) {
-        const Real* from = in.from[a] + size_t(row) * in.C + in.lane * 8 + j * Shape::lanes * 8;
-        const bool valid = row < in.end && (in.lane + j * Shape::lanes) * 8 < in.C && a < in.loaded;
-        coming[a][j] = valid ? *reinterpret_cast<const Eight<Real>*>(from) : Eight<Real>{};
-      }
-  }
-  __device__ void next(int row) {
-#pragma unroll
-    for (int a = 0; a < INPUTS; a++)
-#pragma unroll
-      for (int j = 0; j < Shape::each; j++) now[a][j] = coming[a][j];
-    fetch(row);
-  }
-  __device__ Float8 get(int a, int j) const { return load8(now[a][j].v); }
-  __device__ void finish() {}
-};
-
-// In shared memory, STAGES - 1 rows ahead, or as many as there is room for. A row that is wanted again is read again.
-template <class Shape, int THREADS, int INPUTS, int STAGES, class Real>
-struct RingLoader {
-  static constexpr size_t room = THREADS <= 128 ? 60 << 10 : 80 << 10;
-  static constexpr size_t stage = size_t(INPUTS) * Shape::each * THREADS * sizeof(Eight<Real>);  // bytes
-  static constexpr int stages = STAGES * stage <= room ? STAGES : 2 * stage <= room ? 2 : 1;
-  static constexpr int ahead = stages - 1;
-  static constexpr size_t smem = stages * stage;
-  LoaderInputs<Real, INPUTS> in;
-  int into = 0, current = 0;  // stages
-
-  __device__ explicit RingLoader(const LoaderInputs<Real, INPUTS>& inputs) : in(inputs), current(stages - 1) {}
-  __device__ Real* place(int s, int a, int j) const {
-    return dynamic_smem<Eight<Real>>()[((s * INPUTS + a) * Shape::each + j) * THREADS + threadIdx.x].v;
-  }
-  __device__ void fetch(int row) {
-#pragma unroll
-    for (int a = 0; a < INPUTS; a++)
-#pragma unroll
-      for (int j = 0; j < Shape::each; j++) {
-        const Real* from = in.from[a] + size_t(row) * in.C + in.lane * 8 + j * Shape::lanes * 8;
-        const bool valid = row < in.end && (in.lane + j * Shape::lanes) * 8 < in.C && a < in.loaded;
-#pragma unroll
-        for (int part = 0; part < int(sizeof(Eight<Real>) / 16); part++)
-          copy_async_16(place(into, a, j) + part * 16 / sizeof(Real), from + part * 16 / sizeof(Real), valid);
-      }
-    copy_async_commit();
-    into = into + 1 == stages ? 0 : into + 1;
-  }
-  __device__ void next(int row) {
-    fetch(row);
-    copy_async_wait<ahead>();
-    current = current + 1 == stages ? 0 : current + 1;
-  }
-  __device__ Float8 get(int a, int j) const { return load8(place(current, a, j)); }
-  __device__ void finish() { copy_async_wait<0>(); }
-};
-
-constexpr int layernorm_forward_rows = 32;  // of a block: at 128 registers, the lecture's 16384 are one wave on 132 SMs
-
-// ---------------------------------------------------------------------------------------------------------------------
 
 template <class Shape, bool HAS_BRANCH, class Real>
 __global__ void __launch_bounds__(layernorm_threads)
@@ -223,78 +124,6 @@ __global__ void __launch_bounds__(layernorm_threads)
   }
 }
 
-// The same for `layernorm_forward_rows` rows a block, one after the other.
-template <class Shape, bool HAS_BRANCH, template <class, int, int, int, class> class Loader, int STAGES, class Real>
-__global__ void __launch_bounds__(layernorm_threads, 4)
-    residual_layernorm_forward_ahead_kernel(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
-                                            const Real* branch, const float* branch_bias, Dropout drop, float scale,
-                                            const int* step, const float* weight, const float* bias, int rows, int T,
-                                            int C, float one_in_C) {
-  constexpr int lanes = Shape::lanes, each = Shape::each, rows_at_once = Shape::rows_at_once;
-  constexpr int inputs = HAS_BRANCH ? 2 : 1;
-  using Rows = Loader<Shape, layernorm_threads, inputs, STAGES, Real>;
-  const int lane = threadIdx.x % lanes, first_row = blockIdx.x * layernorm_forward_rows + threadIdx.x / lanes;
-  const int end = min(rows, int(blockIdx.x + 1) * layernorm_forward_rows);
-  LoaderInputs<Real, inputs> in = {{inp}, inputs, lane, end, C};
-  if constexpr (HAS_BRANCH) in.from[1] = branch;
-  Rows loader(in);
-#pragma unroll
-  for (int k = 0; k < Rows::ahead; k++) loader.fetch(first_row + k * rows_at_once);
-  if (HAS_BRANCH && drop.active()) drop.step = uint32_t(*step);
-
-#pragma unroll 1
-  for (int r = 0; r < layernorm_forward_rows; r += rows_at_once) {
-    const int row = first_row + r, chunks = row < end ? C / 8 : 0;
-    const size_t at = size_t(row) * C;
-    loader.next(row + Rows::ahead * rows_at_once);
-    Float8 x[each];
-#pragma unroll
-    for (int j = 0; j < each; j++) x[j] = loader.get(0, j);
-    if constexpr (HAS_BRANCH) {
-      const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
-#pragma unroll
-      for (int j = 0; j < each; j++) {
-        const int chunk = lane + j * lanes;
-        if (chunk >= chunks) continue;
-        Float8 added = loader.get(1, j);
-        const Float8 b = load8(branch_bias + chunk * 8);
-#pragma unroll
-        for (int i = 0; i < 8; i++) added[i] += b[i];
-        if (drop.active()) dropout8(added, drop, scale, first_counter + chunk);
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[j][i] = float(Real(x[j][i] + added[i]));
-        store8(stream_out + at + chunk * 8, x[j]);
-      }
-    }
-    float sum = 0, squares = 0;
-#pragma unroll
-    for (int j = 0; j < each; j++)
-#pragma unroll
-      for (int i = 0; i < 8; i++) sum += x[j][i];
-    const float m = row_sum<Shape>(sum) * one_in_C;
-#pragma unroll
-    for (int j = 0; j < each; j++) {
-      if (lane + j * lanes >= chunks) continue;
-#pragma unroll
-      for (int i = 0; i < 8; i++) squares += (x[j][i] - m) * (x[j][i] - m);
-    }
-    const float s = 1 / sqrtf(row_sum<Shape>(squares) * one_in_C + 1e-5f);
-    if (mean && lane == 0 && row < end) {
-      mean[row] = m;
-      rstd[row] = s;
-    }
-#pragma unroll
-    for (int j = 0; j < each; j++) {
-      const int chunk = lane + j * lanes;
-      if (chunk >= chunks) continue;
-      const Float8 w = load8(weight + chunk * 8), b = load8(bias + chunk * 8);
-#pragma unroll
-      for (int i = 0; i < 8; i++) x[j][i] = (x[j][i] - m) * s * w[i] + b[i];
-      store8(norm + at + chunk * 8, x[j]);
-    }
-  }
-}
-
 template <bool HAS_BRANCH, class Real>
 void launch_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
                               const Real* branch, const float* branch_bias, const Dropout& drop, const int* step,
@@ -304,28 +133,10 @@ void launch_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* 
   const float scale = float(dropout_scale(drop.threshold));
   with_row_shape(C, [&](auto shape) {
     using Shape = decltype(shape);
-    const auto run = [&](auto kernel, int block_rows, size_t smem) {
-      layernorm_kernel = reinterpret_cast<const void*>(kernel);
-      launch(kernel, {unsigned(ceil_div(rows, block_rows)), layernorm_threads, smem, stream}, stream_out, norm, mean,
-             rstd, inp, branch, branch_bias, drop, scale, step, weight, bias, rows, T, C, 1.0f / float(C));
-    };
-    constexpr int inputs = HAS_BRANCH ? 2 : 1;
-    if constexpr (!layernorm_races<Shape, Real>)
-      return run(residual_layernorm_forward_kernel<Shape, HAS_BRANCH, Real>, Shape::rows_at_once, 0);
-    else
-      switch (layernorm_forward_variant) {
-        case layernorm_registers:
-          return run(residual_layernorm_forward_ahead_kernel<Shape, HAS_BRANCH, RegisterLoader, 2, Real>,
-                     layernorm_forward_rows, 0);
-        case layernorm_ring2:
-          return run(residual_layernorm_forward_ahead_kernel<Shape, HAS_BRANCH, RingLoader, 2, Real>,
-                     layernorm_forward_rows, RingLoader<Shape, layernorm_threads, inputs, 2, Real>::smem);
-        case layernorm_ring3:
-          return run(residual_layernorm_forward_ahead_kernel<Shape, HAS_BRANCH, RingLoader, 3, Real>,
-                     layernorm_forward_rows, RingLoader<Shape, layernorm_threads, inputs, 3, Real>::smem);
-        default:
-          return run(residual_layernorm_forward_kernel<Shape, HAS_BRANCH, Real>, Shape::rows_at_once, 0);
-      }
+    const int blocks = ceil_div(rows, Shape::rows_at_once);
+    launch(residual_layernorm_forward_kernel<Shape, HAS_BRANCH, Real>, {unsigned(blocks), layernorm_threads, 0, stream},
+           stream_out, norm, mean, rstd, inp, branch, branch_bias, drop, scale, step, weight, bias, rows, T, C,
+           1.0f / float(C));
   });
 }
 
@@ -353,105 +164,69 @@ void residual_layernorm_forward(Real* stream_out, Real* norm, float* mean, float
 
 constexpr int layernorm_block_rows = sums_block_rows;  // whose shares of the parameters' gradients a block adds up
 
-// The shares of the parameters' gradients stay in registers while a lane goes through its block's rows, 24 for each of
-// its chunks: hence whole blocks for long rows.
+// The rows that backward reads of inp, dnorm and dstream, on their way to the multiprocessor one step before they are
+// used: shared memory holds the current row of each group of lanes and the next one or, where that would take more than
+// 48 KB, the current one alone. A thread reads only the chunks that it has fetched itself, so that it waits for no other.
+// Rows from `end` on are zeros, and so is dstream if it counts for nothing yet (inputs = 2).
 template <class Shape, class Real>
-__global__ void __launch_bounds__(layernorm_threads)
+struct RowsAhead {
+  using Chunk = Eight<Real>;
+  static constexpr int each = Shape::each;
+  static constexpr size_t bytes = 3 * each * layernorm_threads * sizeof(Chunk);  // of one row of each group
+  static constexpr int places = 2 * bytes <= 48 << 10 ? 2 : 1;
+  static constexpr size_t smem = places * bytes;
+
+  const Real* from[3];  // (rows, C)
+  int inputs, lane, end, C;
+  int next = 0;  // the place that the next row is fetched into, and after that the current row's
+
+  __device__ Real* chunk_of(int input, int j) const {
+    return dynamic_smem<Chunk>()[((next * 3 + input) * each + j) * layernorm_threads + threadIdx.x].v;
+  }
+  __device__ void fetch(int row) {
+#pragma unroll
+    for (int a = 0; a < 3; a++)
+#pragma unroll
+      for (int j = 0; j < each; j++) {
+        const int chunk = lane + j * Shape::lanes;
+        const bool valid = row < end && chunk * 8 < C && a < inputs;
+        const Real* const source = from[a] + size_t(row) * C + chunk * 8;
+#pragma unroll
+        for (int i = 0; i < 8; i += 16 / int(sizeof(Real))) copy_async_16(chunk_of(a, j) + i, source + i, valid);
+      }
+    copy_async_commit();
+    if (places == 2) next ^= 1;
+  }
+  __device__ void start(int row) {
+    if (places == 2) fetch(row);
+  }
+  // From now on get() gives this row's chunks; the following row is on its way.
+  __device__ void advance(int row, int following) {
+    fetch(places == 2 ? following : row);
+    copy_async_wait<places - 1>();
+  }
+  __device__ Float8 get(int input, int j) const { return load8(chunk_of(input, j)); }
+};
+
+// A block has 64 rows; its groups of lanes take turns at them. The shares of the parameters' gradients stay in registers
+// meanwhile, 24 for each of a lane's chunks: hence whole blocks for long rows, and nothing else is kept between the two
+// passes over a row that can be read again.
+template <class Shape, class Real>
+__global__ void __launch_bounds__(layernorm_threads, 2)
     residual_layernorm_backward_kernel(Real* dstream, Real* dbranch, float* partials, const Real* dnorm,
                                        const Real* inp, const float* mean, const float* rstd, const float* weight,
                                        bool first, Dropout drop, float scale, const int* step, int rows, int T, int C,
                                        float one_in_C) {
   constexpr int lanes = Shape::lanes, each = Shape::each, rows_at_once = Shape::rows_at_once;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
-  if (dbranch && drop.active()) drop.step = uint32_t(*step);
-
-  Float8 dweight[each] = {}, dbias[each] = {}, dbranch_bias[each] = {};
-  for (int r = 0; r < layernorm_block_rows; r += rows_at_once) {
-    const int row = blockIdx.x * layernorm_block_rows + r + group;
-    const int chunks = row < rows ? C / 8 : 0;
-    const size_t at = size_t(row) * C;
-    const float m = row < rows ? mean[row] : 0, s = row < rows ? rstd[row] : 0;
-
-    Float8 n[each], g[each], dx[each];
-#pragma unroll
-    for (int j = 0; j < each; j++) {
-      const int chunk = lane + j * lanes;
-      n[j] = chunk < chunks ? load8(inp + at + chunk * 8) : Float8{};
-      g[j] = chunk < chunks ? load8(dnorm + at + chunk * 8) : Float8{};
-      dx[j] = chunk < chunks && !first ? load8(dstream + at + chunk * 8) : Float8{};
-    }
-    float sum_g = 0, sum_gn = 0;
-#pragma unroll
-    for (int j = 0; j < each; j++) {
-      const int chunk = lane + j * lanes;
-      if (chunk >= chunks) continue;
-      const Float8 w = load8(weight + chunk * 8);
-#pragma unroll
-      for (int i = 0; i < 8; i++) {
-        n[j][i] = (n[j][i] - m) * s;
-        dweight[j][i] += g[j][i] * n[j][i];
-        dbias[j][i] += g[j][i];
-        g[j][i] *= w[i];
-        sum_g += g[j][i];
-        sum_gn += g[j][i] * n[j][i];
-      }
-    }
-    sum_g = row_sum<Shape>(sum_g) * one_in_C;
-    sum_gn = row_sum<Shape>(sum_gn) * one_in_C;
-    const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
-#pragma unroll
-    for (int j = 0; j < each; j++) {
-      const int chunk = lane + j * lanes;
-      if (chunk >= chunks) continue;
-#pragma unroll
-      for (int i = 0; i < 8; i++) dx[j][i] += (g[j][i] - sum_g - n[j][i] * sum_gn) * s;
-      store8(dstream + at + chunk * 8, dx[j]);
-      if (!dbranch) continue;
-      // From the sum as it is, not as it was stored: the branch's gradient is rounded once, not twice.
-      if (drop.active()) dropout8(dx[j], drop, scale, first_counter + chunk);
-      store8(dbranch + at + chunk * 8, dx[j]);
-#pragma unroll
-      for (int i = 0; i < 8; i++) dbranch_bias[j][i] += dx[j][i];
-    }
-  }
-
-  // Adds what the groups of lanes have, in order.
-  __shared__ __align__(16) float shares[rows_at_once][Shape::max_C];
-  const auto add_groups = [&](float* out, const Float8(&share)[each]) {
-#pragma unroll
-    for (int j = 0; j < each; j++) store8(&shares[group][(lane + j * lanes) * 8], share[j]);
-    __syncthreads();
-    for (int c = threadIdx.x; c < C; c += layernorm_threads) {
-      float total = 0;
-#pragma unroll
-      for (int k = 0; k < rows_at_once; k++) total += shares[k][c];
-      out[c] = total;
-    }
-    __syncthreads();
-  };
-  float* out = partials + size_t(blockIdx.x) * 3 * C;
-  add_groups(out, dweight);
-  add_groups(out + C, dbias);
-  if (dbranch) add_groups(out + 2 * C, dbranch_bias);
-}
-
-// The same with the next rows on their way. Between the two passes over a row nothing is kept that can be made again.
-template <class Shape, int THREADS, template <class, int, int, int, class> class Loader, int STAGES, class Real>
-__global__ void __launch_bounds__(THREADS, 2)
-    residual_layernorm_backward_ahead_kernel(Real* dstream, Real* dbranch, float* partials, const Real* dnorm,
-                                             const Real* inp, const float* mean, const float* rstd, const float* weight,
-                                             bool first, Dropout drop, float scale, const int* step, int rows, int T,
-                                             int C, float one_in_C) {
-  constexpr int lanes = Shape::lanes, each = Shape::each, rows_at_once = THREADS / lanes;
-  using Rows = Loader<Shape, THREADS, 3, STAGES, Real>;
-  const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int block_row = blockIdx.x * layernorm_block_rows, end = min(rows, block_row + layernorm_block_rows);
-  Rows loader({{inp, dnorm, dstream}, first ? 2 : 3, lane, end, C});
-#pragma unroll
-  for (int k = 0; k < Rows::ahead; k++) loader.fetch(block_row + group + k * rows_at_once);
+
+  // 1. The first rows are on their way; the statistics of all.
+  RowsAhead<Shape, Real> ahead = {{inp, dnorm, dstream}, first ? 2 : 3, lane, end, C};
+  ahead.start(block_row + group);
   if (dbranch && drop.active()) drop.step = uint32_t(*step);
   __shared__ float means[layernorm_block_rows], rstds[layernorm_block_rows];
-  for (int r = threadIdx.x; r < layernorm_block_rows; r += THREADS) {
+  for (int r = threadIdx.x; r < layernorm_block_rows; r += layernorm_threads) {
     means[r] = block_row + r < end ? mean[block_row + r] : 0;
     rstds[r] = block_row + r < end ? rstd[block_row + r] : 0;
   }
@@ -463,14 +238,16 @@ __global__ void __launch_bounds__(THREADS, 2)
     const int row = block_row + r, chunks = row < end ? C / 8 : 0;
     const size_t at = size_t(row) * C;
     const float m = means[r], s = rstds[r];
-    loader.next(row + Rows::ahead * rows_at_once);
+    ahead.advance(row, row + rows_at_once);
+
+    // 2. The row's two sums, and its shares of the gradients of weight and bias.
     float sum_g = 0, sum_gn = 0;
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int chunk = lane + j * lanes;
       if (chunk >= chunks) continue;
-      const Float8 x = loader.get(0, j), w = load8(weight + chunk * 8);
-      Float8 g = loader.get(1, j);
+      const Float8 x = ahead.get(0, j), w = load8(weight + chunk * 8);
+      Float8 g = ahead.get(1, j);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float n = (x[i] - m) * s;
@@ -483,19 +260,21 @@ __global__ void __launch_bounds__(THREADS, 2)
     }
     sum_g = row_sum<Shape>(sum_g) * one_in_C;
     sum_gn = row_sum<Shape>(sum_gn) * one_in_C;
-    asm volatile("" ::: "memory");  // the compiler must not keep what the first pass has read
+
+    // 3. The gradient of the stream, and behind dropout that of the branch.
+    asm volatile("" ::: "memory");  // the compiler must not keep what pass 2 has read
     const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int chunk = lane + j * lanes;
       if (chunk >= chunks) continue;
-      const Float8 x = loader.get(0, j), g = loader.get(1, j), w = load8(weight + chunk * 8);
-      Float8 dx = loader.get(2, j);
-      // __fmul_rn: the product is rounded, as in the first pass, and not drawn into the subtraction.
+      const Float8 x = ahead.get(0, j), g = ahead.get(1, j), w = load8(weight + chunk * 8);
+      Float8 dx = ahead.get(2, j);
 #pragma unroll
-      for (int i = 0; i < 8; i++) dx[i] += (__fmul_rn(g[i], w[i]) - sum_g - (x[i] - m) * s * sum_gn) * s;
+      for (int i = 0; i < 8; i++) dx[i] += (g[i] * w[i] - sum_g - (x[i] - m) * s * sum_gn) * s;
       store8(dstream + at + chunk * 8, dx);
       if (!dbranch) continue;
+      // From the sum as it is, not as it was stored: the branch's gradient is rounded once, not twice.
       if (drop.active()) dropout8(dx, drop, scale, first_counter + chunk);
       store8(dbranch + at + chunk * 8, dx);
 #pragma unroll
@@ -503,26 +282,27 @@ __global__ void __launch_bounds__(THREADS, 2)
     }
   }
 
-  // Adds what the groups of lanes have, in order. The loader's shared memory is free now.
-  loader.finish();
+  // 4. Adds what the groups of lanes have, in order, where the rows were: shares (3, rows_at_once, max_C).
+  copy_async_wait<0>();  // zeros, from behind the last row
   __syncthreads();
-  float* shares = dynamic_smem<float>();  // (rows_at_once, max_C)
-  const auto add_groups = [&](float* out, const Float8(&share)[each]) {
+  float* const shares = dynamic_smem<float>();
+  const int kinds = dbranch ? 3 : 2;
+  const auto place = [&](int kind, int k, int c) { return shares + (kind * rows_at_once + k) * Shape::max_C + c; };
 #pragma unroll
-    for (int j = 0; j < each; j++) store8(shares + group * Shape::max_C + (lane + j * lanes) * 8, share[j]);
-    __syncthreads();
-    for (int c = threadIdx.x; c < C; c += THREADS) {
+  for (int j = 0; j < each; j++) {
+    const int c = (lane + j * lanes) * 8;
+    store8(place(0, group, c), dweight[j]);
+    store8(place(1, group, c), dbias[j]);
+    store8(place(2, group, c), dbranch_bias[j]);
+  }
+  __syncthreads();
+  for (int kind = 0; kind < kinds; kind++)
+    for (int c = threadIdx.x; c < C; c += layernorm_threads) {
       float total = 0;
 #pragma unroll
-      for (int k = 0; k < rows_at_once; k++) total += shares[k * Shape::max_C + c];
-      out[c] = total;
+      for (int k = 0; k < rows_at_once; k++) total += *place(kind, k, c);
+      partials[(size_t(blockIdx.x) * 3 + kind) * C + c] = total;
     }
-    __syncthreads();
-  };
-  float* out = partials + size_t(blockIdx.x) * 3 * C;
-  add_groups(out, dweight);
-  add_groups(out + C, dbias);
-  if (dbranch) add_groups(out + 2 * C, dbranch_bias);
 }
 
 // Floats that residual_layernorm_backward leaves as `partials`.
@@ -543,32 +323,12 @@ void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, 
   const float scale = float(dropout_scale(drop.threshold));
   with_row_shape(C, [&](auto shape) {
     using Shape = decltype(shape);
-    const auto run = [&](auto kernel, int threads, size_t smem) {
-      layernorm_kernel = reinterpret_cast<const void*>(kernel);
-      launch(kernel, {unsigned(ceil_div(B * T, layernorm_block_rows)), unsigned(threads), smem, stream}, dstream,
-             dbranch, partials, dnorm, inp, mean, rstd, weight, first, drop, scale, step, B * T, T, C, 1.0f / float(C));
-    };
-    constexpr int threads = layernorm_threads, wide = Shape::lanes <= 32 ? 256 : layernorm_threads;
-    constexpr size_t shares = size_t(threads / Shape::lanes) * Shape::max_C * sizeof(float);
-    if constexpr (!layernorm_races<Shape, Real>)
-      return run(residual_layernorm_backward_kernel<Shape, Real>, threads, 0);
-    else
-      switch (layernorm_backward_variant) {
-        case layernorm_registers:
-          return run(residual_layernorm_backward_ahead_kernel<Shape, threads, RegisterLoader, 2, Real>, threads,
-                     shares);
-        case layernorm_ring2:
-          return run(residual_layernorm_backward_ahead_kernel<Shape, threads, RingLoader, 2, Real>, threads,
-                     std::max(shares, RingLoader<Shape, threads, 3, 2, Real>::smem));
-        case layernorm_ring3:
-          return run(residual_layernorm_backward_ahead_kernel<Shape, threads, RingLoader, 3, Real>, threads,
-                     std::max(shares, RingLoader<Shape, threads, 3, 3, Real>::smem));
-        case layernorm_wide:  // twice as many warps; sums the parameters' gradients in another order
-          return run(residual_layernorm_backward_ahead_kernel<Shape, wide, RingLoader, 2, Real>, wide,
-                     std::max(wide / threads * shares, RingLoader<Shape, wide, 3, 2, Real>::smem));
-        default:
-          return run(residual_layernorm_backward_kernel<Shape, Real>, threads, 0);
-      }
+    constexpr size_t shares = 3 * Shape::rows_at_once * Shape::max_C * sizeof(float);
+    launch(residual_layernorm_backward_kernel<Shape, Real>,
+           {unsigned(ceil_div(B * T, layernorm_block_rows)), layernorm_threads,
+            std::max(shares, RowsAhead<Shape, Real>::smem), stream},
+           dstream, dbranch, partials, dnorm, inp, mean, rstd, weight, first, drop, scale, step, B * T, T, C,
+           1.0f / float(C));
   });
 }
 

@@ -15,12 +15,9 @@ struct Shape {
   int B, T, C;
 };
 // Every way in which a row is dealt to lanes, full and in part; one row, and blocks that end in the middle.
-const std::vector<Shape> shapes = {{3, 31, 16}, {3, 31, 48},  {1, 1, 128}, {4, 33, 192}, {3, 23, 384},
-                                   {1, 1, 384}, {1, 31, 400}, {1, 3, 640}, {2, 33, 1040}};
-// Also one chunk alone, and the longest row; more than one block of rows, the last one in part.
-const std::vector<Shape> variant_shapes = {{3, 31, 8},   {3, 1, 128},   {2, 33, 192},
-                                           {3, 31, 384}, {1, 1, 384},   {1, 31, 400},
-                                           {1, 3, 640},  {2, 33, 1040}, {3, 1, layernorm_max_C}};
+// One chunk alone, and the longest row.
+const std::vector<Shape> shapes = {{3, 31, 8},  {3, 31, 48},  {1, 1, 128}, {4, 33, 192},  {3, 23, 384},
+                                   {1, 1, 384}, {1, 31, 400}, {1, 3, 640}, {2, 33, 1040}, {3, 1, layernorm_max_C}};
 
 Dropout dropout(double p) { return {0x123456789abc, 4711, site::fc_dropout + 3, dropout_threshold(p), 5}; }
 
@@ -183,71 +180,6 @@ void check_backward(const Shape& s, double p, bool first) {
 }
 
 }  // namespace
-
-// The variants that a race will choose from: all with the same results, but for the order in which one of them sums the
-// parameters' gradients.
-struct Variant {
-  int &variable, before;
-  Variant(int& v, int value) : variable(v), before(v) { v = value; }
-  ~Variant() { variable = before; }
-};
-
-TEMPLATE_TEST_CASE("every variant of LayerNorm forward on the device", "[cuda][layernorm]", float, bf16, fp16) {
-  for (const int v : {layernorm_registers, layernorm_ring2, layernorm_ring3}) {
-    INFO("variant " << layernorm_variants[v]);
-    const Variant chosen(layernorm_forward_variant, v);
-    for (const Shape& s : variant_shapes) check_forward<TestType>(s, 0.2);
-    check_forward<TestType>({3, 31, 48}, 0.0);
-  }
-}
-
-TEMPLATE_TEST_CASE("every variant of LayerNorm backward on the device", "[cuda][layernorm]", float, bf16, fp16) {
-  for (const int v : {layernorm_registers, layernorm_ring2, layernorm_ring3, layernorm_wide}) {
-    INFO("variant " << layernorm_variants[v]);
-    const Variant chosen(layernorm_backward_variant, v);
-    for (const Shape& s : variant_shapes) check_backward<TestType>(s, 0.2, false);
-    check_backward<TestType>({3, 31, 48}, 0.0, true);
-  }
-}
-
-TEMPLATE_TEST_CASE("the variants of LayerNorm on the device have the same bits", "[cuda][layernorm]", float, bf16,
-                   fp16) {
-  using Real = TestType;
-  for (const auto& [B, T, C] : variant_shapes) {
-    INFO("B " << B << ", T " << T << ", C " << C);
-    const int rows = B * T;
-    const size_t count = size_t(rows) * C;
-    const DeviceArray<Real> inp(noise(count, 1)), branch(noise(count, 2));
-    const DeviceArray<float> bias(noise(C, 3)), weight(noise(C, 4));
-    const OnDevice d(dropout(0.2));
-    struct Outputs {
-      std::vector<float> stream, norm, mean, rstd, dstream, dbranch, partials;
-    };
-    const auto run = [&](int forward, int backward) {
-      const Variant chosen(layernorm_forward_variant, forward), chosen_back(layernorm_backward_variant, backward);
-      const DeviceArray<Real> stream(count), norm(count), dstream(noise(count, 5)), dbranch(count);
-      const DeviceArray<float> mean(rows), rstd(rows), partials(layernorm_partials(rows, C));
-      residual_layernorm_forward(stream.data(), norm.data(), mean.data(), rstd.data(), inp.data(), branch.data(),
-                                 bias.data(), d.drop, d.step(), weight.data(), bias.data(), B, T, C, nullptr);
-      residual_layernorm_backward(dstream.data(), dbranch.data(), partials.data(), branch.data(), stream.data(),
-                                  mean.data(), rstd.data(), weight.data(), false, d.drop, d.step(), B, T, C, nullptr);
-      return Outputs{stream.floats(),  norm.floats(),    mean.read(),    rstd.read(),
-                     dstream.floats(), dbranch.floats(), partials.read()};
-    };
-    const Outputs want = run(layernorm_plain, layernorm_plain);
-    for (const int v : {layernorm_registers, layernorm_ring2, layernorm_ring3, layernorm_wide}) {
-      INFO("variant " << layernorm_variants[v]);
-      const Outputs got = run(std::min<int>(v, layernorm_ring3), v);
-      CHECK((got.stream == want.stream));
-      CHECK((got.norm == want.norm));
-      CHECK((got.mean == want.mean));
-      CHECK((got.rstd == want.rstd));
-      CHECK((got.dstream == want.dstream));
-      CHECK((got.dbranch == want.dbranch));
-      if (v != layernorm_wide) CHECK((got.partials == want.partials));
-    }
-  }
-}
 
 TEMPLATE_TEST_CASE("residual and LayerNorm forward on the device", "[cuda]", float, bf16, fp16) {
   for (const Shape& s : shapes)

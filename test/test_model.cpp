@@ -60,6 +60,8 @@ TEST_CASE("The course's model has 10,788,929 parameters, tensor by tensor") {
   CHECK(layout.find("wte").slice == 24960);
   CHECK(layout.find("wpe").slice == 98304);
   CHECK(layout.find("headw").slice + layout.find("headb").slice == 25025);
+  CHECK(layout.find("headw").padded == 72 * 384);
+  CHECK(layout.find("headb").padded == 72);
   size_t exported = 0;
   std::set<size_t> places;
   for (const ExportTensor& tensor : export_table(lecture, layout)) {

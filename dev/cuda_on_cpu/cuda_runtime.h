@@ -331,7 +331,6 @@ void __stcg(Value* p, std::type_identity_t<Value> v) {
 #define __expf expf  // macros, because <math.h> declares functions of these names
 #define __logf logf
 inline float __fdividef(float a, float b) { return a / b; }
-inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float rsqrtf(float x) { return 1 / sqrtf(x); }
 inline unsigned __float_as_uint(float x) { return __builtin_bit_cast(unsigned, x); }

@@ -284,22 +284,24 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
 // Backward: every parameter's gradient of dloss * (sum of the losses of the targets m.y), times the loss scale; also
 // the losses. It is forward read from bottom to top. accumulate: the gradients are added to those of the batches before.
 
-// What was summed over blocks of rows on the way is now summed up: the gradients of LayerNorm's own parameters and of all
-// biases. Each LayerNorm has the bias of the branch before it, which for ln1 is the branch of the layer below.
+// What was summed over blocks of rows on the way is now summed up: the gradients of the token embedding, of LayerNorm's
+// own parameters and of all biases. Each LayerNorm has the bias of the branch before it, which for ln1 is the branch of
+// the layer below.
 template <class Real>
-void sum_gradients(const GPT<Real>& m, int rows, bool accumulate) {
+void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
   const Params<float>& dw = m.dw;
   const GradStatistics<float>& gs = m.gs;
-  const int V = m.shape.V, C = m.shape.C, L = m.shape.L;
+  const int V = m.shape.V, C = m.shape.C, L = m.shape.L, rows = B * T;
   const Sums sums[] = {
-      sums_of(dw.headb, gs.head_sums, V),
-      layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_sums, C),
-      sums_of(dw.fcb, gs.fc_sums, 4 * C, L),
-      layernorm_sums(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, C, L),
-      layernorm_sums(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_sums[0], C),
-      layernorm_sums(above(dw.ln1w), above(dw.ln1b), dw.fcprojb, above(gs.ln1_sums), C, L - 1),
+      embedding_sums(dw.wte, gs.embedding_sums, B, T, C, V),
+      layernorm_sums(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_sums[0], rows, C),
+      layernorm_sums(above(dw.ln1w), above(dw.ln1b), dw.fcprojb, above(gs.ln1_sums), rows, C, L - 1),
+      layernorm_sums(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, rows, C, L),
+      sums_of(dw.fcb, gs.fc_sums, rows, 4 * C, L),
+      layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_sums, rows, C),
+      sums_of(dw.headb, gs.head_sums, rows, V),
   };
-  add_partials(sums, accumulate, rows, m.stream);
+  add_partials(sums, accumulate, m.stream);
 }
 
 template <class Real>
@@ -342,9 +344,8 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
                                 s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false, drop.at(site::fc_dropout, l - 1),
                                 m.step(), B, T, C, stream);
   }
-  embedding_backward(dw.wte, dw.wpe, gs.embedding_sums, g.dstream, m.x, accumulate, B, T, C, V, stream);
-
-  sum_gradients(m, rows, accumulate);
+  embedding_backward(dw.wpe, gs.embedding_sums, g.dstream, m.x, accumulate, B, T, C, V, stream);
+  sum_gradients(m, B, T, accumulate);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

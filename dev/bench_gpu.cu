@@ -349,7 +349,7 @@ class ProductTable {
       relu_backward(d, sums_.data(), x_.data() + size_t(i % sets) * hidden_, rows_, p.m, stream_);
     else if (p.epilogue == Epilogue::bias_grad) {
       column_partials(sums_.data(), static_cast<const Real*>(o.b), rows_, p.n, p.ldb, stream_);
-      add_partials({sums_of(o.dbias, sums_.data(), p.n)}, false, rows_, stream_);
+      add_partials({sums_of(o.dbias, sums_.data(), rows_, p.n)}, false, stream_);
     }
   }
   bool multiply_by(const Algorithm& algorithm, const Product& p, int i) {
@@ -778,12 +778,12 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });
   table.row("qkv dW", L, 3 * FCC, 4 * A + 12 * CC,
             [&](int l) { m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], false, rows, C, 3 * C, 3 * C); });
-  table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables, [&](int) {
-    embedding_backward(dw.wte, dw.wpe, gs.embedding_sums, g.dstream, m.x, false, B, T, C, V, st);
-  });
+  table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables,
+                   [&](int) { embedding_backward(dw.wpe, gs.embedding_sums, g.dstream, m.x, false, B, T, C, V, st); });
   const double all_partials =
-      4.0 * double(partials_size(rows, V) + 4 * L * partials_size(rows, C)) + (2 * L + 1) * partials;
-  table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, rows, false); });
+      4.0 * double(partials_size(rows, V) + 4 * L * partials_size(rows, C) + embedding_partials(B, T, C, V)) +
+      (2 * L + 1) * partials;
+  table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, B, T, false); });
 
   for (const int pieces : Matmul::relu_ways) {
     m.matmul.use_relu(pieces);

@@ -3,8 +3,6 @@
 // A block's sums cost next to nothing where a kernel has the elements in its registers anyway, as relu_backward does.
 // defines: sums_block_rows, partials_size, column_partials, Sums, sums_of, add_partials
 #pragma once
-#include <algorithm>
-
 #include "device.cuh"
 #include "launch.cuh"
 
@@ -80,41 +78,49 @@ void column_partials(float* partials, const Real* x, int rows, int OC, int ld, c
 // Step two. A block adds up 32 columns of a layer's partials: eight groups of threads take turns at their rows, and what
 // the groups have is added in order. One launch does that for a list of sums.
 
-// The sums of partials (layers, blocks, count, C): those of part i, C numbers a layer, go to first[i], or nowhere if that
-// is null. Strides are counted in elements, from one layer's to the next's.
+// The sums of partials (layers, blocks, count, C) over the blocks: those of part i, C numbers a layer, go to first[i], or
+// nowhere if that is null. Strides are counted in elements, from one layer's to the next's.
 struct Sums {
-  int C, layers, count;
+  int blocks, C, layers, count;
   const float* partials;
   size_t partials_stride;
   float* first[3];
   size_t stride[3];
 };
 
-// The sums (C) of one matrix, and those (layers, C) of one matrix a layer. Slices have a `first` one and a `stride`.
-inline Sums sums_of(float* sums, const float* partials, int C) { return {C, 1, 1, partials, 0, {sums}, {}}; }
+// The sums (C) of the columns of a matrix of `rows` rows, and those (layers, C) of one such matrix a layer, whose tensors
+// are given by their `first` slice and the `stride` from slice to slice.
+inline Sums sums_of(float* sums, const float* partials, int rows, int C) {
+  return {ceil_div(rows, sums_block_rows), C, 1, 1, partials, 0, {sums}, {}};
+}
 template <class Slices>
-Sums sums_of(const Slices& sums, const Slices& partials, int C, int layers) {
-  return {C, layers, 1, partials.first, partials.stride, {sums.first}, {sums.stride}};
+Sums sums_of(const Slices& sums, const Slices& partials, int rows, int C, int layers) {
+  return {ceil_div(rows, sums_block_rows), C, layers, 1, partials.first, partials.stride, {sums.first}, {sums.stride}};
 }
 
 constexpr int adding_columns = 32, adding_groups = 8, max_sums = 8;
 struct SumsList {
   Sums of[max_sums];
+  unsigned blocks_before[max_sums + 1];  // thread blocks that the sums before have; from the last sums on: all
 };
 
 static __global__ void __launch_bounds__(adding_columns* adding_groups)
-    add_partials_kernel(SumsList list, bool accumulate, int blocks) {
+    add_partials_kernel(SumsList list, bool accumulate) {
   __shared__ float of_group[adding_groups][adding_columns];
-  const Sums& s = list.of[blockIdx.z];
+  int which = 0;
+#pragma unroll
+  for (int i = 1; i < max_sums; i++) which += blockIdx.x >= list.blocks_before[i];
+  const Sums& s = list.of[which];
+  const unsigned number = blockIdx.x - list.blocks_before[which], width = unsigned(s.count) * s.C;
+  const unsigned column_blocks = ceil_div(width, adding_columns), l = number / column_blocks;
   const int column = threadIdx.x % adding_columns, group = threadIdx.x / adding_columns;
-  const int c = blockIdx.x * adding_columns + column, l = blockIdx.y, part = c / s.C;
-  float* out = l < s.layers && part < s.count ? s.first[part] : nullptr;
+  const unsigned c = number % column_blocks * adding_columns + column, part = c / s.C;
+  float* out = c < width ? s.first[part] : nullptr;
   float own = 0;
   if (out) {
     const float* const partials = s.partials + l * s.partials_stride + c;
-    const size_t width = size_t(s.count) * s.C;
 #pragma unroll 16
-    for (int k = group; k < blocks; k += adding_groups) own += partials[k * width];
+    for (int k = group; k < s.blocks; k += adding_groups) own += partials[size_t(k) * width];
   }
   of_group[group][column] = own;
   __syncthreads();
@@ -127,21 +133,20 @@ static __global__ void __launch_bounds__(adding_columns* adding_groups)
   }
 }
 
-// = or += the sums of what kernels left in partials for matrices of `rows` rows
+// Each of the list's sums = or += its partials, added up.
 template <size_t N>
-void add_partials(const Sums (&list)[N], bool accumulate, int rows, cudaStream_t stream) {
+void add_partials(const Sums (&list)[N], bool accumulate, cudaStream_t stream) {
   static_assert(N <= max_sums);
   SumsList all{};
-  int columns = 0, layers = 0;
+  unsigned blocks = 0;
   for (size_t i = 0; i < N; i++) {
     const Sums& s = all.of[i] = list[i];
-    require(s.C > 0 && s.count <= 3 && s.layers >= 0 && s.layers < 65536, "add_partials: C = ", s.C,
-            ", layers = ", s.layers);
-    columns = std::max(columns, s.count * s.C);
-    layers = std::max(layers, s.layers);
+    require(s.blocks > 0 && s.C > 0 && s.count > 0 && s.count <= 3 && s.layers >= 0,
+            "add_partials: blocks = ", s.blocks, ", C = ", s.C, ", layers = ", s.layers);
+    all.blocks_before[i] = blocks;
+    blocks += unsigned(ceil_div(size_t(s.count) * s.C, adding_columns) * s.layers);
   }
-  require(rows > 0 && layers > 0, "add_partials: rows = ", rows, ", layers = ", layers);
-  launch(add_partials_kernel,
-         {dim3(ceil_div(columns, adding_columns), layers, N), adding_columns * adding_groups, 0, stream}, all,
-         accumulate, ceil_div(rows, sums_block_rows));
+  for (size_t i = N; i <= max_sums; i++) all.blocks_before[i] = blocks;
+  require(blocks > 0, "add_partials: there is nothing to add");
+  launch(add_partials_kernel, {blocks, adding_columns * adding_groups, 0, stream}, all, accumulate);
 }

@@ -1,10 +1,11 @@
 // Embedding: out (B, T, C) = wte[x] + wpe, the token's vector plus the position's. Backward adds rows of dout, those of
 // a token or of a position, and no two threads add to the same number: there are no atomics, and every sum has an order
 // that depends on the shapes and the tokens alone.
-// defines: embedding_forward, embedding_partials, embedding_backward
+// defines: embedding_forward, embedding_partials, embedding_backward, embedding_sums
 #pragma once
 #include <algorithm>
 
+#include "column_sums.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 
@@ -38,8 +39,8 @@ void embedding_forward(Real* out, const int* x, const Real* wte, const Real* wpe
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. The tokens of a text are very unevenly frequent: with a block for each token, the one that adds the spaces
-// would work on alone. So the rows are cut into segments, a block adds one token's rows of one segment, and a second
-// kernel adds the segments.
+// would work on alone. So the rows are cut into segments, a block adds one token's rows of one segment, and add_partials
+// adds the segments.
 
 constexpr int embedding_piece = 512;  // rows that are searched for a token at a time, and the usual segment
 
@@ -64,16 +65,25 @@ static __device__ inline int rows_of_token(int* list, const int* x, int token, i
     if (i % 32 == 0) found[i / 32] = bits;
   }
   __syncthreads();
-  int count = 0;
+  // Lane w counts the rows of word w; behind the scan it has those of all words up to its own.
+  constexpr int words = embedding_piece / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const unsigned own_word = lane < words ? found[lane] : 0;
+  int counted = __popc(own_word);
 #pragma unroll
-  for (int word = 0; word < embedding_piece / 32; word++) {
-    const int i = word * 32 + threadIdx.x % 32;
-    const bool mine = word % (embedding_threads / 32) == int(threadIdx.x) / 32;  // warps take turns
-    if (mine && found[word] >> (i % 32) & 1) list[count + __popc(found[word] & ((1u << (i % 32)) - 1))] = first + i;
-    count += __popc(found[word]);
+  for (int d = 1; d < words; d *= 2) {
+    const int before = __shfl_up_sync(all_lanes, counted, d);
+    if (lane >= d) counted += before;
+  }
+#pragma unroll
+  for (int word = warp; word < words; word += embedding_threads / 32) {  // warps take turns
+    const unsigned bits = __shfl_sync(all_lanes, own_word, word);
+    const int up_to = __shfl_sync(all_lanes, counted, word);
+    const unsigned from_here = bits >> lane;
+    if (from_here & 1) list[up_to - __popc(from_here)] = first + word * 32 + lane;
   }
   __syncthreads();
-  return count;
+  return __shfl_sync(all_lanes, counted, words - 1);
 }
 
 // Backward's threads own eight columns of every `groups`-th row that is to be added.
@@ -137,32 +147,24 @@ __global__ void __launch_bounds__(embedding_threads)
   }
 }
 
-// dwte (count) = or += the segments' sums (segments, count), in order
-static __global__ void __launch_bounds__(embedding_threads)
-    add_segments_kernel(float* dwte, const float* partials, bool accumulate, int segments, size_t count) {
-  const size_t i = size_t(blockIdx.x) * embedding_threads + threadIdx.x;
-  if (i >= count) return;
-  float total = 0;
-#pragma unroll 16
-  for (int s = 0; s < segments; s++) total += partials[s * count + i];
-  dwte[i] = accumulate ? dwte[i] + total : total;
-}
-
-// Floats that embedding_backward wants as `partials`: never more than there are in dout or in wte, whichever is larger.
+// Floats that embedding_backward leaves as `partials`: never more than there are in dout or in wte, whichever is larger.
 inline size_t embedding_partials(int B, int T, int C, int V) { return size_t(embedding_segments(B * T, V)) * V * C; }
 
-// dwte (V, C) = or += rows of dout (B, T, C), each to its token, nothing to a token that does not occur;
-// dwpe (T, C) = or += dout summed over B;  partials: embedding_partials(B, T, C, V) floats, overwritten
+// dwpe (T, C) = or += dout (B, T, C) summed over B
+// partials (segments, V, C) = the sums of each segment's rows of dout that have the same token, zeros for a token that
+// does not occur; embedding_partials(B, T, C, V) floats for embedding_sums
 template <class Real>
-void embedding_backward(float* dwte, float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate,
-                        int B, int T, int C, int V, cudaStream_t stream) {
+void embedding_backward(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate, int B, int T,
+                        int C, int V, cudaStream_t stream) {
   require(C % 8 == 0 && C > 0 && C <= 8 * embedding_threads, "embedding_backward: C = ", C,
           " is not a multiple of 8 up to ", 8 * embedding_threads);
   require(B > 0 && T > 0 && V > 0, "embedding_backward: B = ", B, ", T = ", T, ", V = ", V);
   const int segments = embedding_segments(B * T, V), segment_rows = pieces_per_segment(B * T, V) * embedding_piece;
-  const size_t count = size_t(V) * C;
   launch(embedding_backward_kernel<Real>, {unsigned(T) + unsigned(segments) * V, embedding_threads, 0, stream}, dwpe,
          partials, dout, x, accumulate, segment_rows, B, T, C, V);
-  launch(add_segments_kernel, {unsigned(ceil_div(count, embedding_threads)), embedding_threads, 0, stream}, dwte,
-         partials, accumulate, segments, count);
+}
+
+// What add_partials has to do with what embedding_backward left in partials: the sum over segments is dwte (V, C).
+inline Sums embedding_sums(float* dwte, const float* partials, int B, int T, int C, int V) {
+  return {embedding_segments(B * T, V), V * C, 1, 1, partials, 0, {dwte}, {}};
 }

@@ -334,16 +334,17 @@ void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// What add_partials has to do with what residual_layernorm_backward left in partials: it is summed into dweight (C),
-// dbias (C) and dbranch_bias (C), which may be null.
-inline Sums layernorm_sums(float* dweight, float* dbias, float* dbranch_bias, const float* partials, int C) {
-  return {C, 1, 3, partials, 0, {dweight, dbias, dbranch_bias}, {}};
+// What add_partials has to do with what residual_layernorm_backward left in partials for `rows` rows: it is summed into
+// dweight (C), dbias (C) and dbranch_bias (C), which may be null.
+inline Sums layernorm_sums(float* dweight, float* dbias, float* dbranch_bias, const float* partials, int rows, int C) {
+  return {ceil_div(rows, layernorm_block_rows), C, 1, 3, partials, 0, {dweight, dbias, dbranch_bias}, {}};
 }
 // The same for several layers, of which there may be none.
 template <class Slices>
 Sums layernorm_sums(const Slices& dweight, const Slices& dbias, const Slices& dbranch_bias, const Slices& partials,
-                    int C, int layers) {
-  return {C,
+                    int rows, int C, int layers) {
+  return {ceil_div(rows, layernorm_block_rows),
+          C,
           layers,
           3,
           partials.first,

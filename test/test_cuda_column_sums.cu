@@ -38,7 +38,7 @@ TEMPLATE_TEST_CASE("A bias's gradient: columns are summed in a fixed order", "[c
     const DeviceArray<float> partials(partials_size(s.rows, s.OC)), old(before), fresh(s.OC);
     const DeviceArray<float>& sums = accumulate ? old : fresh;
     column_partials(partials.data(), in.data(), s.rows, s.OC, s.ld, nullptr);
-    add_partials({sums_of(sums.data(), partials.data(), s.OC)}, accumulate, s.rows, nullptr);
+    add_partials({sums_of(sums.data(), partials.data(), s.rows, s.OC)}, accumulate, nullptr);
     partials.read();
     if (run == 0)
       check_close(first = sums.read(), want, rounding(s.rows));
@@ -87,12 +87,12 @@ TEST_CASE("Partial sums of several tensors and layers are added in one launch", 
   const DeviceArray<float> a(before), c(before), d(before), alone(before), three_device(three), one_device(one);
   const auto slices = [](const DeviceArray<float>& x, size_t apart) { return Slices<float>{x.data(), apart}; };
   const Sums list[] = {
-      {C, layers, 3, three_device.data(), three_stride, {a.data(), nullptr, c.data()}, {stride, 0, stride}},
-      sums_of(slices(d, stride), slices(one_device, one_stride), C, layers),
-      sums_of(slices(a, stride), slices(one_device, one_stride), C, 0),  // of no layer: nothing is written
-      sums_of(alone.data() + stride, one_device.data() + one_stride, C),
+      {blocks, C, layers, 3, three_device.data(), three_stride, {a.data(), nullptr, c.data()}, {stride, 0, stride}},
+      sums_of(slices(d, stride), slices(one_device, one_stride), rows, C, layers),
+      sums_of(slices(a, stride), slices(one_device, one_stride), rows, C, 0),  // of no layer: nothing is written
+      sums_of(alone.data() + stride, one_device.data() + one_stride, rows, C),
   };
-  add_partials(list, accumulate, rows, nullptr);
+  add_partials(list, accumulate, nullptr);
   const auto check = [&](const DeviceArray<float>& x, int first, int last, auto want) {
     const std::vector<float> got = x.read();
     for (int l = 0; l < layers; l++)

@@ -136,7 +136,7 @@ void check_backward(const Shape& s, double p, bool first) {
 
   // The parameters' gradients: sums over the rows, of terms that hold the rounding of sums of C terms.
   const DeviceArray<float> dweight(C), dbias(C), dbranch_bias(C);
-  add_partials({layernorm_sums(dweight.data(), dbias.data(), dbranch_bias.data(), partials.data(), C)}, false, rows,
+  add_partials({layernorm_sums(dweight.data(), dbias.data(), dbranch_bias.data(), partials.data(), rows, C)}, false,
                nullptr);
   const double tolerance = rounding(rows) + rounding(C);
   check_close(dweight.read(), want_dweight, tolerance);
@@ -145,8 +145,9 @@ void check_backward(const Shape& s, double p, bool first) {
   // Added to what was there, they are the same floats.
   const std::vector<float> before = noise(C, 6);
   const DeviceArray<float> more_dweight(before), more_dbias(before), more_dbranch_bias(before);
-  add_partials({layernorm_sums(more_dweight.data(), more_dbias.data(), more_dbranch_bias.data(), partials.data(), C)},
-               true, rows, nullptr);
+  add_partials(
+      {layernorm_sums(more_dweight.data(), more_dbias.data(), more_dbranch_bias.data(), partials.data(), rows, C)},
+      true, nullptr);
   const auto sum = [&](const DeviceArray<float>& x) {
     std::vector<float> out = x.read();
     for (int c = 0; c < C; c++) out[c] += before[c];
@@ -172,8 +173,8 @@ void check_backward(const Shape& s, double p, bool first) {
   residual_layernorm_backward<Real>(dstream_alone.data(), nullptr, partials_alone.data(), dnorm_device.data(),
                                     inp_device.data(), mean_device.data(), rstd_device.data(), weight_device.data(),
                                     first, d.drop, nullptr, B, T, C, nullptr);
-  add_partials({layernorm_sums(dweight_alone.data(), dbias_alone.data(), nullptr, partials_alone.data(), C)}, false,
-               rows, nullptr);
+  add_partials({layernorm_sums(dweight_alone.data(), dbias_alone.data(), nullptr, partials_alone.data(), rows, C)},
+               false, nullptr);
   CHECK((dstream_alone.floats() == dstream.floats()));
   CHECK((dweight_alone.read() == dweight.read()));
   CHECK((dbias_alone.read() == dbias.read()));

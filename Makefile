@@ -136,6 +136,14 @@ $(BUILD)/data_prep.o: data_prep.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 
 $(BUILD)/host/cpu_features.o: HOST_FLAGS := $(KERNEL_FLAGS)
 
+# What --version says. Another commit compiles version.cpp anew, and nothing else.
+VERSION := $(if $(wildcard .git),$(shell git describe --tags --always --dirty 2>/dev/null))
+$(BUILD)/host/version.o: HOST_FLAGS += -DMICROGPT_VERSION='"$(VERSION)"'
+$(BUILD)/host/version.o: $(BUILD)/version
+$(BUILD)/version: FORCE
+	@mkdir -p $(@D)
+	@echo '$(VERSION)' | cmp -s - $@ || echo '$(VERSION)' > $@
+
 $(BUILD)/train_gpt_cpu.o: train_gpt_cpu.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@

@@ -16,6 +16,7 @@
 #include "host/progress.h"  // defines: ProgressBar
 #include "host/shards.h"    // defines: ShardWriter, Tokens, move_shards, shard_path
 #include "host/text.h"      // defines: Utf8Decoder, Vocabulary, shown, with_commas
+#include "host/version.h"   // defines: version_text
 
 namespace fs = std::filesystem;
 
@@ -29,12 +30,13 @@ validate, the vocabulary, and the losses of n-gram models to compare with. Line 
   --out DIR         where the files go (default: data)
   --shard_tokens N  characters in one file at most, 1 to 2147483647 (default: 100000000)
   --help            this text
+  --version         the commit that this was built from, and the compiler
 )";
 
 struct Options {
   std::string text = "data/input.txt", out = "data";
   uint64_t shard_tokens = default_shard_tokens;
-  bool help = false;
+  bool help = false, version = false;
 };
 
 static uint64_t parse_shard_tokens(const std::string& value) {
@@ -55,6 +57,10 @@ static Options parse(int argc, char** argv) {
       options.help = true;
       continue;
     }
+    if (flag == "--version") {
+      options.version = true;
+      continue;
+    }
     if (!flag.starts_with("-")) {
       if (text_given) fail("two texts are given, ", options.text, " and ", flag, ": one at a time (see --help)");
       options.text = flag;
@@ -64,7 +70,7 @@ static Options parse(int argc, char** argv) {
     const size_t equals = flag.find('=');
     const std::string name = flag.substr(0, equals);
     if (name != "--out" && name != "--shard_tokens")
-      fail("unknown flag ", name, ": there are --out, --shard_tokens and --help");
+      fail("unknown flag ", name, ": there are --out, --shard_tokens, --help and --version");
     if (equals != std::string::npos)
       value = flag.substr(equals + 1);
     else if (++i < argc)
@@ -247,8 +253,8 @@ static int prepare(const Options& options) {
 int main(int argc, char** argv) {
   return run_main([&] {
     const Options options = parse(argc, argv);
-    if (!options.help) return prepare(options);
-    std::fputs(usage, stdout);
+    if (!options.help && !options.version) return prepare(options);
+    std::fputs(options.help ? usage : version_text().c_str(), stdout);
     return 0;
   });
 }

@@ -24,6 +24,7 @@
 #include "host/memory.h"      // defines: MemoryPlan
 #include "host/tensors.h"     // defines: ModelShape, PARAMETERS, Params, Layout
 #include "host/train_loop.h"  // defines: run_command
+#include "host/version.h"     // defines: version_text
 #include "kernels/adamw.cuh"
 #include "kernels/attention.cuh"
 #include "kernels/batch.cuh"
@@ -36,7 +37,8 @@
 
 namespace cpu {
 int run(Config config, const std::string& why);  // train_gpt_cpu.cpp
-}
+std::string kernels_text();
+}  // namespace cpu
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The tensors. PARAMETERS, the table of what is learned, is in host/tensors.h: both trainers and all files share it.
@@ -798,6 +800,7 @@ int main(int argc, char** argv) {
   return run_main([&] {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
+    if (config.version) return std::fputs((version_text() + cpu::kernels_text()).c_str(), stdout), 0;
     const std::string why = no_gpu();
     if (config.device == "cuda" && !why.empty()) fail("--device cuda: ", why);
     const bool on_cpu = config.device == "cpu" || !why.empty() || config.command == "export";

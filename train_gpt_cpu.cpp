@@ -20,6 +20,7 @@
 #include "host/tensors.h"       // defines: ModelShape, PARAMETERS, Params, Layout
 #include "host/threads.h"       // defines: default_threads
 #include "host/train_loop.h"    // defines: run_command
+#include "host/version.h"       // defines: version_text
 #include "kernels/adamw.h"
 #include "kernels/attention.h"
 #include "kernels/crossentropy.h"
@@ -394,6 +395,16 @@ class CpuModel {
   std::vector<int> x_, y_;  // (B, T)
 };
 
+// For --version: what the kernels of the CPU were built for. Emitted, as run is.
+[[gnu::used]] inline std::string kernels_text() {
+  std::string out = text("CPU kernels: vectors of ", 8 * vector_bytes, " bits");
+  if (built_for.fma) out += ", FMA";
+  if (built_for.avx2) out += ", AVX2";
+  if (built_for.avx512) out += ", AVX-512";
+  if (built_for.avx512_bf16) out += ", AVX512_BF16";
+  return out + "\n";
+}
+
 // Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU. It is emitted
 // (used) although nothing here calls it: train_gpt.cu does.
 [[gnu::used]] inline int run(Config config, const std::string& why) {
@@ -424,6 +435,8 @@ int main(int argc, char** argv) {
   return run_main([&] {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
+    if (config.version)
+      return std::fputs((version_text() + cpu::kernels_text() + "built without CUDA\n").c_str(), stdout), 0;
     const std::string why = "this program was built without CUDA";
     if (config.device == "cuda") fail("--device cuda: ", why, "; with nvcc on the path, make train_gpt builds it with");
     return cpu::run(config, why);

@@ -77,7 +77,7 @@ const std::vector<std::pair<std::string, std::string>> small_preset = {
 };
 
 [[noreturn]] void refuse_unknown(const std::string& name, Config& config) {
-  std::vector<std::string> names = {"help"};
+  std::vector<std::string> names = {"help", "version"};
   for (const auto& [commands, flag] : flags(config)) {
     if (flag.name == name) {
       std::string others;
@@ -105,6 +105,7 @@ Config parse_command_line(int argc, char** argv) {
   config.given = parse_flags(arguments, flags_of(config, config.command),
                              [&](const std::string& name) { refuse_unknown(name, config); });
   config.help = config.given.count("help");
+  config.version = config.given.count("version");
   return config;
 }
 
@@ -131,7 +132,9 @@ std::string help_text(const std::string& command) {
       if (name == flag.name && command == "train") small = " (small: " + value + ")";
     out += help_line(flag, small);
   }
-  return out + "\n  --help with another command shows that command's flags\n";
+  return out +
+         "\n  --help with another command shows that command's flags\n"
+         "  --version says what to add to a report of a fault: versions, compilers, cards\n";
 }
 
 static bool is_recorded(const CommandFlag& f) { return f.commands.find_first_of("rm") != std::string::npos; }

@@ -56,7 +56,7 @@ struct Config {
   double temperature = 1;
   int top_k = 0;  // 0: off
 
-  bool help = false;
+  bool help = false, version = false;
   std::set<std::string> given;  // the flags that stood on the command line
 };
 

@@ -97,7 +97,7 @@ std::set<std::string> parse_flags(std::vector<std::string> arguments, const std:
                                   const std::function<void(const std::string& name)>& unknown) {
   // --flag=value becomes two arguments, so that a value may be empty; what follows a flag without = is its value.
   for (size_t i = 0; i < arguments.size(); i++) {
-    if (arguments[i].rfind("--", 0) != 0 || arguments[i] == "--help") continue;
+    if (arguments[i].rfind("--", 0) != 0 || arguments[i] == "--help" || arguments[i] == "--version") continue;
     const size_t equals = arguments[i].find('=');
     if (equals != std::string::npos) {
       arguments.insert(arguments.begin() + long(i) + 1, arguments[i].substr(equals + 1));
@@ -109,8 +109,9 @@ std::set<std::string> parse_flags(std::vector<std::string> arguments, const std:
   CLI::App app;
   app.set_help_flag();
   app.allow_extras();
-  bool help = false;
+  bool help = false, version = false;
   app.add_flag("--help,-h", help);
+  app.add_flag("--version", version);
   std::vector<std::pair<const Flag*, std::string>> values;
   for (const Flag& flag : flags)
     app.add_option_function<std::string>("--" + flag.name,
@@ -123,6 +124,7 @@ std::set<std::string> parse_flags(std::vector<std::string> arguments, const std:
     app.parse(arguments);
   } catch (const CLI::ParseError& e) { fail(e.what(), "; see --help"); }
   if (help) return {"help"};
+  if (version) return {"version"};
   for (const std::string& argument : app.remaining()) {
     if (argument.rfind("--", 0) != 0) fail("'", argument, "' is not a flag; flags begin with --, see --help");
     unknown(argument.substr(2));

@@ -24,8 +24,9 @@ struct Flag {
 void set_flag(const Flag& flag, const std::string& value);  // raises an Error that says what the flag takes
 std::string flag_value(const Flag& flag);
 
-// Reads `--flag value` and `--flag=value`, the last of several counts, and returns the names of those that were given;
-// nothing is set if "help" (--help, -h) is among them. Other arguments: unknown(name) or, without --, an Error.
+// Reads `--flag value` and `--flag=value`, the last of several counts, and returns the names of those that were given. If
+// --help (-h) or --version is among the arguments, it returns that name alone and sets nothing. Other arguments:
+// unknown(name) or, without --, an Error.
 std::set<std::string> parse_flags(std::vector<std::string> arguments, const std::vector<Flag>& flags,
                                   const std::function<void(const std::string& name)>& unknown);
 

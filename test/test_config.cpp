@@ -110,4 +110,8 @@ TEST_CASE("Help lists every flag of a command with its default") {
   for (const std::string& name : recorded_flags()) CHECK(help.find("--" + name + " ") != std::string::npos);
   CHECK(help_text("sample").find("--top_k 0") != std::string::npos);
   CHECK(help_text("sample").find("--max_iters") == std::string::npos);
+  for (const char* command : {"train", "sample", "eval", "export"}) {
+    CHECK(parse({command, "--help"}).help);
+    CHECK(parse({command, "--version"}).version);
+  }
 }

@@ -185,6 +185,9 @@ TEST_CASE("data_prep: help") {
     CHECK(r.err == "");
     for (const char* part : {"usage:", "--out", "--shard_tokens", "data/input.txt"}) CHECK(contains(r.out, part));
   }
+  const Run version = data_prep("--version");
+  CHECK(version.code == 0);
+  CHECK(version.out.substr(0, 9) == "microGPT ");
 }
 
 TEST_CASE("data_prep: Tiny Shakespeare") {

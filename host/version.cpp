@@ -1,0 +1,22 @@
+#include "version.h"
+
+#include "error.h"
+
+// What git says where the program is built (Makefile). Without a repository: the commit, which git writes here into
+// every archive that it makes (.gitattributes), or nothing.
+#ifndef MICROGPT_VERSION
+#define MICROGPT_VERSION ""
+#endif
+static const std::string described = MICROGPT_VERSION, archived = "$Format:%h$";
+
+#ifdef __clang__
+static const char* const compiler = "clang++ " __clang_version__;
+#else
+static const char* const compiler = "g++ " __VERSION__;
+#endif
+
+std::string version_text() {
+  std::string version = described;
+  if (version.empty()) version = archived[0] == '$' ? "of unknown version" : archived;
+  return text("microGPT ", version, ", by ", compiler, "\n");
+}

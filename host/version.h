@@ -1,0 +1,6 @@
+// defines: version_text
+#pragma once
+#include <string>
+
+// Which commit this program was built from, and by which compiler: what a report of a fault begins with.
+std::string version_text();

@@ -57,7 +57,7 @@ else
 endif
 # Spills are for make kernel-stats. -lineinfo lets the profiler show source lines. No --use_fast_math: see above.
 NVCC_FLAGS := -std=c++20 -O3 -lineinfo -MMD -MP -Xcompiler=-Wall,-Wextra,-fopenmp
-CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcublasLt -lcudart_static -lpthread -ldl -lrt
+CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart_static -lpthread -ldl -lrt
 
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))

@@ -28,6 +28,7 @@
 #include "kernels/adamw.cuh"
 #include "kernels/attention.cuh"
 #include "kernels/batch.cuh"
+#include "kernels/card.cuh"
 #include "kernels/column_sums.cuh"
 #include "kernels/crossentropy.cuh"
 #include "kernels/embedding.cuh"
@@ -512,8 +513,7 @@ class GpuModel {
   const ModelShape& shape() const { return gpt_.shape; }
   const Layout& layout() const { return gpt_.param_layout; }
   std::string describe() const {
-    cudaDeviceProp card;
-    CUDA_CHECK(cudaGetDeviceProperties(&card, 0));
+    const cudaDeviceProp card = current_card();
     return text(config_.dtype, " on ", card.name, ", ", card.totalGlobalMem / 1000000000, " GB, ",
                 card.multiProcessorCount, " multiprocessors",
                 peak_flops_ > 0 ? text(", measured peak ", std::round(peak_flops_ / 1e12), " TFLOP/s") : "");
@@ -763,29 +763,15 @@ class GpuModel {
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Why no GPU can be used; empty: one can.
-inline std::string no_gpu() {
-  int count = 0;
-  const cudaError_t error = cudaGetDeviceCount(&count);
-  if (error == cudaSuccess && count > 0) return "";
-  return error == cudaSuccess ? "no CUDA device was found" : text("no CUDA device (", cudaGetErrorString(error), ")");
-}
-
 inline int run_on_gpu(Config config) {
-  cudaDeviceProp card;
-  CUDA_CHECK(cudaSetDevice(0));
-  CUDA_CHECK(cudaGetDeviceProperties(&card, 0));
-  const int capability = 10 * card.major + card.minor;
-  if (capability < 75)
-    fail(card.name, " has compute capability ", card.major, ".", card.minor,
-         ", this program needs 7.5 (Turing) or later; --device cpu trains on the CPU");
-  const bool turing = capability < 80;
+  const cudaDeviceProp card = current_card();
+  const bool turing = card.major < 8;
   if (config.dtype == "auto") {
     config.dtype = dtype_so_far(config);
     if (turing && config.dtype != "float32") config.dtype.clear();
   }
   if (config.dtype.empty()) config.dtype = turing ? "float16" : "bfloat16";
-  if (capability < 80 && (config.dtype == "bfloat16" || config.dtype == "tf32"))
+  if (turing && (config.dtype == "bfloat16" || config.dtype == "tf32"))
     fail("--dtype ", config.dtype, ": ", card.name, " has no ", config.dtype,
          " arithmetic (compute capability 8.0 has); --dtype float16 or float32");
   if (config.command == "train") apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
@@ -800,11 +786,11 @@ int main(int argc, char** argv) {
   return run_main([&] {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
-    if (config.version) return std::fputs((version_text() + cpu::kernels_text()).c_str(), stdout), 0;
+    if (config.version) return std::fputs((version_text() + cpu::kernels_text() + cards_text()).c_str(), stdout), 0;
+    if (config.device == "cpu" || config.command == "export") return cpu::run(config, "");
     const std::string why = no_gpu();
     if (config.device == "cuda" && !why.empty()) fail("--device cuda: ", why);
-    const bool on_cpu = config.device == "cpu" || !why.empty() || config.command == "export";
-    return on_cpu ? cpu::run(config, why) : run_on_gpu(config);
+    return why.empty() ? run_on_gpu(config) : cpu::run(config, why);
   });
 }
 #endif

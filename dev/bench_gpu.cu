@@ -92,11 +92,7 @@ __global__ void __launch_bounds__(512) read_kernel(float* sink, const float4* fr
   if (sum == 1) *sink = sum;  // never, but the loads must not be left out
 }
 
-cudaDeviceProp device() {
-  cudaDeviceProp card;
-  CUDA_CHECK(cudaGetDeviceProperties(&card, 0));
-  return card;
-}
+cudaDeviceProp device() { return current_card(); }
 
 #ifdef CUDA_ON_CPU
 constexpr size_t megabyte = 1000;  // what runs on the CPU only shows that it runs
@@ -840,7 +836,6 @@ int run(int argc, char** argv) {
   apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
 
   if (const std::string why = no_gpu(); !why.empty()) fail(why);
-  CUDA_CHECK(cudaSetDevice(0));
   const bool ampere = device().major >= 8;
   if (dtypes.empty()) {
     dtypes = ampere ? std::vector<std::string>{"bfloat16", "float16", "tf32", "float32"}

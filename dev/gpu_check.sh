@@ -46,12 +46,13 @@ fi
 make_programs() { make CXX="$cxx" ARCH="$arch" MARCH="$march" "$train_gpt" "$run_tests" "$bench_gpu" "$@"; }
 
 # The libraries that were packed are for these programs alone: Python and the profilers have their own. The compiler's
-# are taken only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own.
+# are taken only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own: the program
+# itself says which file it looks for, if it finds none.
 libraries() {
   local folder library path=$PREBUILT/lib
   LD_LIBRARY_PATH=$path ldd "$train_gpt" 2>&1 | grep -E '(libstdc|libgcc|libgomp|GLIBCXX).*not found' >/dev/null &&
     path+=:$PREBUILT/lib/compiler
-  library=$(LD_LIBRARY_PATH=$path ldd "$train_gpt" 2>/dev/null | awk '/libcublasLt.*not found/ { print $1 }')
+  library=$(LD_LIBRARY_PATH=$path "$train_gpt" --version 2>/dev/null | grep -o '(libcublasLt\.so[^:]*' | tr -d '(')
   for folder in /usr/local/cuda*/lib64 /usr/local/cuda*/targets/*/lib \
     $(python3 -c 'import glob, nvidia; print(*(f for p in nvidia.__path__ for f in glob.glob(p + "/*/lib")))' 2>&1); do
     [ -n "$library" ] && [ -e "$folder/$library" ] && path+=:$folder && break
@@ -80,7 +81,7 @@ pack() {
   done
   # Not the C library, which belongs to the other machine's kernel and loader, nor what comes with its driver or CUDA.
   ldd "$train_gpt" "$run_tests" "$bench_gpu" | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
-    grep -vE '/(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|cuda|nvidia.*|cublas.*|cudart))\.so' |
+    grep -vE '/(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|cuda|nvidia.*))\.so' |
     while read -r library; do
       case $library in
         */libstdc++* | */libgcc_s* | */libgomp*) cp -L "$library" "$folder/lib/compiler/" ;;

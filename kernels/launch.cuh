@@ -1,7 +1,7 @@
 // Launching kernels: launch(kernel, {grid, block, smem, stream}, arguments...) is what kernel<<<...>>>(arguments...) is,
 // in a form that a plain C++ compiler can read as well (dev/cuda_on_cpu), checked, with the launch's place in the
 // message.
-// defines: CUDA_CHECK, LaunchConfig, launch, require, ceil_div, Range
+// defines: CUDA_CHECK, current_card, LaunchConfig, launch, require, ceil_div, Range
 #pragma once
 #include <cuda_runtime.h>
 
@@ -26,6 +26,15 @@ inline void cuda_check(cudaError_t error, const char* what, const char* file, in
   throw CudaError(error, message.str());
 }
 #define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
+
+// The card that this program uses.
+inline cudaDeviceProp current_card() {
+  int device;
+  cudaDeviceProp card;
+  CUDA_CHECK(cudaGetDevice(&device));
+  CUDA_CHECK(cudaGetDeviceProperties(&card, device));
+  return card;
+}
 
 // A kernel may have 48 KB of shared memory without asking. What it declares itself counts too, up to 16 KB of it.
 constexpr size_t smem_without_asking = 32 << 10;  // bytes of dynamic shared memory

@@ -1,8 +1,9 @@
 // The library that computes matrix products, cuBLASLt, or plain loops where there is no GPU. Sums over the inner
 // dimension are in float, whatever the type of the operands. Which algorithm of cuBLASLt is the fastest depends on the
 // card and the shapes, and is found by trying them; the choice can be kept, and then a later run repeats this one.
-// defines: Product, Operands, AlgorithmTable, MatmulLibrary
+// defines: Product, Operands, AlgorithmTable, DeviceMemory, MatmulLibrary
 #pragma once
+#include <dlfcn.h>
 #ifndef CUDA_ON_CPU
 #include <cublasLt.h>
 #endif
@@ -20,6 +21,7 @@
 #include <utility>
 #include <vector>
 
+#include "../host/error.h"
 #include "device.cuh"
 #include "launch.cuh"
 #include "masks.h"
@@ -125,6 +127,16 @@ class AlgorithmTable {
   std::set<std::string> used_;
 };
 
+// Loads a shared library from where the loader looks for those that a program is linked with: the program's rpath,
+// LD_LIBRARY_PATH, the system's folders.
+inline void* load_library(const std::string& name) {
+  void* const library = dlopen(name.c_str(), RTLD_LAZY);
+  if (!library)
+    fail("cuBLASLt cannot be loaded (", dlerror(), "): install the CUDA Toolkit's cuBLAS, or name its folder in ",
+         "LD_LIBRARY_PATH");
+  return library;
+}
+
 class DeviceMemory {
  public:
   explicit DeviceMemory(size_t bytes) { CUDA_CHECK(cudaMalloc(&memory_, bytes)); }
@@ -180,6 +192,11 @@ class MatmulLibrary {
 
   explicit MatmulLibrary(cudaStream_t stream) : stream_(stream), workspace_(workspace_bytes) {}
 
+  static std::string load() {  // so that a test can see what a library that is missing leads to
+    if (const char* instead = std::getenv("CUDA_ON_CPU_CUBLASLT")) load_library(instead);
+    return "plain loops instead of cuBLASLt";
+  }
+
   AlgorithmTable& table() { return table_; }
   float* workspace() const { return workspace_.as<float>(); }
 
@@ -225,7 +242,41 @@ class MatmulLibrary {
 
 #else
 // ---------------------------------------------------------------------------------------------------------------------
-// cuBLASLt.
+// cuBLASLt. The program is not linked with it: it loads it when it uses a GPU, and so starts where it is missing.
+
+struct CublasLt {
+  void* library = load_library("libcublasLt.so." + std::to_string(CUBLAS_VER_MAJOR));
+
+// cublasLt().Create is what the manual calls cublasLtCreate. The library's header has functions of its own, cublasLt...Init:
+// they call what ends in _internal.
+#define CUBLASLT_FUNCTION(name) decltype(&::cublasLt##name) name = find<decltype(name)>("cublasLt" #name);
+  CUBLASLT_FUNCTION(Create)
+  CUBLASLT_FUNCTION(Destroy)
+  CUBLASLT_FUNCTION(GetStatusString)
+  CUBLASLT_FUNCTION(GetVersion)
+  CUBLASLT_FUNCTION(Matmul)
+  CUBLASLT_FUNCTION(MatmulAlgoCheck)
+  CUBLASLT_FUNCTION(MatmulAlgoConfigGetAttribute)
+  CUBLASLT_FUNCTION(MatmulAlgoGetHeuristic)
+  CUBLASLT_FUNCTION(MatmulDescInit_internal)
+  CUBLASLT_FUNCTION(MatmulDescSetAttribute)
+  CUBLASLT_FUNCTION(MatmulPreferenceInit_internal)
+  CUBLASLT_FUNCTION(MatmulPreferenceSetAttribute)
+  CUBLASLT_FUNCTION(MatrixLayoutInit_internal)
+#undef CUBLASLT_FUNCTION
+
+ private:
+  template <class Function>
+  Function find(const char* name) const {
+    void* const function = dlsym(library, name);
+    if (!function) fail("cuBLASLt is not the one this program was built for (", dlerror(), ")");
+    return reinterpret_cast<Function>(function);
+  }
+};
+inline const CublasLt& cublasLt() {
+  static const CublasLt functions;
+  return functions;
+}
 
 // x = numbers in [-1, 1), eight for each thread
 template <class Real>
@@ -243,10 +294,16 @@ class MatmulLibrary {
   static constexpr size_t workspace_bytes = 32 << 20;  // what cuBLAS' manual recommends for Hopper
 
   explicit MatmulLibrary(cudaStream_t stream) : stream_(stream), workspace_(workspace_bytes), table_(machine()) {
-    check(cublasLtCreate(&handle_), "cublasLtCreate");
+    check(cublasLt().Create(&handle_), "cublasLtCreate");
   }
-  ~MatmulLibrary() { cublasLtDestroy(handle_); }
+  ~MatmulLibrary() { cublasLt().Destroy(handle_); }
   MatmulLibrary(const MatmulLibrary&) = delete;
+
+  // Loads the library, if it is not yet, and returns its name and version; an Error says why it cannot be loaded.
+  static std::string load() {
+    const size_t version = cublasLt().GetVersion();
+    return ::text("cuBLASLt ", version / 10000, ".", version / 100 % 100, ".", version % 100);
+  }
 
   AlgorithmTable& table() { return table_; }
   // Scratch for kernels on the same stream, too: the library needs it only while a product is computed.
@@ -365,16 +422,13 @@ class MatmulLibrary {
 
   static void check(cublasStatus_t status, const char* what) {
     if (status != CUBLAS_STATUS_SUCCESS)
-      throw std::runtime_error(std::string("cuBLASLt: ") + what + ": " + cublasLtGetStatusString(status));
+      throw std::runtime_error(std::string("cuBLASLt: ") + what + ": " + cublasLt().GetStatusString(status));
   }
   static std::string machine() {
-    int device;
-    cudaDeviceProp card;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaGetDeviceProperties(&card, device));
+    const cudaDeviceProp card = current_card();
     std::ostringstream out;
     out << card.name << ", compute capability " << card.major << "." << card.minor << ", " << card.multiProcessorCount
-        << " multiprocessors, cuBLASLt " << cublasLtGetVersion();
+        << " multiprocessors, cuBLASLt " << cublasLt().GetVersion();
     return out.str();
   }
 
@@ -402,7 +456,7 @@ class MatmulLibrary {
 
   template <class Value>
   static void set(Plan& plan, cublasLtMatmulDescAttributes_t attribute, Value value) {
-    check(cublasLtMatmulDescSetAttribute(&plan.product, attribute, &value, sizeof value), "a descriptor");
+    check(cublasLt().MatmulDescSetAttribute(&plan.product, attribute, &value, sizeof value), "a descriptor");
   }
   static Plan describe(const Product& p) {
     constexpr cudaDataType_t types[] = {CUDA_R_32F, CUDA_R_32F, CUDA_R_16BF, CUDA_R_16F};
@@ -412,14 +466,16 @@ class MatmulLibrary {
     const cudaDataType_t type = types[int(p.type)];
     const bool tf32 = p.type == OperandType::tf32;
     Plan plan;
-    check(cublasLtMatmulDescInit(&plan.product, tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
+    check(cublasLt().MatmulDescInit_internal(&plan.product, sizeof plan.product,
+                                             tf32 ? CUBLAS_COMPUTE_32F_FAST_TF32 : CUBLAS_COMPUTE_32F, CUDA_R_32F),
           "a descriptor");
     set(plan, CUBLASLT_MATMUL_DESC_TRANSA, int32_t(p.transpose_a ? CUBLAS_OP_T : CUBLAS_OP_N));
     set(plan, CUBLASLT_MATMUL_DESC_TRANSB, int32_t(p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N));
     set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogues[int(p.epilogue)]));
     if (p.has_mask()) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(mask_stride(p.m)));
     const auto layout = [](cublasLtMatrixLayoutOpaque_t& matrix, cudaDataType_t of, int rows, int columns, int ld) {
-      check(cublasLtMatrixLayoutInit(&matrix, of, uint64_t(rows), uint64_t(columns), ld), "a matrix layout");
+      check(cublasLt().MatrixLayoutInit_internal(&matrix, sizeof matrix, of, uint64_t(rows), uint64_t(columns), ld),
+            "a matrix layout");
     };
     layout(plan.a, type, p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k, p.lda);  // as stored, before op
     layout(plan.b, type, p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n, p.ldb);
@@ -433,8 +489,8 @@ class MatmulLibrary {
   }
   cublasStatus_t run(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, bool accumulate) {
     const float alpha = 1, beta = accumulate;
-    return cublasLtMatmul(handle_, &plan.product, &alpha, o.a, &plan.a, o.b, &plan.b, &beta, d, &plan.d, d, &plan.d,
-                          &algorithm.opaque, workspace_.as<void>(), workspace_bytes, stream_);
+    return cublasLt().Matmul(handle_, &plan.product, &alpha, o.a, &plan.a, o.b, &plan.b, &beta, d, &plan.d, d, &plan.d,
+                             &algorithm.opaque, workspace_.as<void>(), workspace_bytes, stream_);
   }
 
   // An algorithm is 64 bytes, which may be kept for the same version of the library.
@@ -449,8 +505,8 @@ class MatmulLibrary {
     in >> std::hex;
     for (uint64_t& word : plan.algorithm.opaque.data) in >> word;
     cublasLtMatmulHeuristicResult_t result{};
-    plan.usable = in && cublasLtMatmulAlgoCheck(handle_, &plan.product, &plan.a, &plan.b, &plan.d, &plan.d,
-                                                &plan.algorithm.opaque, &result) == CUBLAS_STATUS_SUCCESS;
+    plan.usable = in && cublasLt().MatmulAlgoCheck(handle_, &plan.product, &plan.a, &plan.b, &plan.d, &plan.d,
+                                                   &plan.algorithm.opaque, &result) == CUBLAS_STATUS_SUCCESS;
     plan.usable = plan.usable && result.workspaceSize <= workspace_bytes;
     return plan.usable;
   }
@@ -460,9 +516,9 @@ class MatmulLibrary {
   // to split k add up in d's type, one of them in place while the pieces are computed.
   std::vector<Algorithm> heuristics(Plan& plan, int k, const Request& request) {
     cublasLtMatmulPreferenceOpaque_t preference{};
-    check(cublasLtMatmulPreferenceInit(&preference), "a preference");
+    check(cublasLt().MatmulPreferenceInit_internal(&preference, sizeof preference), "a preference");
     const auto prefer = [&](cublasLtMatmulPreferenceAttributes_t attribute, auto value) {
-      check(cublasLtMatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value), "a preference");
+      check(cublasLt().MatmulPreferenceSetAttribute(&preference, attribute, &value, sizeof value), "a preference");
     };
     prefer(CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, uint64_t(workspace_bytes));
     prefer(CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, request.reductions);
@@ -475,8 +531,8 @@ class MatmulLibrary {
     cublasLtMatmulHeuristicResult_t results[count];
     std::vector<Algorithm> out;
     int found = 0;
-    if (cublasLtMatmulAlgoGetHeuristic(handle_, &plan.product, &plan.a, &plan.b, &plan.d, &plan.d, &preference, count,
-                                       results, &found) != CUBLAS_STATUS_SUCCESS)
+    if (cublasLt().MatmulAlgoGetHeuristic(handle_, &plan.product, &plan.a, &plan.b, &plan.d, &plan.d, &preference,
+                                          count, results, &found) != CUBLAS_STATUS_SUCCESS)
       return out;
     for (int i = 0; i < found; i++) {
       const cublasLtMatmulHeuristicResult_t& r = results[i];
@@ -491,7 +547,8 @@ class MatmulLibrary {
   static uint32_t config(const cublasLtMatmulAlgo_t& algorithm, cublasLtMatmulAlgoConfigAttributes_t attribute) {
     uint32_t value = 0;
     size_t written = 0;
-    check(cublasLtMatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof value, &written), "an algorithm");
+    check(cublasLt().MatmulAlgoConfigGetAttribute(&algorithm, attribute, &value, sizeof value, &written),
+          "an algorithm");
     return value;
   }
 

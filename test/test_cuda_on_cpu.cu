@@ -533,6 +533,52 @@ TEST_CASE("CUDA on the CPU: device memory is limited, and comes back", "[cuda_on
   CHECK(count == 1);
 }
 
+__global__ void nothing_kernel() {}
+
+TEST_CASE("CUDA on the CPU: cards of several kinds, some of which fail", "[cuda_on_cpu]") {
+  const auto capability = [](int device) {
+    cudaDeviceProp card;
+    CHECK(cudaGetDeviceProperties(&card, device) == cudaSuccess);
+    return 10 * card.major + card.minor;
+  };
+  const cudaLaunchConfig_t one = {1, 1, 0, nullptr, nullptr, 0};
+  int count = 0, device = 0;
+  cudaDeviceProp none;
+  unsetenv("CUDA_VISIBLE_DEVICES");
+  setenv("CUDA_ON_CPU_DEVICES", "61 90:46 75:222", 1);
+  CHECK(cudaGetDeviceCount(&count) == cudaSuccess);
+  CHECK(count == 3);
+  CHECK(capability(0) == 61);
+  CHECK(capability(2) == 75);
+  CHECK(cudaGetDeviceProperties(&none, 3) == cudaErrorInvalidDevice);
+  CHECK(cudaSetDevice(3) == cudaErrorInvalidDevice);
+  CHECK(cudaSetDevice(1) == cudaErrorDevicesUnavailable);
+  CHECK(cudaSetDevice(2) == cudaSuccess);
+  CHECK(cudaGetDevice(&device) == cudaSuccess);
+  CHECK(device == 2);
+  CHECK(cudaLaunchKernelEx(&one, nothing_kernel) == cudaErrorUnsupportedPtxVersion);
+  for (const char* visible : {"2,0", "2,0,-1,1"}) {
+    setenv("CUDA_VISIBLE_DEVICES", visible, 1);
+    CHECK(cudaGetDeviceCount(&count) == cudaSuccess);
+    CHECK(count == 2);
+    CHECK(capability(0) == 75);
+  }
+  for (const char* hidden : {"", "-1"}) {
+    setenv("CUDA_VISIBLE_DEVICES", hidden, 1);
+    CHECK(cudaGetDeviceCount(&count) == cudaErrorNoDevice);
+  }
+  unsetenv("CUDA_VISIBLE_DEVICES");
+  unsetenv("CUDA_ON_CPU_DEVICES");
+  CHECK(cudaSetDevice(0) == cudaSuccess);
+  CHECK(cudaLaunchKernelEx(&one, nothing_kernel) == cudaSuccess);
+  CHECK(cudaDeviceSynchronize() == cudaSuccess);
+  cudaGetLastError();
+
+  setenv("CUDA_ON_CPU_DRIVER", "12040", 1);
+  CHECK(cudaGetDeviceCount(&count) == cudaErrorInsufficientDriver);
+  unsetenv("CUDA_ON_CPU_DRIVER");
+}
+
 TEST_CASE("CUDA on the CPU: little memory, used again and again", "[cuda_on_cpu]") {
   const Run little = run_alone("alone: little memory", "CUDA_ON_CPU_MEMORY=1000000");
   INFO(little.out << little.err);

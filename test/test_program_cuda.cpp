@@ -106,6 +106,69 @@ TEST_CASE("Without a GPU it trains on the CPU and says why, unless a GPU was ask
   CHECK(contains(type.err, "--dtype float16 needs a GPU"));
 }
 
+TEST_CASE("A GPU that does nothing, or is hidden, or has no cuBLASLt: the CPU, and why, or an error that says it") {
+  const std::string folder = prepared();
+  const std::vector<std::pair<std::string, std::string>> machines = {
+      {"CUDA_ON_CPU_DRIVER=0", "no CUDA device: no NVIDIA driver was found"},
+      {"CUDA_ON_CPU_DRIVER=12040",
+       "no CUDA device: the driver knows CUDA 12.4, this program needs 13.0; update the driver"},
+      {"CUDA_ON_CPU_DEVICES=90 CUDA_VISIBLE_DEVICES=", "no CUDA device: none is visible with CUDA_VISIBLE_DEVICES=''"},
+      {"CUDA_ON_CPU_DEVICES=90 CUDA_VISIBLE_DEVICES=-1",
+       "no CUDA device: none is visible with CUDA_VISIBLE_DEVICES='-1'"},
+      {"CUDA_ON_CPU_DEVICES=61", "card 0 on the CPU has compute capability 6.1, 7.5 (Turing) or later is needed"},
+      {"CUDA_ON_CPU_DEVICES=90:2", "card 0 on the CPU: no memory is free"},
+      {"CUDA_ON_CPU_DEVICES=90:46", "card 0 on the CPU: it is busy or closed"},
+      {"CUDA_ON_CPU_DEVICES=90:209", "card 0 on the CPU: the program was built for other cards"},
+      {"CUDA_ON_CPU_DEVICES=90:222",
+       "card 0 on the CPU: the driver, of CUDA 13.0, is older than this program's compiler"},
+      {"CUDA_ON_CPU_DEVICES='61 90:719'", "or later is needed; card 1 on the CPU: unspecified launch failure"},
+      {"CUDA_ON_CPU_CUBLASLT=libcublasLt.so.0", "cuBLASLt cannot be loaded (libcublasLt.so.0: "},
+  };
+  const std::string short_run = tiny + " --max_iters=1 --eval_iters=1 --threads=1";
+  for (const auto& [machine, why] : machines) {
+    INFO(machine);
+    const std::string program = "env -u CUDA_VISIBLE_DEVICES " + machine + " " + on_gpu;
+    const Run refused = train_with(program, folder, "/out", short_run + " --device=cuda");
+    CHECK(refused.code == 1);
+    CHECK(contains(refused.err, "error: --device cuda: "));
+    CHECK(contains(refused.err, why));
+    CHECK_FALSE(fs::exists(folder + "/out"));
+    const Run r = train_with(program, folder, "/out", short_run);
+    CHECK(r.code == 0);
+    CHECK(r.err.substr(0, 12) == "on the CPU: ");
+    CHECK(contains(r.err.substr(0, r.err.find('\n')), why));
+    fs::remove_all(folder + "/out");
+  }
+}
+
+TEST_CASE("The first GPU that does something is used, and those before it are named") {
+  const std::string folder = prepared();
+  const std::string program = "env -u CUDA_VISIBLE_DEVICES CUDA_ON_CPU_DEVICES='61 90:46 75 90' " + on_gpu;
+  const Run r = train_with(program, folder, "/out", tiny + " --max_iters=1 --device=cuda");
+  CHECK(r.code == 0);
+  CHECK(contains(r.err,
+                 "card 0 on the CPU has compute capability 6.1, 7.5 (Turing) or later is needed; "
+                 "card 1 on the CPU: it is busy or closed"));
+  CHECK(contains(r.err, "; card 2 on the CPU is used instead\n"));
+  CHECK(contains(r.err, "float16 on card 2 on the CPU"));  // what Turing has
+  CHECK_FALSE(contains(r.err, "card 3"));
+}
+
+TEST_CASE("The flag --version says what there is, whatever is missing") {
+  const Run all = run("env -u CUDA_VISIBLE_DEVICES CUDA_ON_CPU_DEVICES='61:46 75' " + on_gpu + " --version");
+  CHECK(all.code == 0);
+  CHECK(all.err == "");
+  for (const char* part : {"microGPT ", "CPU kernels: vectors of ", "CUDA runtime 13.0, driver 13.0\n",
+                           "card 0: card 0 on the CPU, compute capability 6.1, 17 GB\n",
+                           "card 1: card 1 on the CPU, compute capability 7.5, 17 GB\n"})
+    CHECK(contains(all.out, part));
+  const Run none = run("CUDA_ON_CPU_DRIVER=0 CUDA_ON_CPU_CUBLASLT=libcublasLt.so.0 " + on_gpu + " --version");
+  CHECK(none.code == 0);
+  for (const char* part :
+       {"driver none\n", "cuBLASLt cannot be loaded", "\nno CUDA device: no NVIDIA driver was found\n"})
+    CHECK(contains(none.out, part));
+}
+
 TEST_CASE("What a GPU cannot do is refused before it begins") {
   const std::string folder = prepared();
   const auto refused = [&](const std::string& what, const std::string& flags, const std::string& part) {

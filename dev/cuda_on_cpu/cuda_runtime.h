@@ -28,7 +28,11 @@
 // two halves of a warp cannot be in two different ones. There are no clusters, TMA, wgmma, named barriers or
 // cooperative groups, and no atomics on floats, whose sums would depend on timing. Only one thread of the host may call.
 //
-// The environment: CUDA_ON_CPU_SEED; CUDA_ON_CPU_MEMORY, bytes of device memory; CUDA_ON_CPU_DEVICES, 0 for none;
+// The environment: CUDA_ON_CPU_SEED; CUDA_ON_CPU_MEMORY, bytes of device memory; CUDA_ON_CPU_DRIVER=12040, the CUDA version
+// that the driver has, 0 for no driver; CUDA_ON_CPU_DEVICES="61 90:46 90", each card's compute capability, 0 for no card,
+// and perhaps an error, of every launch or, if its number is below 200, of cudaSetDevice; CUDA_VISIBLE_DEVICES then
+// chooses among them. Without it there is one card. CUDA_ON_CPU_CUBLASLT=libcublasLt.so.0, a library to be loaded, as
+// cuBLASLt is for a GPU (kernels/matmul_library.cuh).
 // CUDA_LAUNCH_BLOCKING=1, which runs everything at once, for debuggers: break k if blockIdx.x == 1 && threadIdx.x == 37.
 // Kernels access memory through types of other sizes, hence -fno-strict-aliasing; -rdynamic gives reports their names.
 // defines: CUDA_ON_CPU, the language, functions of device code, the runtime's functions, cuda_on_cpu::set_seed, enqueue,
@@ -355,18 +359,22 @@ constexpr Value max(Value a, Value b) { return a < b ? b : a; }
 // ---------------------------------------------------------------------------------------------------------------------
 // The runtime
 
-#define CUDA_ON_CPU_ERRORS(ERROR)                                                                   \
-  ERROR(cudaSuccess, 0, "no error")                                                                 \
-  ERROR(cudaErrorInvalidValue, 1, "invalid argument")                                               \
-  ERROR(cudaErrorMemoryAllocation, 2, "out of memory")                                              \
-  ERROR(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                         \
-  ERROR(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                               \
-  ERROR(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                      \
-  ERROR(cudaErrorNotReady, 600, "device not ready")                                                 \
-  ERROR(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                   \
-  ERROR(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                  \
-  ERROR(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing") \
-  ERROR(cudaErrorStreamCaptureImplicit, 906,                                                        \
+#define CUDA_ON_CPU_ERRORS(ERROR)                                                                            \
+  ERROR(cudaSuccess, 0, "no error")                                                                          \
+  ERROR(cudaErrorInvalidValue, 1, "invalid argument")                                                        \
+  ERROR(cudaErrorMemoryAllocation, 2, "out of memory")                                                       \
+  ERROR(cudaErrorInvalidConfiguration, 9, "invalid configuration argument")                                  \
+  ERROR(cudaErrorInsufficientDriver, 35, "CUDA driver version is insufficient for CUDA runtime version")     \
+  ERROR(cudaErrorDevicesUnavailable, 46, "CUDA-capable device(s) is/are busy or unavailable")                \
+  ERROR(cudaErrorNoDevice, 100, "no CUDA-capable device is detected")                                        \
+  ERROR(cudaErrorInvalidDevice, 101, "invalid device ordinal")                                               \
+  ERROR(cudaErrorNoKernelImageForDevice, 209, "no kernel image is available for execution on the device")    \
+  ERROR(cudaErrorUnsupportedPtxVersion, 222, "the provided PTX was compiled with an unsupported toolchain.") \
+  ERROR(cudaErrorNotReady, 600, "device not ready")                                                          \
+  ERROR(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                            \
+  ERROR(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                           \
+  ERROR(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")          \
+  ERROR(cudaErrorStreamCaptureImplicit, 906,                                                                 \
         "operation would make the legacy stream depend on a capturing blocking stream")
 enum cudaError_t {
 #define CUDA_ON_CPU_ERROR(name, code, text) name = code,
@@ -424,6 +432,7 @@ cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 
 cudaError_t cudaGetDeviceCount(int* count);
+cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int device);
 cudaError_t cudaRuntimeGetVersion(int* version);

@@ -24,6 +24,7 @@
 #include <exception>
 #include <map>
 #include <numeric>
+#include <sstream>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -626,6 +627,7 @@ namespace {
 cudaError_t last_error = cudaSuccess;
 std::string details;  // of the latest error
 std::string failure;  // of a kernel, which every call returns until somebody has asked for the details
+cudaError_t launch_error = cudaSuccess;  // with which the card in use ends every launch
 
 cudaError_t result(cudaError_t code, const std::string& why = "") {
   if (code == cudaSuccess) return code;
@@ -895,6 +897,7 @@ cudaError_t allow_dynamic_smem(const void* function, int bytes) {
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& c, const void* function, std::function<void()> thread) {
+  if (launch_error) return result(launch_error);
   const size_t n = size_t(c.blockDim.x) * c.blockDim.y * c.blockDim.z;
   if (n == 0 || n > max_threads || c.blockDim.z > 64 || c.gridDim.x == 0 || c.gridDim.x > 0x7fffffff ||
       c.gridDim.y == 0 || c.gridDim.y > 65535 || c.gridDim.z == 0 || c.gridDim.z > 65535)
@@ -957,18 +960,62 @@ cudaError_t cudaGetLastError() {
 }
 cudaError_t cudaPeekAtLastError() { return last_error; }
 
+namespace {
+
+struct Card {
+  std::string name;
+  int capability;
+  cudaError_t error;
+};
+std::vector<Card> cards() {  // the visible ones
+  const char *described = getenv("CUDA_ON_CPU_DEVICES"), *chosen = getenv("CUDA_VISIBLE_DEVICES");
+  if (!described) return {{"CUDA on the CPU", 90, cudaSuccess}};
+  std::vector<Card> all, visible;
+  std::istringstream words(described);
+  for (std::string word; words >> word;) {
+    int capability = 0, error = 0;
+    sscanf(word.c_str(), "%d:%d", &capability, &error);
+    if (capability) all.push_back({format("card %zu on the CPU", all.size()), capability, cudaError_t(error)});
+  }
+  if (!chosen) return all;
+  std::istringstream numbers(chosen);  // up to the first that is none
+  for (size_t i; numbers >> i && i < all.size(); numbers.ignore()) visible.push_back(all[i]);
+  return visible;
+}
+constexpr int runtime_version = 13000;
+int card_in_use = 0;
+
+}  // namespace
+
+cudaError_t cudaRuntimeGetVersion(int* version) { return *version = runtime_version, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) {
+  return *version = int(environment("CUDA_ON_CPU_DRIVER", runtime_version)), cudaSuccess;
+}
 cudaError_t cudaGetDeviceCount(int* count) {
-  *count = int(environment("CUDA_ON_CPU_DEVICES", 1));
+  int driver;
+  *count = 0;
+  if (cudaDriverGetVersion(&driver); driver < runtime_version) return result(cudaErrorInsufficientDriver);
+  *count = int(cards().size());
   return *count > 0 ? cudaSuccess : result(cudaErrorNoDevice);
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : result(cudaErrorInvalidDevice); }
+cudaError_t cudaGetDevice(int* device) { return *device = card_in_use, cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  const std::vector<Card> all = cards();
+  if (size_t(device) >= all.size()) return result(cudaErrorInvalidDevice);
+  const cudaError_t error = all[size_t(device)].error;
+  card_in_use = device;
+  launch_error = error < 200 ? cudaSuccess : error;
+  return error < 200 ? result(error) : cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
-  if (device != 0) return result(cudaErrorInvalidDevice);
-  *properties = {"CUDA on the CPU", memory_bytes, default_smem, max_smem, max_smem + 1024, 9, 0, 4, 2048, 50 << 20};
+  const std::vector<Card> all = cards();
+  if (size_t(device) >= all.size()) return result(cudaErrorInvalidDevice);
+  const Card& card = all[size_t(device)];
+  *properties = {"", memory_bytes, default_smem, max_smem, max_smem + 1024, card.capability / 10, card.capability % 10,
+                 4,  2048,         50 << 20};
+  snprintf(properties->name, sizeof properties->name, "%s", card.name.c_str());
   return cudaSuccess;
 }
-cudaError_t cudaRuntimeGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return run_all(); }
 
 cudaError_t cudaMemGetInfo(size_t* free, size_t* total) {

@@ -1,0 +1,130 @@
+// Which card the program uses: the first that can do something, which is found out by letting it. A new machine may have
+// a driver that is too old, a card that is, or one that another program has for itself.
+// defines: no_gpu, cards_text
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+
+#include "../host/error.h"
+#include "launch.cuh"
+#include "matmul_library.cuh"
+
+constexpr int oldest_capability = 75;  // Turing
+
+inline std::string cuda_version(int version) { return text(version / 1000, ".", version % 1000 / 10); }
+
+// What an error at the first use of CUDA, or of a card, means, and what can be done about it.
+inline std::string explain(cudaError_t error) {
+  const char* const name = cudaGetErrorName(error);
+  int runtime = 0, driver = 0;
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);  // 0: there is none
+  switch (error) {
+    case cudaErrorInsufficientDriver:
+      if (driver == 0) return "no NVIDIA driver was found";
+      return text("the driver knows CUDA ", cuda_version(driver), ", this program needs ", cuda_version(runtime),
+                  "; update the driver");
+    case cudaErrorNoDevice:
+      if (const char* chosen = std::getenv("CUDA_VISIBLE_DEVICES"))
+        return text("none is visible with CUDA_VISIBLE_DEVICES='", chosen, "'");
+      return "none was found";
+    case cudaErrorUnsupportedPtxVersion:
+      return text("the driver, of CUDA ", cuda_version(driver), ", is older than this program's compiler (", name,
+                  "); update the driver, or build on this machine: make clean train_gpt");
+    case cudaErrorNoKernelImageForDevice:
+      return text("the program was built for other cards (", name, "); build it on this machine: make clean train_gpt");
+    case cudaErrorDevicesUnavailable:
+      return text("it is busy or closed (", name, "); nvidia-smi shows which program has it for itself");
+    case cudaErrorMemoryAllocation:
+      return text("no memory is free (", name, "); nvidia-smi shows which programs have it");
+    default:
+      return text(cudaGetErrorString(error), " (", name, ")");
+  }
+}
+
+static __global__ void first_kernel(int* out, int x) { *out = x + 1; }
+
+// Makes this card the one that the program uses. Returns why it cannot be; empty: it can.
+inline std::string try_card(int device) {
+  cudaDeviceProp card;
+  if (const cudaError_t error = cudaGetDeviceProperties(&card, device)) return explain(error);
+  if (10 * card.major + card.minor < oldest_capability)
+    return text(card.name, " has compute capability ", card.major, ".", card.minor,
+                ", 7.5 (Turing) or later is needed");
+  int sum = 0;
+  try {
+    CUDA_CHECK(cudaSetDevice(device));
+    const DeviceMemory memory(sizeof sum);
+    launch(first_kernel, {1, 1}, memory.as<int>(), 41);
+    CUDA_CHECK(cudaMemcpy(&sum, memory.as<int>(), sizeof sum, cudaMemcpyDeviceToHost));
+  } catch (const CudaError& e) {
+    const std::string why = explain(e.code);
+    cudaGetLastError();  // so that the error is not found again at the next card
+    return text(card.name, ": ", why);
+  }
+  return sum == 42 ? "" : text(card.name, " computes 41 + 1 = ", sum);
+}
+
+// The number of cards; if there is none, why becomes the reason.
+inline int count_cards(std::string& why) {
+  int count = 0;
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error == cudaSuccess && count > 0) return count;
+  why = "no CUDA device: " + explain(error ? error : cudaErrorNoDevice);
+  return 0;
+}
+
+// Why no GPU can be used; empty: one can, and the program uses it from now on. The cards behind it are not touched.
+inline std::string no_gpu() {
+  std::string none, passed_over;
+  const int count = count_cards(none);
+  for (int device = 0; device < count; device++) {
+    const std::string why = try_card(device);
+    if (!why.empty()) {
+      passed_over += (passed_over.empty() ? "" : "; ") + why;
+      continue;
+    }
+    try {
+      MatmulLibrary::load();
+    } catch (const Error& e) { return e.what(); }
+    if (!passed_over.empty())
+      std::fprintf(stderr, "%s; %s is used instead\n", passed_over.c_str(), current_card().name);
+    return "";
+  }
+  return none + passed_over;
+}
+
+// For --version: what was built for GPUs and what is there, without using a card.
+inline std::string cards_text() {
+  std::string out = "GPU kernels: ";
+#ifdef __CUDACC__
+#define CAPABILITIES(...) #__VA_ARGS__
+#define CAPABILITIES_OF(list) CAPABILITIES(list)
+  out += text("nvcc ", __CUDACC_VER_MAJOR__, ".", __CUDACC_VER_MINOR__, ".", __CUDACC_VER_BUILD__,
+              ", for architectures ", CAPABILITIES_OF(__CUDA_ARCH_LIST__));
+#undef CAPABILITIES
+#undef CAPABILITIES_OF
+#else
+  out += "by the C++ compiler, on the CPU";
+#endif
+  int runtime = 0, driver = 0;
+  cudaRuntimeGetVersion(&runtime);
+  cudaDriverGetVersion(&driver);
+  out += text("\nCUDA runtime ", cuda_version(runtime), ", driver ", driver ? cuda_version(driver) : "none", "\n");
+  try {
+    out += MatmulLibrary::load();
+  } catch (const Error& e) { out += e.what(); }
+  std::string none;
+  const int count = count_cards(none);
+  out += "\n" + none;
+  for (int device = 0; device < count; device++) {
+    cudaDeviceProp card;
+    const cudaError_t error = cudaGetDeviceProperties(&card, device);
+    out += text(device ? "\n" : "", "card ", device, ": ");
+    out += error ? explain(error)
+                 : text(card.name, ", compute capability ", card.major, ".", card.minor, ", ",
+                        card.totalGlobalMem / 1000000000, " GB");
+  }
+  return out + "\n";
+}

@@ -366,7 +366,7 @@ class MatmulLibrary {
     std::ostringstream out;
     const auto attribute = [&](cublasLtMatmulAlgoConfigAttributes_t of, auto value) {
       size_t written = 0;
-      if (cublasLtMatmulAlgoConfigGetAttribute(&algorithm.opaque, of, &value, sizeof value, &written) ==
+      if (cublasLt().MatmulAlgoConfigGetAttribute(&algorithm.opaque, of, &value, sizeof value, &written) ==
           CUBLAS_STATUS_SUCCESS)
         out << value;
       else

@@ -1,36 +1,44 @@
 # microGPT. `make deps train_gpt && ./train_gpt` is all that is needed; `make help` lists the rest.
 
 CXX      ?= g++
+# Its name, without a `ccache` before it or flags behind it. A compiler that was chosen, and not make's own default, is
+# also nvcc's; nvcc has a default of its own, which the system may have set to one that nvcc accepts.
+COMPILER := $(lastword $(filter-out -%,$(CXX)))
+CCBIN    := $(if $(filter environment command,$(origin CXX)),-ccbin $(COMPILER))
 MARCH    ?= native
 # The kernels' instruction set. A program runs on machines that have it and says so on others (host/cpu_check.cpp).
 ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=$(MARCH))
 
-# All processors, unless make is told how many.
-ifeq ($(filter -j%,$(MAKEFLAGS)),)
-  MAKEFLAGS += -j$(shell getconf _NPROCESSORS_ONLN)
+# All processors, unless make is told how many, or the memory (a container's too) has no room for so many compilers. Some
+# versions of make don't show the environment's -j in MAKEFLAGS, and let ours replace it.
+ifeq ($(filter -j%,$(MAKEFLAGS) $(shell echo "$$MAKEFLAGS")),)
+  MAKEFLAGS += -j$(shell { getconf _NPROCESSORS_ONLN; awk '/^MemAvailable/ { print 1 + int($$2 / 1e6) } \
+    NF == 1 && $$1 > 0 { print 1 + int($$1 / 1e9) }' /proc/meminfo /sys/fs/cgroup/memory.max; } 2>/dev/null | sort -n | head -n 1)
 endif
 
 # -O3 for the kernels' loops; -O2 would not unroll them. No -ffast-math: results would depend on the compiler's mood.
 # -fno-math-errno, -fno-trapping-math: sqrt sets no errno and comparisons raise no traps, so that loops with them become
 #   vector code. Neither changes a result.
 WARNINGS     := -Wall -Wextra -Wshadow
-COMMON       := -std=c++20 -g $(WARNINGS) -MMD -MP
+# CPPFLAGS, CXXFLAGS, LDFLAGS of the environment come before ours, which win; MARCH alone says for which processors.
+USER_FLAGS   := $(filter-out -march=% -mcpu=% -mtune=%,$(CPPFLAGS) $(CXXFLAGS))
+COMMON       := $(USER_FLAGS) -std=c++20 -g $(WARNINGS) -MMD -MP
 HOST_FLAGS   := -O2
 KERNEL_FLAGS := -O3 $(ARCH_FLAG) -fno-math-errno -fno-trapping-math
 ifeq ($(shell uname -s),Darwin)  # Apple's clang has OpenMP, Homebrew has its library
   BREW   := $(firstword $(wildcard /opt/homebrew /usr/local))
   OPENMP := -Xpreprocessor -fopenmp -I$(BREW)/opt/libomp/include
-  LIBS   := -L$(BREW)/opt/libomp/lib -lomp -L$(BREW)/lib -lzip
+  LIBS   := $(LDFLAGS) -L$(BREW)/opt/libomp/lib -lomp -L$(BREW)/lib -lzip
   COMMON += -I$(BREW)/include
 else
   OPENMP := -fopenmp
-  LIBS   := -fopenmp -lzip
+  LIBS   := $(LDFLAGS) -fopenmp -lzip
 endif
 
 # One folder for each kind of build: `make SANITIZE=address,undefined test` does not touch the program's objects.
 # CANARIES leaves gaps between the tensors of a buffer, which are checked after every step.
 comma := ,
-BUILD := build/$(notdir $(CXX))$(if $(filter-out native,$(MARCH)),-$(MARCH))$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))
+BUILD := build/$(notdir $(COMPILER))$(if $(filter-out native,$(MARCH)),-$(MARCH))$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))
 ifdef SANITIZE
   COMMON += -fsanitize=$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -D_GLIBCXX_ASSERTIONS
   LIBS   += -fsanitize=$(SANITIZE)
@@ -40,11 +48,15 @@ HOST_OBJECTS := $(patsubst host/%.cpp,%.o,$(wildcard host/*.cpp))
 TESTS        := $(patsubst test/%.cpp,%.o,$(filter-out test/faults.cpp,$(wildcard test/*.cpp)))
 CUDA_TESTS   := $(patsubst test/%.cu,%.o,$(wildcard test/*.cu))
 
-# CUDA. Without nvcc, train_gpt is the CPU program. The code is made for the card at hand; without one, as PTX for two
-# generations, from which the driver makes code for any later card when the program is first started.
-NVCC      ?= $(firstword $(shell command -v nvcc) $(wildcard /usr/local/cuda/bin/nvcc /opt/cuda/bin/nvcc))
-CUDA_HOME := $(patsubst %/bin/nvcc,%,$(NVCC))
+# CUDA. Without nvcc, train_gpt is the CPU program. nvcc is looked for on the path, in the usual folders, and among the
+# packages of Python. The code is made for the card at hand; without one, as PTX for two generations, from which the
+# driver makes code for any later card when the program is first started.
+NVCC      ?= $(or $(shell command -v nvcc 2>/dev/null), \
+                  $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH) /usr/local/cuda /opt/cuda))), \
+                  $(shell python3 -c "import glob, nvidia as n; print(*sorted(f for p in n.__path__ for f in glob.glob(p + '/cu*/bin/nvcc'))[-1:])" 2>/dev/null))
+NVCC      := $(NVCC)
 ARCH      ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),native,ptx)
+ARCH      := $(ARCH)
 ALL_ARCHS := 75 80 86 89 90 100 120
 ifeq ($(ARCH),native)
   GENCODE := -arch=native
@@ -56,8 +68,10 @@ else
   GENCODE := -gencode arch=compute_$(ARCH),code=sm_$(ARCH)
 endif
 # Spills are for make kernel-stats. -lineinfo lets the profiler show source lines. No --use_fast_math: see above.
-NVCC_FLAGS := -std=c++20 -O3 -lineinfo -MMD -MP -Xcompiler=-Wall,-Wextra,-fopenmp
-CUDA_LIBS  := -L$(CUDA_HOME)/lib64 -Wl,-rpath,$(CUDA_HOME)/lib64 -lcudart_static -lpthread -ldl -lrt
+NVCC_FLAGS := $(CCBIN) $(filter -I% -isystem=%,$(subst -isystem ,-isystem=,$(USER_FLAGS))) \
+              -std=c++20 -O3 -lineinfo -MMD -MP -Xcompiler=-Wall,-Wextra,-fopenmp
+CUDA_BUILD := $(BUILD)/cuda-$(ARCH)
+CUDA_LIBS  := @$(CUDA_BUILD)/libraries -lcudart_static -lpthread -ldl -lrt
 
 # When `deps` is among the goals, nothing is compiled before it is done, not even with -j.
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
@@ -87,7 +101,8 @@ help:
 	@echo 'make ladder         the models before the transformer, all of them and a report (RUNG=wavenet: one; doc/ladder.md)'
 	@echo 'make fuzz           every reader of files and flags against bytes of all kinds (clang++; FUZZ_SECONDS=60 each)'
 	@echo 'make clean          remove what was built; data/ and out/ stay'
-	@echo 'CXX=clang++, MARCH=x86-64-v3: another compiler, another instruction set'
+	@echo 'CXX=clang++, MARCH=x86-64-v3: another compiler (for nvcc too), another instruction set'
+	@echo 'CPPFLAGS, CXXFLAGS, LDFLAGS: go before our own flags, so -O, -std and -march are ours'
 	@echo 'ARCH=90, ARCH=all, NVCC=path (or empty: no CUDA): for which GPUs train_gpt is built; now: $(if $(NVCC),$(ARCH),no nvcc)'
 
 deps:
@@ -97,7 +112,7 @@ deps:
 # Programs
 
 ifneq ($(NVCC),)
-train_gpt: $(BUILD)/cuda-$(ARCH)/train_gpt data/vocab.json FORCE
+train_gpt: $(CUDA_BUILD)/train_gpt data/vocab.json FORCE
 	@cmp -s $< $@ || cp -f $< $@
 else
 train_gpt: $(BUILD)/train_gpt_cpu data/vocab.json FORCE
@@ -106,12 +121,17 @@ train_gpt: $(BUILD)/train_gpt_cpu data/vocab.json FORCE
 endif
 
 # The GPU trainer; the CPU trainer, without its main, is what it falls back to.
-$(BUILD)/cuda-$(ARCH)/train_gpt: %: %.o $(BUILD)/train_gpt_fallback.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
+$(CUDA_BUILD)/train_gpt: %: %.o $(BUILD)/train_gpt_fallback.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
 
-$(BUILD)/cuda-$(ARCH)/%.o: %.cu | $(AFTER_DEPS)
+$(CUDA_BUILD)/%.o: %.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) $(GENCODE) -c $< -o $@
+	"$(NVCC)" $(NVCC_FLAGS) $(GENCODE) -c $< -o $@
+
+# nvcc is tried once, with a message that helps. The file says where the linker finds CUDA's libraries.
+$(CUDA_BUILD)/libraries: | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	@dev/check_nvcc.sh $@ "$(NVCC)" $(filter-out -M%,$(NVCC_FLAGS)) $(GENCODE)
 
 $(BUILD)/train_gpt_fallback.o: train_gpt_cpu.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
@@ -148,13 +168,15 @@ $(BUILD)/train_gpt_cpu.o: train_gpt_cpu.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
 
-# OpenMP is looked for once, with a message that helps.
+# OpenMP and the libraries are looked for once, with a message that helps.
 $(BUILD)/openmp: | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	@printf '#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n' > $@.cpp
-	@$(CXX) $(OPENMP) $@.cpp $(filter-out -lzip,$(LIBS)) -o $@ 2> $@.log || { cat $@.log; \
-	  echo; echo 'error: $(CXX) cannot build programs with OpenMP.'; \
-	  echo 'Install it: apt-get install g++ (or libomp-dev, for clang++), on a Mac: brew install libomp'; exit 1; }
+	@printf '#include <omp.h>\n#include <zip.h>\n#if !__has_include(<CLI/CLI.hpp>)\n#error CLI11 is missing\n#endif\n' > $@.cpp
+	@printf '#if !__has_include(<nlohmann/json.hpp>)\n#error nlohmann-json is missing\n#endif\n' >> $@.cpp
+	@printf 'int main() { return omp_get_max_threads() < 1 || !zip_libzip_version(); }\n' >> $@.cpp
+	@$(CXX) $(filter-out -M%,$(COMMON)) $(OPENMP) $@.cpp $(LIBS) -o $@ 2> $@.log || { cat $@.log; echo; \
+	  echo 'error: $(CXX) cannot build a program with OpenMP, CLI11, nlohmann-json and libzip.'; \
+	  echo '`make deps` installs what is missing (clang++ needs libomp-dev too; a Mac: brew install libomp).'; exit 1; }
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The text. A text that is there is never replaced, and neither are tokens made from another one by ./data_prep.
@@ -176,7 +198,7 @@ endif
 # Tests. Their objects are built with canaries, so they have a folder of their own.
 
 ifeq ($(DEVICE),cuda)
-test: $(BUILD)/cuda-$(ARCH)/test/run_tests
+test: $(CUDA_BUILD)/test/run_tests
 	$<
 else
 test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty ladder/ladder)
@@ -227,11 +249,11 @@ $(BUILD)/test/faults.o: test/faults.cpp | $(AFTER_DEPS)
 	$(CXX) $(COMMON) -O2 -c $< -o $@
 
 # The same tests on a GPU.
-$(BUILD)/cuda-$(ARCH)/test/run_tests: $(addprefix $(BUILD)/cuda-$(ARCH)/test/,$(CUDA_TESTS)) $(BUILD)/test/main.o $(TEST_HOST)
+$(CUDA_BUILD)/test/run_tests: $(addprefix $(CUDA_BUILD)/test/,$(CUDA_TESTS)) $(BUILD)/test/main.o $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
-$(BUILD)/cuda-$(ARCH)/test/%.o: test/%.cu | $(AFTER_DEPS)
+$(CUDA_BUILD)/test/%.o: test/%.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	$(NVCC) $(NVCC_FLAGS) $(GENCODE) -DCANARIES -c $< -o $@
+	"$(NVCC)" $(NVCC_FLAGS) $(GENCODE) -DCANARIES -c $< -o $@
 
 $(BUILD)/test/host/%.o: host/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
@@ -273,7 +295,7 @@ test-pytorch: train_gpt_cpu data_prep
 bench: $(BUILD)/bench
 	$(BUILD)/bench
 
-BENCH_GPU := $(BUILD)/cuda-$(ARCH)/dev/bench_gpu
+BENCH_GPU := $(CUDA_BUILD)/dev/bench_gpu
 bench-gpu: $(BENCH_GPU)
 	$(BENCH_GPU) ceilings
 	$(BENCH_GPU) kernels

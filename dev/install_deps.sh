@@ -2,6 +2,24 @@
 # Installs what the build and the tests need, from the distribution's packages. Does nothing when all is there.
 set -eu
 
+# Whether the compiler finds the libraries already, whoever installed them.
+# shellcheck disable=SC2086  # those are lists of flags
+present() {
+  printf '#include <omp.h>\n#include <CLI/CLI.hpp>\n#include <nlohmann/json.hpp>\n#include <zip.h>\n' |
+    ${CXX:-g++} ${CPPFLAGS:-} ${CXXFLAGS:-} -std=c++20 -fopenmp -x c++ -E - >/dev/null 2>&1
+}
+by_hand() {  # by_hand REASON
+  present && exit 0
+  echo "error: $1. Install by hand: a C++20 compiler with OpenMP, GNU make, pkg-config, CLI11, nlohmann-json, libzip," >&2
+  echo "Catch2 (for the tests), gnuplot (for the plot)." >&2
+  exit 1
+}
+
+case ${CXX:-} in
+  "${CONDA_PREFIX:-/no conda}"/*)
+    by_hand "conda's compiler sees conda's packages alone: conda install -c conda-forge cli11 nlohmann_json libzip catch2 gnuplot"
+    ;;
+esac
 if command -v apt-get >/dev/null; then
   packages="g++ make pkg-config libcli11-dev nlohmann-json3-dev libzip-dev gnuplot-nox catch2 curl ca-certificates bible-kjv"
   missing=""
@@ -12,7 +30,7 @@ if command -v apt-get >/dev/null; then
   echo "installing:$missing"
   root=""
   if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || { echo "error: run this as root: apt-get install$missing" >&2; exit 1; }
+    command -v sudo >/dev/null || by_hand "this needs root: apt-get install$missing"
     root=sudo
   fi
   export DEBIAN_FRONTEND=noninteractive
@@ -23,7 +41,5 @@ elif command -v brew >/dev/null; then
     brew list "$package" >/dev/null 2>&1 || brew install "$package"
   done
 else
-  echo "error: neither apt-get nor brew is here. Install by hand: a C++20 compiler with OpenMP, GNU make, CLI11," >&2
-  echo "nlohmann-json, libzip, Catch2 (for the tests), gnuplot (for the plot)." >&2
-  exit 1
+  by_hand "neither apt-get nor brew is here"
 fi

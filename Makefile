@@ -117,7 +117,7 @@ train_gpt: $(CUDA_BUILD)/train_gpt data/vocab.json FORCE
 else
 train_gpt: $(BUILD)/train_gpt_cpu data/vocab.json FORCE
 	@cmp -s $< $@ || cp -f $< $@
-	@echo 'train_gpt is the CPU program: nvcc was not found'
+	@echo 'train_gpt is the CPU program$(if $(filter command,$(origin NVCC)),,: nvcc was not found)'
 endif
 
 # The GPU trainer; the CPU trainer, without its main, is what it falls back to.
@@ -270,7 +270,7 @@ $(BUILD)/test/%.o: test/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	$(CXX) $(COMMON) $(TEST_FLAGS) $(OPENMP) -DCANARIES -c $< -o $@
 
 # Those that call kernels are compiled as the trainers are, the others quickly.
-TEST_FLAGS := -O0
+TEST_FLAGS := -O0 -U_FORTIFY_SOURCE
 $(addprefix $(BUILD)/test/test_,layers.o model.o fixture.o random.o ladder.o): TEST_FLAGS := $(KERNEL_FLAGS)
 
 # A short run under Valgrind, which also sees what was read before it was written; it knows no AVX-512. And one under

@@ -46,7 +46,7 @@ if ! "$nvcc" "$@" -c "$out.cu" -o "$out.o" >"$out.log" 2>&1; then
     newest=$(sed -n 's/.*gcc versions later than \([0-9]*\).*/\1/p' "$out.log" | head -n 1)
     stop "CUDA $cuda does not take this C++ compiler. Install one that it takes${newest:+ (g++ $newest at the latest)}, and \
 name it: make CXX=g++-${newest:-VERSION} train_gpt. Or install a later CUDA: $get_cuda"
-  elif says 'exception specification is incompatible'; then
+  elif says 'incompatible with (that of )?previous function'; then
     stop "CUDA $cuda does not know this C library ($(getconf GNU_LIBC_VERSION)): their mathematical functions are declared \
 differently. glibc 2.41 needs CUDA 13.0 or later, glibc 2.42 needs 13.2 or later: $get_cuda"
   elif says '\.h: No such file|cicc: |ptxas: |cudafe'; then

@@ -127,7 +127,10 @@ Run Process::wait() {
 
 std::string program(const char* name) {
   const char* folder = std::getenv("PROGRAMS");
-  return (fs::absolute(folder ? folder : ".") / name).string();
+  const std::string path = (fs::absolute(folder ? folder : ".") / name).string();
+  std::string word;  // whatever the folder's name, it is one word for the shell
+  for (const char c : path) word += c == '\'' ? "'\\''" : std::string(1, c);
+  return "'" + word + "'";
 }
 
 int main(int argc, char** argv) {

@@ -52,7 +52,7 @@ class Process {
   int pid_;
 };
 
-// The absolute path of a program that was built, in the folder $PROGRAMS: "train_gpt_cpu", "data_prep".
+// The absolute path of a program that was built, in the folder $PROGRAMS: "train_gpt_cpu", "data_prep". Quoted for run.
 std::string program(const char* name);
 
 // The message of the Error that body() raises.

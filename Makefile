@@ -9,11 +9,14 @@ MARCH    ?= native
 # The kernels' instruction set. A program runs on machines that have it and says so on others (host/cpu_check.cpp).
 ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=$(MARCH))
 
-# All processors, unless make is told how many, or the memory (a container's too) has no room for so many compilers. Some
-# versions of make don't show the environment's -j in MAKEFLAGS, and let ours replace it.
+# All processors, unless make is told how many, or memory (a container's too) has no room for as many compilers. Some
+# versions of make do not show the environment's -j in MAKEFLAGS, and let ours replace it.
 ifeq ($(filter -j%,$(MAKEFLAGS) $(shell echo "$$MAKEFLAGS")),)
-  MAKEFLAGS += -j$(shell { getconf _NPROCESSORS_ONLN; awk '/^MemAvailable/ { print 1 + int($$2 / 1e6) } \
-    NF == 1 && $$1 > 0 { print 1 + int($$1 / 1e9) }' /proc/meminfo /sys/fs/cgroup/memory.max; } 2>/dev/null | sort -n | head -n 1)
+  CGROUP    := /sys/fs/cgroup
+  MAKEFLAGS += -j$(shell { getconf _NPROCESSORS_ONLN; \
+    cat /proc/meminfo $(CGROUP)/memory.max $(CGROUP)/memory/memory.limit_in_bytes | \
+    awk '/^MemAvailable/ { print 1 + int($$2 / 1e6) } NF == 1 && $$1 + 0 > 0 { printf "%.0f\n", 1 + int($$1 / 1e9) }'; \
+    } 2>/dev/null | sort -n | head -n 1)
 endif
 
 # -O3 for the kernels' loops; -O2 would not unroll them. No -ffast-math: results would depend on the compiler's mood.
@@ -313,13 +316,8 @@ KERNEL ?= attention_forward_kernel
 profile: $(BENCH_GPU)
 	dev/profile.sh $(BENCH_GPU) '$(KERNEL)'
 
-ifneq ($(NVCC),)
 $(BENCH_GPU): %: %.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
-else
-$(BENCH_GPU):
-	@echo 'error: nvcc was not found; NVCC=path says where it is' >&2; exit 1
-endif
 
 kernel-stats:
 	NVCC='$(NVCC)' dev/kernel_stats.sh $(if $(filter all,$(ARCH)),$(ALL_ARCHS),$(filter-out native ptx,$(ARCH)))

@@ -33,7 +33,8 @@ int main() {
 END
 
 rm -f "$out.log"
-"$nvcc" --version >"$out.log" 2>&1 || stop "$nvcc does not run; make NVCC=path train_gpt says where another is."
+[ "$nvcc" ] || stop 'nvcc was not found; NVCC=path says where it is.'
+"$nvcc" --version >"$out.log" 2>&1 || stop "$nvcc does not run; NVCC=path says where another is."
 cuda=$(sed -n 's/.*release \([0-9]*\.[0-9]*\).*/\1/p' "$out.log")
 old=$([ "$(printf '%s\n' 12.8 "$cuda" | sort -V | head -n 1)" = 12.8 ] || echo yes)
 get_cuda='https://developer.nvidia.com/cuda-downloads'

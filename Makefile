@@ -279,8 +279,8 @@ $(addprefix $(BUILD)/test/test_,layers.o model.o fixture.o random.o ladder.o): T
 # A short run under Valgrind, which also sees what was read before it was written; it knows no AVX-512. And one under
 # ThreadSanitizer, of a size that is worth threads: by clang, whose OpenMP tells it of its barriers through Archer.
 test-memcheck:
-	$(MAKE) MARCH=x86-64-v3 build/$(notdir $(CXX))-x86-64-v3/train_gpt_cpu build/$(notdir $(CXX))-x86-64-v3/data_prep
-	dev/short_run.sh build/$(notdir $(CXX))-x86-64-v3 valgrind -q --error-exitcode=9 --leak-check=full \
+	$(MAKE) MARCH=x86-64-v3 build/$(notdir $(COMPILER))-x86-64-v3/train_gpt_cpu build/$(notdir $(COMPILER))-x86-64-v3/data_prep
+	dev/short_run.sh build/$(notdir $(COMPILER))-x86-64-v3 valgrind -q --error-exitcode=9 --leak-check=full \
 	  --show-leak-kinds=definite --errors-for-leak-kinds=definite
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 test-threads:

@@ -43,7 +43,7 @@ else
   build+=/cuda-$arch
   train_gpt=$build/train_gpt run_tests=$build/test/run_tests bench_gpu=$build/dev/bench_gpu data=${DATA:-data}
 fi
-make_programs() { make CXX="$cxx" ARCH="$arch" MARCH="$march" "$train_gpt" "$run_tests" "$bench_gpu" "$@"; }
+make_programs() { make ARCH="$arch" MARCH="$march" "$train_gpt" "$run_tests" "$bench_gpu" "$@"; }
 
 # The libraries that were packed are for these programs alone: Python and the profilers have their own. The compiler's
 # are taken only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own: the program
@@ -74,7 +74,7 @@ pack() {
   local folder=$1 program library
   # Compressed, they are a quarter as large; the driver unpacks them.
   NVCC_APPEND_FLAGS='-Xfatbin -compress-all' make_programs || exit 1
-  [ -s "$data/vocab.json" ] || make CXX="$cxx" data || exit 1
+  [ -s "$data/vocab.json" ] || make data || exit 1
   mkdir -p "$folder/lib/compiler" "$folder/data" || exit 1
   for program in "$train_gpt" "$run_tests" "$bench_gpu"; do
     strip --strip-debug -o "$folder/$(basename "$program")" "$program" || exit 1

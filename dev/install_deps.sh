@@ -8,16 +8,15 @@ present() {
   printf '#include <omp.h>\n#include <CLI/CLI.hpp>\n#include <nlohmann/json.hpp>\n#include <zip.h>\n' |
     ${CXX:-g++} ${CPPFLAGS:-} ${CXXFLAGS:-} -std=c++20 -fopenmp -x c++ -E - >/dev/null 2>&1
 }
-by_hand() {  # by_hand REASON
+unless_present() {  # unless_present REASON: why nothing can be installed
   present && exit 0
-  echo "error: $1. Install by hand: a C++20 compiler with OpenMP, GNU make, pkg-config, CLI11, nlohmann-json, libzip," >&2
-  echo "Catch2 (for the tests), gnuplot (for the plot)." >&2
+  echo "error: $1" >&2
   exit 1
 }
 
 case ${CXX:-} in
   "${CONDA_PREFIX:-/no conda}"/*)
-    by_hand "conda's compiler sees conda's packages alone: conda install -c conda-forge cli11 nlohmann_json libzip catch2 gnuplot"
+    unless_present "conda's compiler sees conda's packages alone: conda install -c conda-forge cli11 nlohmann_json libzip catch2"
     ;;
 esac
 if command -v apt-get >/dev/null; then
@@ -27,12 +26,12 @@ if command -v apt-get >/dev/null; then
     [ "$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null)" = "install ok installed" ] || missing="$missing $package"
   done
   [ -n "$missing" ] || exit 0
-  echo "installing:$missing"
   root=""
   if [ "$(id -u)" != 0 ]; then
-    command -v sudo >/dev/null || by_hand "this needs root: apt-get install$missing"
+    command -v sudo >/dev/null || unless_present "run this as root: apt-get install$missing"
     root=sudo
   fi
+  echo "installing:$missing"
   export DEBIAN_FRONTEND=noninteractive
   $root apt-get update -qq
   $root apt-get install -y -qq --no-install-recommends $missing >/dev/null
@@ -41,5 +40,6 @@ elif command -v brew >/dev/null; then
     brew list "$package" >/dev/null 2>&1 || brew install "$package"
   done
 else
-  by_hand "neither apt-get nor brew is here"
+  unless_present "neither apt-get nor brew is here. Install by hand: a C++20 compiler with OpenMP, GNU make, pkg-config, CLI11,
+nlohmann-json, libzip, Catch2 (for the tests), gnuplot (for the plot)."
 fi

@@ -19,8 +19,11 @@ namespace {
 const char* hint(int error) {
   switch (error) {
     case ENOSPC:
-    case EDQUOT:
       return " (the disk is full: free some space or choose a folder on another disk)";
+    case EDQUOT:
+      return " (your quota is used up: remove something or choose a folder on another disk)";
+    case EFBIG:
+      return " (files may not grow that large here: raise ulimit -f, or choose a folder on another file system)";
     case EACCES:
     case EPERM:
       return " (check who owns it and what its permissions allow)";

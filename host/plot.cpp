@@ -236,9 +236,13 @@ std::string run_gnuplot(const std::string& commands) {
   while (waitpid(child, &status, 0) < 0 && errno == EINTR) {}
 
   const std::string picture = content(out.get());
-  if (!WIFEXITED(status) || WEXITSTATUS(status) != 0 || picture.rfind("\x89PNG", 0) != 0) {
+  const bool begun = picture.starts_with("\x89PNG"), whole = picture.ends_with("IEND\xAE\x42\x60\x82");
+  const bool satisfied = WIFEXITED(status) && WEXITSTATUS(status) == 0;
+  if (!satisfied || !begun || !whole) {
     std::string said = content(messages.get());
     std::replace(said.begin(), said.end(), '\n', ' ');
+    if (WIFSIGNALED(status)) said = strsignal(WTERMSIG(status));
+    if (satisfied && begun) said = "its picture is cut off";  // a full disk or ulimit -f, of which it says nothing
     fail("gnuplot failed: ", said.empty() ? "no message" : said);
   }
   return picture;

@@ -1,6 +1,7 @@
 #include "train_loop.h"
 
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <limits>
 
@@ -26,6 +27,20 @@ static std::string dtype_of(const CheckpointInfo& info) {
   for (const char* known : {"float32", "tf32", "bfloat16", "float16"})
     if (found != info.state.end() && found->second == known) return known;
   return "";
+}
+
+void require_one_process() {
+  // The innermost launcher comes first: mpirun starts its helpers by srun. Slurm counts the processes that the script of
+  // a job may start in SLURM_NTASKS, those that srun did start in this one.
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}) {
+    const char* size = std::getenv(name);
+    if (!size || (name == std::string("WORLD_SIZE") && !std::getenv("RANK"))) continue;
+    if (std::atoi(size) > 1)
+      fail(name, " is ", size, ", but a training run is one process: start it without mpirun, srun or torchrun (runs ",
+           "that have nothing to do with each other, each with an --out_dir of its own, start with that unset: env -u ",
+           name, " ./train_gpt)");
+    return;
+  }
 }
 
 std::string dtype_so_far(const Config& config) {

@@ -51,6 +51,8 @@ double flops_per_token(const ModelShape& shape);    // of a training step: 3 x f
 std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
 inline int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
+// Refuses to be one of several processes, by what mpirun, srun and torchrun say in the environment.
+void require_one_process();
 // The type that the run in out_dir computed in so far, if this one is to go on with it; else empty.
 std::string dtype_so_far(const Config& config);
 // Refuses to go on with another text, or with a run that is complete; says it if the type is another.
@@ -169,6 +171,7 @@ std::string find_not_finite(Model& model, const std::string& path, const NotFini
 
 template <class Model>
 int train(Config config) {
+  require_one_process();
   const std::string last_path = config.out_dir + "/ckpt_last.safetensors";
   std::optional<Checkpoint> resumed;
   if (config.init_from == "resume") {

@@ -88,7 +88,8 @@ Process::Process(const std::string& command_line) {
   err_ = folder + "/stderr";
   pid_ = fork();
   if (pid_ != 0) return;
-  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE}) std::signal(number, SIG_DFL);
+  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGPIPE, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU, SIGXFSZ})
+    std::signal(number, SIG_DFL);
   const std::string command = "exec " + command_line + " >" + out_ + " 2>" + err_;
   execl("/bin/sh", "sh", "-c", command.c_str(), nullptr);
   _exit(127);

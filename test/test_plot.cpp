@@ -78,6 +78,9 @@ TEST_CASE("without gnuplot there is no picture and no error", "[plot]") {
   write_file(folder + "/gnuplot", "#!/bin/sh\nprintf '\\211PNG'; echo broken >&2; exit 1\n");
   std::filesystem::permissions(folder + "/gnuplot", std::filesystem::perms::owner_all);
   CHECK_FALSE(draw_plot(folder + "/a.png", a_run(3)));
+  write_file(folder + "/gnuplot", "#!/bin/sh\nprintf '\\211PNG, the first half'\n");
+  std::filesystem::permissions(folder + "/gnuplot", std::filesystem::perms::owner_all);
+  CHECK_FALSE(draw_plot(folder + "/a.png", a_run(3)));
   setenv("PATH", old.c_str(), 1);
   CHECK(read_file(folder + "/a.png") == "old");
 }

@@ -102,7 +102,7 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
   const std::string folder = prepared(), data = " --data " + folder + "/data";
   // A quick gnuplot.
   make_folder(folder + "/bin");
-  write_file(folder + "/bin/gnuplot", "#!/bin/sh\nprintf '\\211PNG'\ncat >/dev/null\n");
+  write_file(folder + "/bin/gnuplot", "#!/bin/sh\nprintf '\\211PNGIEND\\256B`\\202'\ncat >/dev/null\n");
   fs::permissions(folder + "/bin/gnuplot", fs::perms::owner_all);
   const std::string path = "PATH=" + folder + "/bin:$PATH ";
   // A run with a past, so that there is something to lose; then the part of it that suffers the faults.
@@ -170,14 +170,14 @@ TEST_CASE("Signals finish the step, save, and say so by the exit code; the run t
   const std::string flags = small_run + data + " --max_iters=3000 --eval_interval=1000 --log_interval=1000";
   REQUIRE(run(train_gpt + flags + " --out_dir " + folder + "/whole").code == 0);
   const auto want = left_in(folder + "/whole");
-  for (const auto& [number, code] : {std::pair{SIGINT, 130}, {SIGTERM, 143}, {SIGHUP, 129}}) {
+  for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU}) {
     const std::string out = folder + "/" + std::to_string(number);
     Process process(train_gpt + flags + " --out_dir " + out);
     process.wait_for("iter 0");
     process.signal(number);
     const Run r = process.wait();
     INFO(r.err);
-    CHECK(r.code == code);
+    CHECK(r.code == 128 + number);
     CHECK(contains(r.err, text("stopped before iteration ", Checkpoint(out + "/ckpt_last.safetensors").info().iteration,
                                " and saved")));
     REQUIRE(run(train_gpt + " --init_from=resume" + data + " --out_dir " + out).code == 0);
@@ -185,7 +185,8 @@ TEST_CASE("Signals finish the step, save, and say so by the exit code; the run t
   }
 }
 
-TEST_CASE("A second Ctrl-C ends the run at once, and nohup keeps a hangup away", "[reliability]") {
+TEST_CASE("A second Ctrl-C ends the run at once, other signals do not, and what is ignored stays ignored",
+          "[reliability]") {
   const std::string folder = prepared(), data = " --data " + folder + "/data";
   // A step of this takes a second.
   const std::string slow = " --preset=lecture --n_layer=40 --n_embd=64 --n_head=2 --block_size=150 --batch_size=200" +
@@ -200,10 +201,67 @@ TEST_CASE("A second Ctrl-C ends the run at once, and nohup keeps a hangup away",
     CHECK(r.code == 128 + SIGINT);
     CHECK(r.err.find("stopped before") == std::string::npos);  // in the middle of the step
   }
-  Process process("nohup " + train_gpt + small_run + data + " --max_iters=300 --out_dir " + folder + "/nohup");
+  {  // Slurm warns before it ends a job, and the system repeats that the time is over
+    Process process(train_gpt + slow + "/warned");
+    process.wait_for("step 0");
+    for (const int number : {SIGUSR1, SIGXCPU, SIGXCPU, SIGTERM}) {
+      process.signal(number);
+      usleep(20'000);
+    }
+    const Run r = process.wait();
+    CHECK(r.code == 128 + SIGTERM);
+    CHECK(contains(r.err, "stopped before iteration "));
+  }
+  Process process("nohup sh -c \"trap '' USR1; exec \"'" + train_gpt + small_run + data +
+                  " --max_iters=300 --out_dir " + folder + "/nohup'");
   process.wait_for("iter 0");
   process.signal(SIGHUP);
+  process.signal(SIGUSR1);
   CHECK(process.wait().code == 0);
+}
+
+TEST_CASE("A file that outgrows its limit is an error like a full disk", "[reliability]") {
+  const std::string folder = prepared(), out = folder + "/out", last = out + "/ckpt_last.safetensors";
+  REQUIRE(train(folder).code == 0);
+  const std::string kept = read_file(last);
+  const std::string resume =
+      train_gpt + " --init_from=resume --max_iters=30 --data " + folder + "/data --out_dir " + out;
+  const std::string hint = "File too large (files may not grow that large here: raise ulimit -f";
+  check_refused("ulimit -f 100; " + resume, hint);  // 50 or 100 KB, a third of it
+  CHECK((read_file(last) == kept));
+  check_refused("ulimit -f 1; " + program("data_prep") + " " + folder + "/input.txt --out " + folder + "/data", hint);
+  CHECK(run("ulimit -f 1; " + train_gpt + " sample --max_new_tokens=9000 --out_dir " + out + " >" + folder + "/text")
+            .code == 1);
+  for (const auto& [name, content] : contents(folder)) CHECK(name.find("tmp") == std::string::npos);
+  REQUIRE(run(resume).code == 0);
+  CHECK((read_file(last) != kept));
+}
+
+TEST_CASE("A small stack is enough, or it is said that it is not", "[reliability]") {
+  const std::string folder = prepared(), flags = small_run + " --data " + folder + "/data --out_dir " + folder;
+  check_refused("ulimit -s 128; " + train_gpt + flags + "/128", "the stack may grow to 128 KB only: allow 256 KB");
+  check_refused("ulimit -s 128; " + program("data_prep") + " " + folder + "/input.txt --out " + folder, "128 KB only");
+  CHECK(!fs::exists(folder + "/128"));
+#if !defined(__SANITIZE_ADDRESS__)  // which needs more
+  CHECK(run("ulimit -s 256; " + train_gpt + flags + "/256").code == 0);
+  CHECK(fs::exists(folder + "/256/training_plot.png"));
+  CHECK(run("ulimit -s 256; " + train_gpt + " sample --max_new_tokens=3 --out_dir " + folder + "/256").code == 0);
+#endif
+  if (run("ulimit -s unlimited").code == 0)
+    CHECK(run("ulimit -s unlimited; " + train_gpt + flags + "/unlimited").code == 0);
+}
+
+TEST_CASE("One of several processes refuses to train, and nothing is touched", "[reliability]") {
+  const std::string folder = prepared(), flags = small_run + " --data " + folder + "/data --out_dir " + folder;
+  for (const std::string several :
+       {"OMPI_COMM_WORLD_SIZE=2", "PMI_SIZE=3", "SLURM_STEP_NUM_TASKS=4 SLURM_NTASKS=4", "WORLD_SIZE=8 RANK=0"}) {
+    check_refused(several + " " + train_gpt + flags + "/out", several.substr(0, several.find('=')) + " is ");
+    CHECK(!fs::exists(folder + "/out"));
+  }
+  // The script of a job that may start four, one process of mpirun in it, and a variable without torchrun's other ones.
+  CHECK(run("SLURM_NTASKS=4 SLURM_PROCID=0 WORLD_SIZE=2 " + train_gpt + flags + "/one").code == 0);
+  CHECK(run("OMPI_COMM_WORLD_SIZE=1 SLURM_STEP_NUM_TASKS=2 " + train_gpt + flags + "/two").code == 0);
+  CHECK(run("WORLD_SIZE=2 RANK=1 " + train_gpt + " sample --max_new_tokens=3 --out_dir " + folder + "/one").code == 0);
 }
 
 TEST_CASE("Two runs do not share a folder, and a killed one leaves it free", "[reliability]") {

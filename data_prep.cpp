@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
-#include "host/error.h"     // defines: fail, run_main
-#include "host/files.h"     // defines: AtomicFile, Lock, fail_errno, flush_folder, make_folder, move_file
+#include "host/error.h"  // defines: fail, run_main
+#include "host/files.h"  // defines: AtomicFile, Lock, fail_errno, flush_folder, looks_like, make_folder, move_file, refuse_other
 #include "host/ngram.h"     // defines: compute_baselines, save_baselines
 #include "host/progress.h"  // defines: ProgressBar
 #include "host/shards.h"    // defines: ShardWriter, Tokens, move_shards, shard_path
@@ -181,11 +181,17 @@ static int prepare(const Options& options) {
   ProgressBar progress("data_prep", 2 * source.size(), "B");
   uint64_t bytes_read = 0;
 
-  // First pass: which characters there are, and how many.
+  // First pass: what the text is, which characters there are, and how many.
+  bool html = false;
   std::vector<bool> seen(0x110000, false);
   uint64_t characters = 0;
   Utf8Decoder counter(options.text);
   source.read([&](std::string_view bytes) {
+    if (bytes_read == 0) {
+      const std::string what = looks_like(bytes);
+      html = what == "an HTML page";
+      if (!html && what != "JSON") refuse_other(options.text, bytes, "text", "a text in UTF-8 is needed");
+    }
     counter.feed(bytes, [&](char32_t c) {
       seen[c] = true;
       characters++;
@@ -247,6 +253,11 @@ static int prepare(const Options& options) {
               with_commas(text_bytes).c_str(),
               counter.dropped_bom() ? ", a byte order mark at the start left out" : "");
   report(options, vocabulary, train_size, val_size, baselines);
+  if (html) std::fprintf(stderr, "%s begins like an HTML page, and its tags count as text\n", options.text.c_str());
+  if (vocabulary.find('\r') >= 0)
+    std::fprintf(
+        stderr, "\\r is a character of this vocabulary: the text has line ends of %s\n",
+        vocabulary.find('\n') >= 0 ? "Windows (tr -d '\\r' takes it out)" : "old Macs (tr '\\r' '\\n' changes them)");
   return 0;
 }
 

@@ -6,11 +6,14 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
+#include <cctype>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <utility>
 
 #include "error.h"
 
@@ -219,6 +222,43 @@ void make_folder(const std::string& path) {
     errno = error.value();
     fail_errno("make the folder " + path);
   }
+}
+
+std::string looks_like(std::string_view bytes) {
+  using namespace std::string_view_literals;
+  if (bytes.empty()) return "empty";
+  // The length of a header, a number of 64 bits that is never large, and the header, which is JSON.
+  if (bytes.size() > 8 && bytes.substr(4, 5) == "\0\0\0\0{"sv) return "a safetensors file";
+  if (bytes.size() > 1 && bytes[0] == '\x80' && bytes[1] >= 2 && bytes[1] <= 5)
+    return "a pickle, as Python and PyTorch before 1.6 write them";
+  static constexpr std::pair<std::string_view, const char*> known[] = {
+      {"PK\3\4", "a zip archive, as PyTorch's .pth files are"},
+      {"\x88\xD8\x34\x01", "a token shard"},  // ours and llm.c's: 20240520
+      {"\x1F\x8B", "compressed by gzip (unpack it first)"},
+      {"\xFD\x37zXZ", "compressed by xz (unpack it first)"},
+      {"\x28\xB5\x2F\xFD", "compressed by zstd (unpack it first)"},
+      {"%PDF-", "a PDF document (take its text out first, for example with pdftotext)"},
+      {"\xFF\xFE", "text in UTF-16 (convert it first: iconv -f utf-16 -t utf-8)"},
+      {"\xFE\xFF", "text in UTF-16 (convert it first: iconv -f utf-16 -t utf-8)"},
+      {"version https://git-lfs.github.com/spec/", "a Git LFS pointer (git lfs pull gets the file itself)"},
+  };
+  for (const auto& [first, what] : known)
+    if (bytes.starts_with(first)) return what;
+
+  bytes = bytes.substr(0, 512);
+  if (bytes.starts_with("\xEF\xBB\xBF")) bytes.remove_prefix(3);
+  const auto binary = [](unsigned char c) { return (c < ' ' && !std::isspace(c)) || c == 0x7F || c == 0xFF; };
+  if (std::any_of(bytes.begin(), bytes.end(), binary)) return "";
+  std::string start(bytes.substr(std::min(bytes.find_first_not_of(" \t\r\n"), bytes.size())));
+  std::transform(start.begin(), start.end(), start.begin(), [](unsigned char c) { return char(std::tolower(c)); });
+  for (const char* tag : {"<!doctype html", "<html", "<head"})
+    if (start.starts_with(tag)) return "an HTML page";
+  return start.starts_with('{') || start.starts_with('[') ? "JSON" : "text";
+}
+
+void refuse_other(const std::string& path, std::string_view bytes, std::string_view wanted, const char* instead) {
+  const std::string what = looks_like(bytes);
+  if (!what.empty() && what != wanted) fail(path, " is ", what, ": ", instead);
 }
 
 uint64_t fnv1a(const void* data, size_t bytes, uint64_t state) {

@@ -1,7 +1,7 @@
 // Files, written so that what was there before is lost only once the new one is safe, and read without copies.
 // defines: fail_errno, read_file, open_file, write_all, flush_file, AtomicFile,
-//          write_file, move_file, flush_folder, make_folder, Lock, fnv1a,
-//          checksum, MappedFile
+//          write_file, move_file, flush_folder, make_folder, looks_like, refuse_other,
+//          Lock, fnv1a, checksum, MappedFile
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -47,6 +47,13 @@ void flush_folder(const std::string& folder);
 
 // Makes a folder and those above it; one that exists already is fine.
 void make_folder(const std::string& path);
+
+// What a file is by its first bytes, for messages about one that is not what was wanted: "a zip archive, as PyTorch's
+// .pth files are", "an HTML page", "text". Empty: nothing that is known.
+std::string looks_like(std::string_view bytes);
+
+// Raises "<path> is <what it looks like>: <instead>" if it looks like something and that is not what is wanted.
+void refuse_other(const std::string& path, std::string_view bytes, std::string_view wanted, const char* instead);
 
 // Keeps other processes out of a folder while it lives: a file `lock` in it that the system holds for us, and releases
 // however we end. One that a killed process left behind is free. Raises an Error that names the process that has it.

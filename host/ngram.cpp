@@ -131,6 +131,7 @@ void save_baselines(const std::string& path, const std::vector<Baseline>& baseli
 std::vector<Baseline> load_baselines(const std::string& path) {
   if (!std::filesystem::exists(path)) return {};
   const std::string content = read_file(path);
+  refuse_other(path, content, "JSON", "run ./data_prep again");
   try {
     const nlohmann::json json = nlohmann::json::parse(content);
     std::vector<Baseline> baselines;

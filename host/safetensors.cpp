@@ -124,6 +124,8 @@ void write_safetensors(const std::string& path, const std::vector<TensorView>& t
 }
 
 SafetensorsFile::SafetensorsFile(const std::string& path) : path_(path), file_(path) {
+  refuse_other(path, {reinterpret_cast<const char*>(file_.data()), file_.size()}, "a safetensors file",
+               "a checkpoint of this program is needed, such as ckpt_last.safetensors");
   uint64_t length = 0;
   if (file_.size() < sizeof length)
     fail("could not read ", path, ": it has only ", file_.size(), " bytes, too few for a safetensors file");

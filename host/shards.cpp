@@ -140,14 +140,17 @@ Tokens::Tokens(const std::string& folder, const std::string& split, const Vocabu
     const std::string path = shard_path(folder, split, n);
     if (numbers[n] != n) fail(path, " is missing, but there are later ones (run ./data_prep again)");
     auto file = std::make_unique<MappedFile>(path);
+    refuse_other(path, {reinterpret_cast<const char*>(file->data()), file->size()}, "a token shard",
+                 "run ./data_prep again");
     if (file->size() < header_bytes)
-      fail(path, file->size() == 0 ? " is empty" : " is truncated", ": ", file->size(),
-           " bytes, and the header alone has ", header_bytes, " (run ./data_prep again)");
+      fail(path, " is truncated: ", file->size(), " bytes, and the header alone has ", header_bytes,
+           " (run ./data_prep again)");
     int32_t header[6];
     std::memcpy(header, file->data(), sizeof header);
     const auto [found_magic, found_version, count, size, low, high] = header;
     if (found_magic != magic)
-      fail(path, " is no token shard: it starts with ", found_magic, " instead of ", magic, " (run ./data_prep again)");
+      fail(path, " is no token shard: it starts with ", found_magic, " instead of ", magic,
+           " (run ./data_prep on the text; nanoGPT's .bin files have no header at all)");
     if (found_version != version)
       fail(path, " is a shard of version ", found_version, "; this program reads version ", version,
            " (run ./data_prep again)");

@@ -132,6 +132,7 @@ Vocabulary Vocabulary::load(const std::string& path) {
   if (!std::filesystem::exists(path))
     fail(path, " is missing: no text was prepared here, or its preparation was interrupted (run ./data_prep)");
   const std::string content = read_file(path);
+  refuse_other(path, content, "JSON", "run ./data_prep again");
   try {
     const nlohmann::json json = nlohmann::json::parse(content);
     std::vector<char32_t> characters;

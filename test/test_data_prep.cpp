@@ -44,7 +44,8 @@ TEST_CASE("data_prep: the first nine tenths train, the rest validates") {
   write_file(text, "na\u00EFve \u20AC\U0001F600\r\n");  // 10 characters + 1
   const Run r = data_prep(text + " --out " + out);
   CHECK(r.code == 0);
-  CHECK(r.err == "");
+  CHECK(r.err ==
+        "\\r is a character of this vocabulary: the text has line ends of Windows (tr -d '\\r' takes it out)\n");
   CHECK(contains(r.out, text + ": 10 characters, 16 bytes\n"));
   CHECK(contains(r.out, "vocabulary: 10 characters: \\n\\r aenv\u00EF\u20AC\U0001F600\n"));
   CHECK(contains(r.out, "train: 9 tokens in " + out + "/train_000000.bin\n"));
@@ -88,6 +89,22 @@ TEST_CASE("data_prep: a text that comes once, through a pipe") {
   CHECK(text_in(out) == "hello fifo");
 }
 
+TEST_CASE("data_prep: a text of another kind is prepared, and it is said") {
+  const std::string folder = test_folder(), out = folder + "/data", text = folder + "/my.txt";
+  const std::string page = "\uFEFF\n <HTML lang=en>a page", old_mac = "a\rb\r", json = "{\"text\": 1}";
+  for (const auto& [content, notice] :
+       {std::pair{page, text + " begins like an HTML page, and its tags count as text\n"},
+        {old_mac, "the text has line ends of old Macs (tr '\\r' '\\n' changes them)\n"},
+        {json, ""s},
+        {"[Enter <html>]\n"s, ""s}}) {
+    write_file(text, content);
+    const Run r = data_prep(text + " --out " + out);
+    CHECK(r.code == 0);
+    CHECK((notice.empty() ? r.err.empty() : contains(r.err, notice)));
+    CHECK(text_in(out) == content.substr(content == page ? 3 : 0));
+  }
+}
+
 TEST_CASE("data_prep: a text longer than the pieces it is read in") {
   const std::string folder = test_folder(), text = folder + "/my.txt", out = folder + "/data";
   std::string many = "\uFEFFx";  // one byte off, so that a character is cut between the pieces of 2^20 bytes
@@ -117,6 +134,12 @@ TEST_CASE("data_prep: what cannot be prepared is refused, and nothing is touched
       {"aaaa", text + " has only one character, 'a'"},
       {"caf\xE9 noir", text + " is not UTF-8: at byte offset 3, E9 20: "},
       {"caf\xC3", text + " is not UTF-8: at byte offset 3, C3: the text ends inside a character"},
+      {"version https://git-lfs.github.com/spec/v1\noid sha256:4d\nsize 9\n",
+       text + " is a Git LFS pointer (git lfs pull"},
+      {"\xFF\xFEh\0i\0"s, text + " is text in UTF-16 (convert it first: iconv -f utf-16 -t utf-8): a text in UTF-8 "},
+      {"PK\3\4\x14", text + " is a zip archive"},
+      {"%PDF-1.7\n", text + " is a PDF document"},
+      {"\x1F\x8B\x08\0"s, text + " is compressed by gzip (unpack it first)"},
       {late, text + " is not UTF-8: at byte offset 2000001"},
       {too_many, "65536 distinct characters are too many"},
   };

@@ -81,6 +81,37 @@ TEST_CASE("reading: contents, empty, missing, a folder", "[files]") {
   CHECK_THROWS_WITH(MappedFile(folder), ContainsSubstring("it is a folder"));
 }
 
+TEST_CASE("a file is called what its first bytes say", "[files]") {
+  using namespace std::string_literals;
+  const std::pair<std::string, std::string> kinds[] = {
+      {"", "empty"},
+      {"\x40\1\0\0\0\0\0\0{\"a\":"s, "a safetensors file"},
+      {"\x1F\x8B\x08\0\0\0\0\0{\"a\":"s, "a safetensors file"},  // a header of 559,903 bytes, like gzip's mark
+      {"\x1F\x8B\x08\0\0\0\0\0\2\3"s, "compressed by gzip (unpack it first)"},
+      {"\x28\xB5\x2F\xFD\4", "compressed by zstd (unpack it first)"},
+      {"\xFD\x37zXZ\0"s, "compressed by xz (unpack it first)"},
+      {"\x80\2c", "a pickle, as Python and PyTorch before 1.6 write them"},
+      {"\x80\5c", "a pickle, as Python and PyTorch before 1.6 write them"},
+      {"\x80\6c", ""},
+      {"\x88\xD8\x34\1\1\0\0\0"s, "a token shard"},
+      {"{\"a\": 1}", "JSON"},
+      {"\xEF\xBB\xBF [1]", "JSON"},
+      {"<html>", "an HTML page"},
+      {"\r\n\t<!DocType HTML PUBLIC", "an HTML page"},
+      {"\n\n", "text"},
+      {"a <html>", "text"},
+      {"caf\xE9", "text"},
+      {"a\0b"s, ""},
+      {"\x7F", ""},
+      {std::string(600, 'a') + '\0', "text"},
+  };
+  for (const auto& [bytes, name] : kinds) CHECK(looks_like(bytes) == name);
+  CHECK_THROWS_WITH(refuse_other("x.bin", "<html>", "JSON", "run it again"),
+                    ContainsSubstring("x.bin is an HTML page: run it again"));
+  CHECK_NOTHROW(refuse_other("x.bin", "{}", "JSON", ""));
+  CHECK_NOTHROW(refuse_other("x.bin", "\1\2", "JSON", ""));
+}
+
 TEST_CASE("fnv1a gives the published values", "[files]") {
   CHECK(fnv1a("", 0) == 0xcbf29ce484222325ull);
   CHECK(fnv1a("a", 1) == 0xaf63dc4c8601ec8cull);

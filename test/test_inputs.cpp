@@ -58,11 +58,13 @@ TEST_CASE("Inputs: every damaged file is refused by name, and nothing is touched
       {val, put(12, 9), " belongs to another vocabulary", {anew}},
       {val, put(1024 + 7, 1), ": token 3 (byte offset 1030) is 257, but the vocabulary has ids 0 to 1", {anew, eval}},
       {shard, noise, " is no token shard", {anew}},
-      {vocabulary, empty, " is damaged: ", {anew, resume, eval}},
+      {vocabulary, empty, " is empty: run ./data_prep again", {anew, resume, eval}},
+      {"/data/baselines.json", empty, " is empty: run ./data_prep again", {anew}},
       {vocabulary, cut(20), " is damaged: ", {anew}},
       {vocabulary, noise, " is damaged: ", {anew}},
       {"/data/baselines.json", cut(20), " is damaged: ", {anew, resume}},
-      {last, empty, ": it has only 0 bytes", {resume, sample, eval}},
+      {last, empty, " is empty: a checkpoint of this program is needed", {resume, sample, eval}},
+      {last, cut(5), ": it has only 5 bytes", {resume, sample}},
       {last, cut(3000), "it is cut off", {resume, sample}},
       {last, cut(20000), "the file is cut off", {resume, sample}},
       {last, noise, "no safetensors file", {resume, sample, eval}},
@@ -115,6 +117,40 @@ TEST_CASE("Inputs: something else stands where a file should be", "[inputs]") {
     fs::create_directories(folder + "/blocked" + name);
     check_refused(train_gpt + small_run + " --data " + data + " --out_dir " + folder + "/blocked", name);
     fs::remove_all(folder + "/blocked");
+  }
+  CHECK(run(resume).code == 0);
+}
+
+TEST_CASE("Inputs: a file of another kind is called what it is", "[inputs]") {
+  const std::string folder = prepared(), data = folder + "/data", out = folder + "/out";
+  REQUIRE(train(folder, "--max_iters=3").code == 0);
+  const std::string resume = train_gpt + " --init_from=resume --max_iters=5 --data " + data + " --out_dir " + out;
+  const std::string sample = train_gpt + " sample --out_dir " + out + " --checkpoint ";
+  const std::string last = out + "/ckpt_last.safetensors", pth = out + "/microGPT_model.pth";
+  const std::string html = "\n<!DOCTYPE html>\n<html><body>404</body></html>\n",
+                    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n",
+                    gzip("\x1f\x8b\x08\0\0\0\0\0\0\x03KLJ", 13),
+                    pickle = "\x80\x02\x8a\nl\xfc\x9c" + std::string(99, '\0');
+  const std::pair<std::string, std::string> kinds[] = {
+      {read_file(pth), "a zip archive, as PyTorch's .pth files are"},
+      {pickle, "a pickle"},
+      {html, "an HTML page"},
+      {pointer, "a Git LFS pointer (git lfs pull gets the file itself)"},
+      {gzip, "compressed by gzip"},
+      {"To be, or not to be", "text"},
+  };
+  check_refused(sample + pth, pth + " is a zip archive, as PyTorch's .pth files are: a checkpoint of this program is " +
+                                  "needed, such as ckpt_last.safetensors");
+  check_refused(sample + data + "/train_000000.bin", "/train_000000.bin is a token shard: a checkpoint");
+  check_refused(sample + data + "/vocab.json", "/vocab.json is JSON: a checkpoint");
+  check_refused(sample + out, out + ": it is a folder");
+  for (const std::string& path : {last, data + "/val_000000.bin", data + "/vocab.json", data + "/baselines.json"}) {
+    const std::string kept = read_file(path);
+    for (const auto& [content, name] : kinds) {
+      write_file(path, content);
+      check_refused(resume, path + " is " + name);
+    }
+    write_file(path, kept);
   }
   CHECK(run(resume).code == 0);
 }

@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <nlohmann/json.hpp>
+#include <utility>
 
 #include "error.h"
 #include "files.h"
@@ -94,6 +95,48 @@ int Vocabulary::find(char32_t c) const {
   return place == characters_.end() || *place != c ? -1 : int(place - characters_.begin());
 }
 
+// Accents, each with pairs of a letter and the same letter with it: what European languages need. Canonical
+// decompositions of Unicode 15, of letters with one accent.
+static constexpr std::pair<char32_t, std::u32string_view> accented[] = {
+    {0x300, U"AÀEÈIÌOÒUÙaàeèiìoòuùЕЀИЍеѐиѝ"},
+    {0x301, U"AÁEÉIÍOÓUÚYÝaáeéiíoóuúyýCĆcćLĹlĺNŃnńRŔrŕSŚsśZŹzźΑΆΕΈΗΉΙΊΟΌΥΎΩΏϊΐαάεέηήιίϋΰοόυύωώГЃКЌгѓкќ"},
+    {0x302, U"AÂEÊIÎOÔUÛaâeêiîoôuûCĈcĉGĜgĝHĤhĥJĴjĵSŜsŝWŴwŵYŶyŷ"},
+    {0x303, U"AÃNÑOÕaãnñoõIĨiĩUŨuũ"},
+    {0x304, U"AĀaāEĒeēIĪiīOŌoōUŪuū"},
+    {0x306, U"AĂaăEĔeĕGĞgğIĬiĭOŎoŏUŬuŭУЎИЙийуў"},
+    {0x307, U"CĊcċEĖeėGĠgġIİZŻzż"},
+    {0x308, U"AÄEËIÏOÖUÜaäeëiïoöuüyÿYŸΙΪΥΫιϊυϋЕЁІЇеёії"},
+    {0x30A, U"AÅaåUŮuů"},
+    {0x30B, U"OŐoőUŰuű"},
+    {0x30C, U"CČcčDĎdďEĚeěLĽlľNŇnňRŘrřSŠsšTŤtťZŽzžAǍaǎ"},
+    {0x31B, U"OƠoơUƯuư"},
+    {0x326, U"SȘsșTȚtț"},
+    {0x327, U"CÇcçGĢgģKĶkķLĻlļNŅnņRŖrŗSŞsşTŢtţ"},
+    {0x328, U"AĄaąEĘeęIĮiįUŲuų"},
+};
+
+std::string Vocabulary::other_form(char32_t before, char32_t c) const {
+  const auto has = [this](char32_t part) { return find(part) >= 0; };
+  bool in_parts = c >= 0x1EA0 && c <= 0x1EF9 && has(0x323);  // Vietnamese, which has two accents on a letter
+  bool as_one = false;
+  for (const auto& [accent, pairs] : accented)
+    for (size_t i = 0; i < pairs.size(); i += 2) {
+      in_parts |= c == pairs[i + 1] && has(pairs[i]) && has(accent);
+      as_one |= c == accent && before == pairs[i] && has(pairs[i + 1]);
+    }
+  // Korean: a syllable is a consonant, a vowel and perhaps another consonant, numbered in this order.
+  constexpr char32_t syllables = 0xAC00, first = 0x1100, vowel = 0x1161, last = 0x11A7, end = syllables + 19 * 21 * 28;
+  if (c >= syllables && c < end) {
+    const char32_t n = c - syllables;
+    in_parts = has(first + n / 588) && has(vowel + n % 588 / 28) && (n % 28 == 0 || has(last + n % 28));
+  }
+  for (char32_t n = 0; n < 588 && c >= first && c < first + 19; n++) as_one |= has(syllables + (c - first) * 588 + n);
+  if (!in_parts && !as_one) return "";
+  return in_parts ? "; but the vocabulary has it in parts, the Unicode form NFD (uconv -x nfd converts to it)"
+                  : "; but the vocabulary has it and its neighbour as one, the Unicode form NFC (uconv -x nfc converts "
+                    "to it)";
+}
+
 std::vector<uint16_t> Vocabulary::encode(std::string_view text, const char* what) const {
   std::vector<uint16_t> ids;
   // A byte order mark that belongs to the vocabulary is a character like any other.
@@ -102,7 +145,8 @@ std::vector<uint16_t> Vocabulary::encode(std::string_view text, const char* what
     const int id = find(c);
     if (id < 0)
       fail(what, ": character ", ids.size() + 1, ", '", shown(c), "' (", code_point(c),
-           "), is not in the vocabulary: it does not occur in the text the vocabulary was made from");
+           "), is not in the vocabulary: it does not occur in the text the vocabulary was made from",
+           other_form(ids.empty() ? 0 : characters_[ids.back()], c));
     ids.push_back(uint16_t(id));
   });
   decoder.finish();

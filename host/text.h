@@ -77,6 +77,9 @@ class Vocabulary {
   static Vocabulary load(const std::string& path);
 
  private:
+  // For a message: a character that is unknown, and stands behind this one, may be known in another form.
+  std::string other_form(char32_t before, char32_t c) const;
+
   static constexpr uint16_t none = 0xFFFF;
   std::vector<char32_t> characters_;
   std::vector<uint16_t> table_;  // id by code point, for those below 0x10000

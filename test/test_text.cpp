@@ -121,6 +121,33 @@ TEST_CASE("vocabulary: an unknown character is named with its place") {
   CHECK(Vocabulary({U'a', U'\uFEFF'}).encode("\uFEFFa", "--start") == std::vector<uint16_t>{1, 0});
 }
 
+TEST_CASE("vocabulary: a prompt in the other Unicode form is told so, and only then") {
+  const auto said = [](const std::vector<char32_t>& characters, const std::string& prompt) {
+    const std::string message = error_of([&] { Vocabulary(characters).encode(prompt, "--start"); });
+    CHECK(contains(message, "is not in the vocabulary"));
+    return contains(message, "NFD") ? "NFD" : contains(message, "NFC") ? "NFC" : "";
+  };
+  const std::string nfd = "NFD", nfc = "NFC", none;
+  CHECK(said({U'e', 0x301}, "\u00E9") == nfd);
+  CHECK(said({U'e', 0x300}, "\u00E9") == none);  // its accent is not there either
+  CHECK(said({0x301}, "\u00E9") == none);
+  CHECK(said({U'e', 0x301, 0xE9}, "\u00E8") == none);
+  CHECK(said({0x3B1, 0x301}, "\u03AC") == nfd);
+  CHECK(said({0x438, 0x306}, "\u0439") == nfd);
+  CHECK(said({U'e', 0x302, 0x323}, "\u1EC7") == nfd);
+  CHECK(said({U'e', 0x302}, "\u00DF") == none);
+  CHECK(said({U'e', 0xE9}, "ee\u0301") == nfc);
+  CHECK(said({U'a', U'e', 0xE9}, "a\u0301") == none);
+  CHECK(said({U'e', 0xE9}, "\u0301") == none);
+  CHECK(said({U'u', 0x16F}, "u\u030A") == nfc);
+  CHECK(said({0x1112, 0x1161, 0x11AB}, "\uD55C") == nfd);
+  CHECK(said({0x1112, 0x1161}, "\uD55C") == none);
+  CHECK(said({0x1112, 0x1161}, "\uD558") == nfd);
+  CHECK(said({0xD55C}, "\u1112\u1161\u11AB") == nfc);
+  CHECK(said({0xD55C}, "\u1100\u1161") == none);
+  CHECK(said({U'a'}, "\U0001F600") == none);
+}
+
 TEST_CASE("vocabulary: 65,535 characters fit, one more does not") {
   std::vector<char32_t> characters;
   for (char32_t c = 0x10000; characters.size() < 65535; c++) characters.push_back(c);

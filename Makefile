@@ -35,7 +35,10 @@ ifeq ($(shell uname -s),Darwin)  # Apple's clang has OpenMP, Homebrew has its li
   COMMON += -I$(BREW)/include
 else
   OPENMP := -fopenmp
-  LIBS   := $(LDFLAGS) -fopenmp -lzip
+  # g++'s OpenMP goes into the program where the compiler brings libgomp.a: as a library it would read the environment
+  # before host/threads.cpp has completed it. It is looked for when a program is linked: `make deps` may come first.
+  LIBGOMP = $(if $(findstring clang,$(shell $(CXX) --version)),,$(wildcard $(shell $(CXX) -print-file-name=libgomp.a)))
+  LIBS    = $(LDFLAGS) $(if $(LIBGOMP),$(LIBGOMP) -pthread -ldl,-fopenmp) -lzip
 endif
 
 # One folder for each kind of build: `make SANITIZE=address,undefined test` does not touch the program's objects.

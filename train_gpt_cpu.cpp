@@ -18,7 +18,7 @@
 #include "host/error.h"         // defines: fail, run_main
 #include "host/memory.h"        // defines: Buffer, MemoryPlan
 #include "host/tensors.h"       // defines: ModelShape, PARAMETERS, Params, Layout
-#include "host/threads.h"       // defines: default_threads
+#include "host/threads.h"       // defines: use_threads
 #include "host/train_loop.h"    // defines: run_command
 #include "host/version.h"       // defines: version_text
 #include "kernels/adamw.h"
@@ -416,7 +416,7 @@ class CpuModel {
     fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")
     fail("--dtype ", config.dtype, " needs a GPU; a CPU has float32 and, with AVX512_BF16, bfloat16");
-  omp_set_num_threads(config.threads ? config.threads : default_threads());
+  use_threads(config.threads, config.command == "train");
   if (config.command == "train") {
     if (config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
     if (config.preset == "auto")

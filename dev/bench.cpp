@@ -216,7 +216,7 @@ int main(int argc, char** argv) {
     const std::string what = argc > 1 ? argv[1] : "all", dtype = argc > 2 ? argv[2] : "";
     if (what != "all" && what != "layers" && what != "step") fail("usage: bench [all|layers|step] [float32|bfloat16]");
     if (dtype == "bfloat16" && !built_for.avx512_bf16) fail("bfloat16 needs AVX512_BF16");
-    omp_set_num_threads(default_threads());
+    use_threads(0);
     std::printf("%s, %d threads, vectors of %d bits", processor().c_str(), omp_get_max_threads(), 8 * vector_bytes);
     if (what != "step") std::printf(", memory %.1f GB/s", bandwidth = memory_bandwidth());
     std::printf("\n");

@@ -56,14 +56,45 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
 TEST_CASE("OMP_NUM_THREADS, or the processors that the run may use, say how many threads it has if no flag does") {
   const std::string folder = prepared();
   const std::string flags = small_run + " --threads=0 --max_iters=1 --data " + folder + "/data --out_dir " + folder;
-  for (const auto& [before, threads] :
-       {std::pair{"OMP_NUM_THREADS=3 ", ", 3 threads"}, {"env -u OMP_NUM_THREADS taskset -c 0 ", ", 1 thread\n"}}) {
-    if (std::string(before).find("taskset") != std::string::npos && run("taskset -c 0 true").code != 0)
-      return skip("needs taskset");
-    const Run r = run(before + train_gpt + flags);
+  const auto err = [&](const std::string& before, const std::string& more = "") {
+    const Run r = run(before + " " + train_gpt + flags + more);
     REQUIRE(r.code == 0);
-    CHECK(contains(r.err, threads));
-  }
+    return r.err;
+  };
+  CHECK(contains(err("OMP_NUM_THREADS=3"), ", 3 threads"));
+  // OMP_NUM_THREADS is often set without its owner's knowledge: a line says so where it is not the number of cores.
+  const std::string because = ", because OMP_NUM_THREADS is ";
+  const std::string free = err("env -u OMP_NUM_THREADS");
+  CHECK(!contains(free, because));
+  const size_t end = free.find(" thread", free.find("MFLOP a token")), begin = free.rfind(' ', end - 1) + 1;
+  const int cores = std::stoi(free.substr(begin, end - begin));
+  const std::string more = std::to_string(cores + 1), set = "OMP_NUM_THREADS=" + more;
+  CHECK(contains(err(set), more + " threads on " + std::to_string(cores) + " core"));
+  CHECK(contains(err(set), because + more + "; --threads " + std::to_string(cores) + " takes one for each\n"));
+  CHECK(!contains(err("OMP_NUM_THREADS=" + std::to_string(cores)), because));
+  CHECK(!contains(err(set, " --threads=1"), because));
+  CHECK(run(set + " " + train_gpt + " sample --max_new_tokens=3 --out_dir " + folder).err.empty());
+  for (const std::string invalid : {"many", "0", "-1"})
+    CHECK(contains(err("OMP_NUM_THREADS=" + invalid), free.substr(begin - 1, end - begin + 8)));
+  if (run("taskset -c 0 true").code != 0) return skip("needs taskset");
+  CHECK(contains(err("env -u OMP_NUM_THREADS taskset -c 0"), ", 1 thread\n"));
+  CHECK(contains(err("OMP_NUM_THREADS=2 taskset -c 0"), "2 threads on 1 core" + because + "2; "));
+}
+
+TEST_CASE("Threads that wait give their core away soon, unless the environment says how they wait") {
+  if (run("ldd " + train_gpt + " | grep libgomp").code == 0) return skip("this compiler has no libgomp.a");
+  const std::string folder = prepared();
+  const auto err = [&](const std::string& set) {
+    const Run r = run("env -u OMP_WAIT_POLICY -u GOMP_SPINCOUNT -u KMP_BLOCKTIME OMP_DISPLAY_ENV=verbose " + set + " " +
+                      train_gpt + small_run + " --max_iters=1 --data " + folder + "/data --out_dir " + folder);
+    REQUIRE(r.code == 0);
+    return r.err;
+  };
+  const bool gnu = contains(err(""), "GOMP_SPINCOUNT");
+  CHECK(contains(err(""), gnu ? "GOMP_SPINCOUNT = '10000'" : "KMP_BLOCKTIME='1"));
+  CHECK(contains(err("GOMP_SPINCOUNT=77 KMP_BLOCKTIME=77"), gnu ? "GOMP_SPINCOUNT = '77'" : "KMP_BLOCKTIME='77"));
+  CHECK(contains(err("OMP_WAIT_POLICY=passive"), gnu ? "GOMP_SPINCOUNT = '0'" : "KMP_BLOCKTIME='0"));
+  CHECK(!contains(err("OMP_WAIT_POLICY=active"), gnu ? "GOMP_SPINCOUNT = '10000'" : "KMP_BLOCKTIME='1'"));
 }
 
 TEST_CASE("A run in bfloat16, where the processor has it, trains and goes on as a float32 run does") {

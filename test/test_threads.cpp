@@ -22,6 +22,16 @@ TEST_CASE("threads: two logical processors of one core count once", "[threads]")
   CHECK(physical_cores({0, 4}, root) == 1);
   CHECK(physical_cores({1, 2}, root) == 2);
   CHECK(physical_cores({0, 6}, root) == 0);  // the system does not know the second
+
+  // One thread for each, within the quota.
+  CHECK(usable_cores({0, 1, 2, 3, 4, 5}, root) == 3);
+  CHECK(usable_cores({4}, root) == 1);
+  CHECK(usable_cores({0, 6}, root) == 2);
+  put(root + "/proc/self/cgroup", "0::/a\n");
+  for (const auto& [quota, cores] : {std::pair{"200000 100000\n", 2}, {"50000 100000\n", 1}, {"900000 100000\n", 3}}) {
+    put(root + "/sys/fs/cgroup/a/cpu.max", quota);
+    CHECK(usable_cores({0, 1, 2, 3, 4, 5}, root) == cores);
+  }
 }
 
 TEST_CASE("threads: the smallest quota on the way to the root counts", "[threads]") {

@@ -1,7 +1,5 @@
 #include "rung.h"
 
-#include <omp.h>
-
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -31,7 +29,7 @@ bool read_flags(const std::string& rung, const Arguments& arguments, Config& con
     std::fputs(help.c_str(), stdout);
     return false;
   }
-  omp_set_num_threads(config.threads ? config.threads : default_threads());
+  use_threads(config.threads);
   std::fprintf(stderr, "%s: %s\n", rung.c_str(), print_flags(flags).c_str());
   return true;
 }

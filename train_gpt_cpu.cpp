@@ -27,6 +27,7 @@
 #include "kernels/embedding.h"
 #include "kernels/layernorm.h"
 #include "kernels/matmul.h"
+#include "kernels/peak.h"
 #include "kernels/relu.h"
 #include "kernels/residual.h"
 
@@ -405,13 +406,23 @@ class CpuModel {
   return out + "\n";
 }
 
+// The type for who names none: the one that the run computed in so far, or else the faster one, which is measured.
+inline std::string auto_dtype(const Config& config) {
+  const std::string so_far = dtype_so_far(config);
+  if (!built_for.avx512_bf16 || so_far == "float32") return "float32";
+  if (so_far == "bfloat16") return so_far;
+  const Rates rates = measure_rates();
+  const std::string faster = faster_dtype(rates);
+  std::fprintf(stderr, "bfloat16 %.0f, float32 %.0f GFLOP/s a core: %s\n", rates.bfloat16, rates.float32,
+               faster.c_str());
+  return faster;
+}
+
 // Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU. It is emitted
 // (used) although nothing here calls it: train_gpt.cu does.
 [[gnu::used]] inline int run(Config config, const std::string& why) {
-  if (config.dtype == "auto") {
-    const std::string before = dtype_so_far(config);
-    config.dtype = built_for.avx512_bf16 && before != "float32" ? "bfloat16" : "float32";
-  }
+  if (config.command == "export") return export_command(config);
+  if (config.dtype == "auto") config.dtype = auto_dtype(config);
   if (config.dtype == "bfloat16" && !built_for.avx512_bf16)
     fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")

@@ -33,30 +33,21 @@ Times measure(int runs, Work work) {
   return {seconds[seconds.size() / 2], seconds.front(), seconds.back()};
 }
 
-// The peak of all threads' multiply-adds, in GFLOP/s: in registers, with as many independent chains as the product's
-// tile has. The fastest run counts: nothing is faster than the peak.
+// The peak of all threads' multiply-adds, in GFLOP/s (kernels/peak.h). The fastest run counts: nothing is faster than
+// the peak.
 template <class Factor>
 double product_peak() {
-  constexpr int chains = product::MR, rounds = 10'000'000 / chains;
+  constexpr int rounds = 10'000'000 / product::MR;
   const int threads = omp_get_max_threads();
   std::vector<float> sink(size_t(threads) * 16);
   const Times t = measure(9, [&] {
 #pragma omp parallel
     {
-      const float seed = float(omp_get_thread_num() + 1);
-      const Unit<Factor> x = Factors<Factor>::unit(seed, seed);
-      Vec<Unit<Factor>> y[2] = {broadcast(x), broadcast(x)};
-      Vec<float> sum[chains][2];
-      for (auto& row : sum)
-        for (auto& s : row) s = Vec<float>{};
-      for (int r = 0; r < rounds; r++)
-        for (int i = 0; i < chains; i++)
-          for (int j = 0; j < 2; j++) sum[i][j] = multiply_add(sum[i][j], x, y[j]);
-      for (int i = 1; i < chains; i++) sum[0][0] += sum[i][0] + sum[i][1];
-      sink[size_t(omp_get_thread_num()) * 16] = horizontal_sum<float>(sum[0][0]);
+      const int thread = omp_get_thread_num();
+      sink[size_t(thread) * 16] = multiply_in_registers<Factor>(rounds, float(thread + 1));
     }
   });
-  return 2.0 * 2 * chains * rounds * lanes<float> * Factors<Factor>::terms * threads / t.min / 1e9;
+  return rounds * flops_a_round<Factor> * threads / t.min / 1e9;
 }
 
 // Bytes that all threads together read and write in a second, in GB/s: a = b + c * a over 256 MB.

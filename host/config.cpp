@@ -51,7 +51,7 @@ std::vector<CommandFlag> flags(Config& c) {
       {"s", {"top_k", &c.top_k, 0, 65535, {}, "choose among the k likeliest; 0: among all"}},
       {"tse", {"device", &c.device, 0, 0, {"auto", "cuda", "cpu"}, "cuda never falls back to cpu"}},
       {"tse", {"dtype", &c.dtype, 0, 0, {"auto", "float32", "tf32", "bfloat16", "float16"},
-               "of the products; auto: 16 bits where the hardware has them"}},
+               "of the products; auto: 16 bits on a GPU, and on a CPU where they are faster"}},
       {"tse", {"threads", &c.threads, 0, 1024, {}, "of the CPU; 0: one for each core. Results do not depend on it"}},
       {"tser", {"seed", &c.seed, 0, no_limit, {}, "of all random numbers"}},
   };

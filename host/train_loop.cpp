@@ -44,7 +44,8 @@ void require_one_process() {
 }
 
 std::string dtype_so_far(const Config& config) {
-  if (config.command != "train" || config.init_from != "resume") return "";
+  if (config.command != "train") return dtype_of(Checkpoint(checkpoint_path(config)).info());
+  if (config.init_from != "resume") return "";
   return dtype_of(Checkpoint(config.out_dir + "/ckpt_last.safetensors").info());
 }
 

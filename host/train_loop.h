@@ -53,7 +53,7 @@ inline int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) 
 
 // Refuses to be one of several processes, by what mpirun, srun and torchrun say in the environment.
 void require_one_process();
-// The type that the run in out_dir computed in so far, if this one is to go on with it; else empty.
+// The type of the run that this one goes on with, samples from or evaluates; empty: none, or none is recorded.
 std::string dtype_so_far(const Config& config);
 // Refuses to go on with another text, or with a run that is complete; says it if the type is another.
 void check_resumed(const Config& config, const Checkpoint& checkpoint, const Data& data);
@@ -403,6 +403,5 @@ template <class Model>
 int run_command(const Config& config) {
   if (config.command == "sample") return sample<Model>(config);
   if (config.command == "eval") return eval<Model>(config);
-  if (config.command == "export") return export_command(config);
   return train<Model>(config);
 }

@@ -166,6 +166,13 @@ TEMPLATE_TEST_CASE("Losses and gradients are bit-identical with 1, 2 and 3 threa
   CHECK(results[0][2] < results[0][0]);  // and it learns
 }
 
+TEST_CASE("The type of the products is bfloat16 only where it is clearly faster") {
+  CHECK(faster_dtype({181, 403}) == "float32");   // as on Emerald Rapids
+  CHECK(faster_dtype({488, 243}) == "bfloat16");  // Zen 4
+  CHECK(faster_dtype({139, 100}) == "float32");
+  CHECK(faster_dtype({141, 100}) == "bfloat16");
+}
+
 TEST_CASE("Products of type bfloat16 train as float ones do") {
   const ModelShape shape = {65, 32, 64, 2, 2};
   const int B = 4, T = shape.T;

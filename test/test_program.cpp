@@ -97,6 +97,39 @@ TEST_CASE("Threads that wait give their core away soon, unless the environment s
   CHECK(!contains(err("OMP_WAIT_POLICY=active"), gnu ? "GOMP_SPINCOUNT = '10000'" : "KMP_BLOCKTIME='1'"));
 }
 
+TEST_CASE("Without --dtype the faster type is measured, once; a run that goes on keeps its own") {
+  const std::string folder = prepared(), data = " --data " + folder + "/data --out_dir " + folder;
+  const Run first = train(folder);
+  REQUIRE(first.code == 0);
+  const auto measured = [](const Run& r) { return r.err.find(" GFLOP/s a core: ") != std::string::npos; };
+  CHECK(measured(first) == built_for.avx512_bf16);
+  if (measured(first)) {
+    const size_t at = first.err.find("bfloat16 ");
+    double narrow = 0, wide = 0;
+    REQUIRE(std::sscanf(first.err.c_str() + at, "bfloat16 %lf, float32 %lf GFLOP/s", &narrow, &wide) == 2);
+    const std::string faster = narrow > 1.4 * wide ? "bfloat16" : "float32";
+    CHECK(contains(first.err, " GFLOP/s a core: " + faster + "\n"));
+    CHECK(contains(first.err, faster + ", 2 threads"));
+    CHECK(first.err.find("a core: ") == first.err.rfind("a core: "));
+  }
+  for (const std::string dtype : {"float32", "bfloat16"}) {
+    if (dtype == "bfloat16" && !built_for.avx512_bf16) continue;
+    const std::string out = "/" + dtype;
+    const Run named = train(folder, "--max_iters=11 --dtype=" + dtype, out);
+    const Run resumed = run(train_gpt + " --init_from=resume --threads=2 --max_iters=20" + data + out);
+    for (const Run& r : {named, resumed}) {
+      CHECK(r.code == 0);
+      CHECK(!measured(r));
+      CHECK(contains(r.err, dtype + ", 2 threads"));
+    }
+    const Run eval = run(train_gpt + " eval" + data + out);
+    CHECK(!measured(eval));
+    CHECK(contains(eval.out, resumed.out.substr(resumed.out.find("val exact"), 17)));
+    CHECK(run(train_gpt + " sample --max_new_tokens=3 --out_dir " + folder + out).err.empty());
+    CHECK(!measured(run(train_gpt + " export --out_dir " + folder + out)));
+  }
+}
+
 TEST_CASE("A run in bfloat16, where the processor has it, trains and goes on as a float32 run does") {
   if (!built_for.avx512_bf16) return skip("no AVX512_BF16");
   const std::string folder = prepared();

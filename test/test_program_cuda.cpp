@@ -2,6 +2,7 @@
 // device to the other and back. CUDA_ON_CPU_DEVICES and CUDA_ON_CPU_MEMORY (bytes) describe the GPU that it finds.
 #include <csignal>
 
+#include "../host/cpu_features.h"
 #include "trainer.h"
 
 namespace {
@@ -95,6 +96,7 @@ TEST_CASE("Without a GPU it trains on the CPU and says why, unless a GPU was ask
   const Run r = train_with(no_gpu, folder, "/out", tiny);
   CHECK(r.code == 0);
   CHECK(contains(r.err, "on the CPU: no CUDA device"));
+  CHECK(contains(r.err, " GFLOP/s a core: ") == built_for.avx512_bf16);
   const Run refused = train_with(no_gpu, folder, "/refused", tiny + " --device=cuda");
   CHECK(refused.code == 1);
   CHECK(contains(refused.err, "error: --device cuda: no CUDA device"));

@@ -74,8 +74,10 @@ else
   GENCODE := -gencode arch=compute_$(ARCH),code=sm_$(ARCH)
 endif
 # Spills are for make kernel-stats. -lineinfo lets the profiler show source lines. No --use_fast_math: see above.
+# clang warns of every function in CUDA's headers that is not called.
 NVCC_FLAGS := $(CCBIN) $(filter -I% -isystem=%,$(subst -isystem ,-isystem=,$(USER_FLAGS))) \
-              -std=c++20 -O3 -lineinfo -MMD -MP -Xcompiler=-Wall,-Wextra,-fopenmp
+              -std=c++20 -O3 -lineinfo -MMD -MP \
+              -Xcompiler=-Wall,-Wextra,-fopenmp$(if $(findstring clang,$(CCBIN)),$(comma)-Wno-unused-function)
 CUDA_BUILD := $(BUILD)/cuda-$(ARCH)
 CUDA_LIBS  := @$(CUDA_BUILD)/libraries -lcudart_static -lpthread -ldl -lrt
 

@@ -621,8 +621,8 @@ class GpuModel {
 
   // Always computes a whole batch, whose shapes the matrix products are prepared for: behind B windows of n tokens lie
   // those of an earlier batch, which no loss is taken of and which causality keeps from having any influence.
-  double window_losses(Split split, uint64_t first, int B, int n) {
-    gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, B, n, stream_);
+  double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) {
+    gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, stride ? stride : n, B, n, stream_);
     add_losses(false, B * n);
     return read_losses();
   }

@@ -354,9 +354,12 @@ class CpuModel {
     return sum;
   }
 
-  double window_losses(Split split, uint64_t at, int B, int n) {
-    (*data_)[split].copy(at, size_t(B) * n, x_.data());
-    (*data_)[split].copy(at + 1, size_t(B) * n, y_.data());
+  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) {
+    for (int b = 0; b < B; b++) {
+      const uint64_t first = at + b * (stride ? stride : n);
+      (*data_)[split].copy(first, n, x_.data() + size_t(b) * n);
+      (*data_)[split].copy(first + 1, n, y_.data() + size_t(b) * n);
+    }
     forward(gpt_, x_.data(), B, n);
     return loss_sum(gpt_, y_.data(), B, n);
   }
@@ -430,7 +433,7 @@ inline std::string auto_dtype(const Config& config) {
   use_threads(config.threads, config.command == "train");
   if (config.command == "train") {
     if (config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
-    if (config.preset == "auto")
+    if (config.preset == "auto" && config.init_from == "scratch")  // a resumed run has its own settings
       std::fprintf(stderr, "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
     apply_preset(config, config.preset == "auto" ? "small" : config.preset);
   }

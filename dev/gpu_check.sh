@@ -220,7 +220,7 @@ stage_run() {
         in_train ? "" : ": OUTSIDE", val, vl[step], vh[step], in_val ? "" : ": OUTSIDE"
     }
     END { print seen + 0 outside > "/dev/stderr" }' dev/bands.txt "$work/run1/stdout" 2>"$work/bands" | page
-  { say; grep '^val exact' "$work/run1/stdout" | sed 's/^v/V/; s/$/ (run 1)/'; say; } | page
+  { say; grep '^val exact' "$work/run1/stdout" | sed 's/^v/V/; s/$/, run 1/'; say; } | page
   if [ "$text" = no ]; then
     note 'losses not compared with dev/bands.txt: the text is not Tiny Shakespeare'
   elif [ "$(cat "$work/bands")" = 11 ]; then

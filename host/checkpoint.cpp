@@ -3,6 +3,7 @@
 #include <charconv>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <utility>
 
 #include "config.h"
@@ -41,7 +42,8 @@ void save_checkpoint(const std::string& path, const CheckpointInfo& info, const 
   metadata["vocab_size"] = text(info.shape.V);
   metadata["vocabulary"] = characters;
   metadata["iteration"] = text(info.iteration);
-  metadata["best_loss"] = exact(info.best_loss);
+  metadata["best_fixed_loss"] = exact(info.best_loss);
+  metadata["best_iteration"] = text(info.best_iteration);
   metadata["data"] = info.data;
   for (const auto& [name, value] : info.state) metadata[state_prefix + name] = value;
   write_safetensors(path, views, metadata);
@@ -68,7 +70,12 @@ Checkpoint::Checkpoint(const std::string& path) : path_(path), file_(path) {
   number("n_layer", s.L);
   number("n_head", s.NH);
   number("iteration", info_.iteration);
-  number("best_loss", info_.best_loss);
+  if (file_.metadata().count("best_fixed_loss")) {
+    number("best_fixed_loss", info_.best_loss);
+    number("best_iteration", info_.best_iteration);
+  } else {
+    info_.best_loss = std::numeric_limits<double>::quiet_NaN();
+  }
   info_.data = value("data");
   for (const auto& [name, state] : file_.metadata())
     if (name.rfind(state_prefix, 0) == 0) info_.state[name.substr(state_prefix.size())] = state;

@@ -3,7 +3,7 @@
 //   tensors     the parameters under their names in a PyTorch state dict; in ckpt_last AdamW's moments too, under
 //               adamw.m.<name> and adamw.v.<name>
 //   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...), iteration,
-//               best_loss, data (fingerprint of the tokens), state.<name> of the trainer, checksums
+//               best_fixed_loss, best_iteration, data (fingerprint of the tokens), state.<name> of the trainer, checksums
 // defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views, Snapshot, CheckpointWriter
 #pragma once
 #include <atomic>
@@ -23,9 +23,11 @@ struct CheckpointInfo {
   ModelShape shape;
   std::map<std::string, std::string> settings;  // recorded flags by name, host/config.h; the shape's are among them
   int iteration = 0;                            // updates done, and so the number of the next one
-  double best_loss = 0;                         // the lowest validation loss so far; infinity: none
-  std::string data;                             // fingerprint of the training and validation tokens
-  std::map<std::string, std::string> state;     // what else a trainer needs to go on exactly, by name
+  double best_loss = 0;                      // the lowest loss so far of the fixed validation windows; infinity: none;
+                                             // NaN: an older program, which asked random batches, wrote the file
+  int best_iteration = 0;                    // whose weights that loss is of
+  std::string data;                          // fingerprint of the training and validation tokens
+  std::map<std::string, std::string> state;  // what else a trainer needs to go on exactly, by name
 };
 
 // The parameters in a buffer of this layout, as the tensors of a state dict.

@@ -175,7 +175,9 @@ std::vector<std::string> apply_settings(Config& config, const std::map<std::stri
 
 std::string print_config(const Config& config) {
   Config copy = config;
-  return print_flags(flags_of(copy, config.command));
+  std::vector<Flag> flags = flags_of(copy, config.command);
+  if (config.init_from == "resume") std::erase_if(flags, [](const Flag& f) { return f.name == "preset"; });
+  return print_flags(flags);
 }
 
 ModelShape model_shape(const Config& config, int vocabulary_size) {

@@ -80,7 +80,8 @@ std::map<std::string, std::string> recorded_settings(const Config& config);
 // "name: recorded -> given"; for the model's shape that is an Error.
 std::vector<std::string> apply_settings(Config& config, const std::map<std::string, std::string>& settings);
 
-// "n_layer 6, n_head 6, ..." of all flags that matter to the command, in lines of readable length.
+// "n_layer 6, n_head 6, ..." of all flags that matter to the command, in lines of readable length. A preset does not
+// matter to a resumed run, which goes on with recorded settings.
 std::string print_config(const Config& config);
 
 // Refuses what no kernel can compute, such as an n_embd that n_head does not divide.

@@ -45,10 +45,12 @@ inline void require_stack() {
     fail("the stack may grow to ", stack.rlim_cur >> 10, " KB only: allow 256 KB or more, with ulimit -s");
 }
 
-// Runs a program's body; an error becomes one line on stderr and exit code 1.
+// Runs a program's body; an error becomes one line on stderr and exit code 1. What is printed goes out line by line, into
+// a file too: one that takes both streams has the lines in the order in which they were printed.
 template <class Body>
 int run_main(Body body) {
   hold_standard_streams();
+  std::setvbuf(stdout, nullptr, _IOLBF, BUFSIZ);
   std::signal(SIGXFSZ, SIG_IGN);  // a file that outgrows ulimit -f is an error like a full disk, not the end
   try {
     require_stack();

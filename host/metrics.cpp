@@ -3,6 +3,7 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <cmath>
 #include <cstdint>
 #include <filesystem>
 #include <limits>
@@ -81,18 +82,25 @@ void Metrics::add_iter(int iter, double loss, double lr, double time_ms, double 
        {"tokens_per_s", tokens_per_s}});
 }
 
-void Metrics::add_eval(int iter, double train_loss, double val_loss) {
-  add({{"type", "eval"}, {"iter", iter}, {"train_loss", train_loss}, {"val_loss", val_loss}});
+void Metrics::add_eval(int iter, double train_loss, double val_loss, double val_fixed) {
+  Json line = {{"type", "eval"}, {"iter", iter}, {"train_loss", train_loss}, {"val_loss", val_loss}};
+  if (!std::isnan(val_fixed)) line["val_fixed"] = val_fixed;
+  add(line);
 }
 
-void Metrics::add_final(int iter, double val_exact, double train_seconds) {
-  add({{"type", "final"}, {"iter", iter}, {"val_exact", val_exact}, {"train_seconds", train_seconds}});
+void Metrics::add_final(int iter, double val_exact, double train_seconds, double val_fixed) {
+  Json line = {{"type", "final"}, {"iter", iter}};
+  if (!std::isnan(val_fixed)) line["val_fixed"] = val_fixed;
+  line["val_exact"] = val_exact;
+  line["train_seconds"] = train_seconds;
+  add(line);
 }
 
 void Metrics::remember(const Json& line) {
   const auto type = line.find("type");
   if (type == line.end()) return;
   if (*type == "eval")
-    evals_.push_back({line["iter"].get<int>(), number(line, "train_loss"), number(line, "val_loss")});
+    evals_.push_back(
+        {line["iter"].get<int>(), number(line, "train_loss"), number(line, "val_loss"), number(line, "val_fixed")});
   if (*type == "iter") iters_.push_back({line["iter"].get<int>(), number(line, "loss")});
 }

@@ -1,21 +1,27 @@
 // The record of a run: one JSON object a line, so that it can be followed while it grows and any program reads it.
 //   {"type":"iter","iter":10,"loss":3.1,"lr":0.0003,"time_ms":41.2,"tokens_per_s":397000}
-//   {"type":"eval","iter":500,"train_loss":1.75,"val_loss":1.9}
-//   {"type":"final","iter":5000,"val_exact":1.57,"train_seconds":170.2}
-// defines: EvalPoint, IterPoint, Metrics, has_final
+//   {"type":"eval","iter":500,"train_loss":1.75,"val_loss":1.9,"val_fixed":1.89}
+//   {"type":"final","iter":5000,"val_fixed":1.57,"val_exact":1.57,"train_seconds":170.2}
+// train_loss and val_loss are those of random batches; val_fixed, which decides which weights are the best, is that of the
+// same validation windows every time. The evaluation before the last step has none: the weights after that step have.
+// defines: not_scored, EvalPoint, IterPoint, Metrics, has_final
 #pragma once
+#include <limits>
 #include <nlohmann/json_fwd.hpp>
 #include <string>
 #include <vector>
 
+constexpr double not_scored = std::numeric_limits<double>::quiet_NaN();
+
 struct EvalPoint {
   int iter = 0;
-  double train = 0, val = 0;
+  double train = 0, val = 0;  // of random batches
+  double fixed = not_scored;  // of the fixed validation windows
 };
 
 struct IterPoint {
   int iter = 0;
-  double loss = 0;
+  double loss = not_scored;
 };
 
 class Metrics {
@@ -31,8 +37,8 @@ class Metrics {
   // null.
   void add(const nlohmann::ordered_json& line);
   void add_iter(int iter, double loss, double lr, double time_ms, double tokens_per_s);
-  void add_eval(int iter, double train_loss, double val_loss);
-  void add_final(int iter, double val_exact, double train_seconds);
+  void add_eval(int iter, double train_loss, double val_loss, double val_fixed = not_scored);
+  void add_final(int iter, double val_exact, double train_seconds, double val_fixed = not_scored);
   void flush();
 
   // For the plot: all that the file holds, earlier runs' lines included. A loss of null reads as NaN.

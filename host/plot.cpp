@@ -53,6 +53,7 @@ int last_iter(const PlotData& data) {
   int last = 0;
   for (const EvalPoint& e : data.evals) last = std::max(last, e.iter);
   for (const IterPoint& i : data.iters) last = std::max(last, i.iter);
+  for (const IterPoint& i : data.fixed) last = std::max(last, i.iter);
   return last;
 }
 
@@ -64,8 +65,9 @@ Range loss_range(const PlotData& data) {
   Range curves;
   for (const EvalPoint& e : data.evals)
     if (e.iter >= settled) curves.include(e.train), curves.include(e.val);
-  for (const IterPoint& i : data.iters)
-    if (i.iter >= settled) curves.include(i.loss);
+  for (const auto* points : {&data.iters, &data.fixed})
+    for (const IterPoint& i : *points)
+      if (i.iter >= settled) curves.include(i.loss);
   if (curves.low > curves.high)  // nothing finite
     for (const Baseline& b : data.baselines) curves.include(b.loss);
   if (curves.low > curves.high) curves = {0, 5};
@@ -106,13 +108,19 @@ std::string script(const PlotData& data) {
       if (std::isfinite(value(p))) s += text(p.iter, " ", decimals(value(p), 6), "\n");
     s += "END\n";
   };
+  const auto any = [](const auto& points, auto value) {
+    return std::any_of(points.begin(), points.end(), [&](const auto& p) { return std::isfinite(value(p)); });
+  };
+  const bool fixed = any(data.fixed, [](const IterPoint& p) { return p.loss; });
   block("batches", data.iters, [](const IterPoint& p) { return p.loss; });
   block("train", data.evals, [](const EvalPoint& p) { return p.train; });
   block("val", data.evals, [](const EvalPoint& p) { return p.val; });
+  block("fixed", data.fixed, [](const IterPoint& p) { return p.loss; });
 
   // Title and legend stand outside the plot, where no curve can meet them.
   s += text("set label ", quoted(data.title), " at graph 0, 1.05 left font ',15'\n");
-  s += "set key at graph 1, graph -0.075 right top samplen 2.5 textcolor rgb '#707070' font ',11'\n";
+  s += "set key at graph 1, graph 1.025 right bottom horizontal maxrows 1 samplen 2.5 textcolor rgb '#707070' font "
+       "',11'\n";
   s += text("set xrange [0:", last, "]\nset yrange [", decimals(range.low), ":", decimals(range.high), "]\n");
   s += "set xlabel 'iteration'\nset ylabel 'loss (nats per character)' offset -0.5,0\n";
   s += "set border 3 lc rgb '#404040'\nset tics nomirror out scale 0.6\n";
@@ -140,7 +148,7 @@ std::string script(const PlotData& data) {
   };
   if (!data.evals.empty()) {
     label_end("train", data.evals.back().train, train_colour);
-    label_end("validation", data.evals.back().val, val_colour);
+    label_end("validation", fixed ? data.fixed.back().loss : data.evals.back().val, val_colour);
   }
   spread(labels, 0.04 * range.span());
   for (const Label& l : labels)
@@ -151,33 +159,31 @@ std::string script(const PlotData& data) {
   if (!above.empty()) note("above: " + above, "0.995, 0.975");
   if (!below.empty()) note("below: " + below, "0.995, 0.025");
 
-  const EvalPoint* best = nullptr;
-  for (const EvalPoint& e : data.evals)
-    if (std::isfinite(e.val) && (best == nullptr || e.val < best->val)) best = &e;
-  if (best != nullptr) {
-    const char* side = best->iter < 0.15 * last   ? "left offset 1,-1.4"
-                       : best->iter > 0.85 * last ? "right offset -1,-1.4"
-                                                  : "center offset 0,-1.4";
+  const IterPoint& best = data.best;
+  if (std::isfinite(best.loss)) {
+    const char* side = best.iter < 0.15 * last   ? "left offset 1,-1.4"
+                       : best.iter > 0.85 * last ? "right offset -1,-1.4"
+                                                 : "center offset 0,-1.4";
     s += "set style textbox opaque noborder fillcolor rgb 'white' margins 0.5,0.3\n";
-    s += text("set label ", quoted(text("best ", decimals(best->val), " at iteration ", best->iter)), " at ",
-              best->iter, ",", decimals(best->val, 6), " ", side, " front boxed tc rgb '", val_colour, "'\n");
+    s += text("set label ", quoted(text("best ", decimals(best.loss), " at iteration ", best.iter)), " at ", best.iter,
+              ",", decimals(best.loss, 6), " ", side, " front boxed tc rgb '", val_colour, "'\n");
   }
 
   // What is drawn. A curve without a single point is left out: gnuplot refuses it.
   std::string curves;
   const auto curve = [&](const std::string& what) { curves += (curves.empty() ? "plot " : ", \\\n     ") + what; };
-  const auto any = [](const auto& points, auto value) {
-    return std::any_of(points.begin(), points.end(), [&](const auto& p) { return std::isfinite(value(p)); });
-  };
   if (any(data.iters, [](const IterPoint& p) { return p.loss; }))
     curve(text("$batches with lines lw 1 lc rgb '", batch_colour, "' title 'each training batch'"));
   if (any(data.evals, [](const EvalPoint& p) { return p.train; }))
-    curve(text("$train with linespoints lw 2.5 pt 7 ps 0.9 lc rgb '", train_colour, "' notitle"));
-  if (best != nullptr) {
-    curve(text("$val with linespoints lw 2.5 pt 7 ps 0.9 lc rgb '", val_colour, "' notitle"));
-    curve(text("'+' using (", best->iter, "):(", decimals(best->val, 6),
+    curve(text("$train with linespoints lw 2.5 pt 7 ps 0.9 lc rgb '", train_colour, "' title 'train, random batches'"));
+  if (any(data.evals, [](const EvalPoint& p) { return p.val; }))
+    curve(text("$val with linespoints lw ", fixed ? "1.2 pt 6 ps 0.7" : "2.5 pt 7 ps 0.9", " lc rgb '", val_colour,
+               "' title 'val, random batches'"));
+  if (fixed)
+    curve(text("$fixed with linespoints lw 2.5 pt 7 ps 0.9 lc rgb '", val_colour, "' title ", quoted(data.fixed_name)));
+  if (std::isfinite(best.loss))
+    curve(text("'+' using (", best.iter, "):(", decimals(best.loss, 6),
                ") every ::::0 with points pt 6 ps 2.2 lw 2.5 lc rgb '", val_colour, "' notitle"));
-  }
   if (curves.empty()) curve("NaN notitle");
   return s + curves + "\n";
 }
@@ -251,7 +257,7 @@ std::string run_gnuplot(const std::string& commands) {
 }  // namespace
 
 bool draw_picture(const std::string& png_path, int width, int height, const std::string& commands) {
-  std::string start = "set encoding utf8\n";         // the environment says LC_ALL=C, so that numbers have points
+  std::string start = "set encoding utf8\n";        // the environment says LC_ALL=C, so that numbers have points
   for (const char* terminal : {"png", "pngcairo"})  // the last one there is remains
     start += text("if (strstrt(GPVAL_TERMINALS, ' ", terminal, " ') > 0) set terminal ", terminal, " noenhanced size ",
                   width, ",", height, " font 'Sans,13' background rgb 'white'\n");

@@ -12,6 +12,9 @@ struct PlotData {
   std::vector<IterPoint> iters;
   std::vector<Baseline> baselines;
   std::string title;
+  std::vector<IterPoint> fixed = {};  // the loss of the fixed validation windows, where it was computed
+  std::string fixed_name = "";        // what it is of
+  IterPoint best = {};                // the lowest, whose weights are kept
 };
 
 // Draws the losses by iteration into a PNG. If gnuplot is missing or fails, a warning goes to stderr (once per program)

@@ -118,6 +118,17 @@ std::string flops_text(double flops, double peak) {
   return line;
 }
 
+std::string loss_text(double val_exact) {
+  char line[64];
+  std::snprintf(line, sizeof line, "%.4f (%.3f bits per character)", val_exact, val_exact / std::log(2.0));
+  return line;
+}
+
+std::string fixed_name(uint64_t tokens, int T) {
+  const uint64_t windows = fixed_windows(tokens, T);
+  return windows == 0 ? "exact val loss" : text("val loss of ", windows, " fixed windows");
+}
+
 RunFiles::RunFiles(const Config& config, int first_iteration)
     : config_(config),
       baselines_(load_baselines(config.data + "/baselines.json")),
@@ -125,9 +136,14 @@ RunFiles::RunFiles(const Config& config, int first_iteration)
 
 std::string RunFiles::path(const char* name) const { return config_.out_dir + "/" + name; }
 
-bool RunFiles::plot(const std::string& title) {
+bool RunFiles::plot(const std::string& title, const IterPoint& end, const IterPoint& best,
+                    const std::string& fixed_name) {
   PlotData data;
   data.evals = metrics_.evals();
+  for (const EvalPoint& e : data.evals) data.fixed.push_back({e.iter, e.fixed});
+  data.fixed.push_back(end);
+  data.best = best;
+  data.fixed_name = fixed_name;
   data.iters = metrics_.iters();
   data.baselines = baselines_;
   data.title = title;

@@ -11,13 +11,15 @@
 //   int chunk()                                   steps, or batches, that are best asked for at once
 //   std::vector<float> train_steps(iteration, count)          updates; each one's loss, the mean over its batches
 //   double random_losses(split, iteration, first, count)      the sum of the mean losses of random batches, dropout off
-//   double window_losses(split, at, B, n)         the sum of the losses in B windows of n tokens, one after the other
+//   double window_losses(split, at, B, n, stride) the sum of the losses in B windows of n tokens, which begin `stride`
+//                                                 apart; without a stride, one after the other
 //   int next_token(context, n, known, choice)     see generate in sampler.h
-// defines: run_command, evaluate, exact_loss
+// defines: run_command, evaluate, exact_loss, fixed_loss
 #pragma once
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <filesystem>
 #include <limits>
 #include <memory>
 #include <optional>
@@ -49,6 +51,7 @@ struct NotFinite {      // thrown when a number has become infinite or NaN, in t
 std::string checkpoint_path(const Config& config);  // --checkpoint last, best, or a file
 double flops_per_token(const ModelShape& shape);    // of a training step: 3 x forward, attention causal
 std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
+std::string loss_text(double val_exact);            // "1.5123 (2.182 bits per character)"
 inline int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Refuses to be one of several processes, by what mpirun, srun and torchrun say in the environment.
@@ -77,7 +80,10 @@ class RunFiles {
   RunFiles(const Config& config, int first_iteration);
   Metrics& metrics() { return metrics_; }
   std::string path(const char* name) const;
-  bool plot(const std::string& title);  // false: no gnuplot
+  // end: the loss of the fixed validation windows behind the last step; best: the lowest one, fixed_name: what it is of.
+  // false: no gnuplot.
+  bool plot(const std::string& title, const IterPoint& end = {}, const IterPoint& best = {},
+            const std::string& fixed_name = "");
 
  private:
   Config config_;
@@ -137,6 +143,36 @@ double exact_loss(Model& model, Split split, uint64_t tokens, int batch_size) {
   return sum / double(targets);
 }
 
+// Which weights are the best is decided by the same tokens of the validation split every time, so that luck has no part
+// in it: by all of them, as in Tiny Shakespeare's 111,540, or in a longer split by windows that lie evenly over it. This
+// bound keeps an evaluation from taking longer the longer the text: it is 64 batches of preset small and 8 of lecture,
+// beside 40 and 400 random ones.
+constexpr uint64_t fixed_tokens = 131'072;
+
+// In how many windows of T the fixed tokens of a long split lie; 0: the split is short, and they are all of it.
+inline uint64_t fixed_windows(uint64_t tokens, int T) {
+  return tokens - 1 <= fixed_tokens ? 0 : std::max<uint64_t>(fixed_tokens / uint64_t(T), 1);
+}
+std::string fixed_name(uint64_t tokens, int T);  // "exact val loss", "val loss of 512 fixed windows"
+
+template <class Model>
+double fixed_loss(Model& model, Split split, uint64_t tokens, int batch_size) {
+  const int T = model.shape().T;
+  const uint64_t windows = fixed_windows(tokens, T);
+  if (windows == 0) return exact_loss(model, split, tokens, batch_size);
+  const uint64_t stride = (tokens - 1) / windows;
+  ProgressBar bar("fixed windows", windows, "window");
+  double sum = 0;
+  for (uint64_t k = 0; k < windows;) {
+    if (stop_signal()) throw Interrupted();
+    const uint64_t B = std::min(windows - k, uint64_t(batch_size));
+    sum += model.window_losses(split, k * stride, int(B), T, stride);
+    bar.update(k += B);
+  }
+  bar.clear();
+  return sum / (double(windows) * T);
+}
+
 // ---------------------------------------------------------------------------------------------------------------------
 // train
 
@@ -169,10 +205,26 @@ std::string find_not_finite(Model& model, const std::string& path, const NotFini
   return "it did not come back when the steps were repeated: memory or processor may be faulty";
 }
 
+// An older program's run knows only what random batches thought of its best weights: they are scored by the fixed windows.
+// Afterwards the model has those weights.
+template <class Model>
+void score_best_again(Model& model, CheckpointInfo& info, const std::string& path, const Data& data, int batch_size) {
+  info.best_loss = std::numeric_limits<double>::infinity();
+  if (!std::filesystem::exists(path)) return;
+  const Checkpoint best(path);
+  if (best.info().shape != info.shape || best.info().data != info.data) return;  // another run's
+  const Buffer<float> params(model.layout());
+  best.load_params(params.data(), model.layout());
+  model.restore(params.data(), nullptr, nullptr);
+  info.best_loss = fixed_loss(model, Split::val, data.val.size(), batch_size);
+  info.best_iteration = best.info().iteration;
+}
+
 template <class Model>
 int train(Config config) {
   require_one_process();
   const std::string last_path = config.out_dir + "/ckpt_last.safetensors";
+  const std::string best_path = config.out_dir + "/ckpt_best.safetensors";
   std::optional<Checkpoint> resumed;
   if (config.init_from == "resume") {
     resumed.emplace(last_path);
@@ -206,6 +258,8 @@ int train(Config config) {
     if (resumed) {
       info.iteration = resumed->info().iteration;
       info.best_loss = resumed->info().best_loss;
+      info.best_iteration = resumed->info().best_iteration;
+      if (std::isnan(info.best_loss)) score_best_again(model, info, best_path, data, config.batch_size);
       resumed->load_params(start.params.data(), layout);
       resumed->load_moments(start.m.data(), start.v.data(), layout);
       model.set_state(resumed->info().state);
@@ -236,8 +290,18 @@ int train(Config config) {
   const auto save = [&](bool best) {  // in the background, from a snapshot
     take_snapshot();
     files.metrics().flush();  // a checkpoint never knows of an iteration that the record does not
-    writer.write(info, last_path, best ? files.path("ckpt_best.safetensors") : "");
+    writer.write(info, last_path, best ? best_path : "");
     last_save = Clock::now();
+  };
+  const std::string fixed = fixed_name(data.val.size(), shape.T);
+  const auto is_best = [&](double loss) {  // and says it
+    const bool best = loss < info.best_loss;
+    if (best) info.best_loss = loss, info.best_iteration = info.iteration;
+    std::fprintf(stderr, "%s: %.4f, %s\n", fixed.c_str(), loss,
+                 info.best_iteration == info.iteration
+                     ? "the best so far"
+                     : text("the best is that of step ", info.best_iteration).c_str());
+    return best;
   };
 
   const double tokens_per_step = double(config.batch_size) * config.gradient_accumulation_steps * shape.T;
@@ -248,18 +312,20 @@ int train(Config config) {
     int steps = 0;
     while (info.iteration < config.max_iters) {
       const int iteration = info.iteration, last = config.max_iters - 1;
-      if (iteration % config.eval_interval == 0 || iteration == last) {
+      // The last evaluation scores no fixed windows: the weights behind the last step are scored instead. So a run that is
+      // made longer afterwards has judged the same weights as one that was long from the start, if it had ended where that
+      // one evaluates.
+      const bool judged = iteration % config.eval_interval == 0;
+      if (judged || iteration == last) {
         bar.clear();
-        const EvalPoint point = evaluate(model, config, iteration);
-        if (!std::isfinite(point.train) || !std::isfinite(point.val))
+        EvalPoint point = evaluate(model, config, iteration);
+        if (judged) point.fixed = fixed_loss(model, Split::val, data.val.size(), config.batch_size);
+        if (!std::isfinite(point.train) || !std::isfinite(point.val) || (judged && !std::isfinite(point.fixed)))
           throw NotFinite{text("the losses of the evaluation before iteration ", iteration, " are not finite"),
                           iteration - 1, true};
         std::printf("step %d: train loss %.4f, val loss %.4f\n", iteration, point.train, point.val);
-        std::fflush(stdout);
-        files.metrics().add_eval(iteration, point.train, point.val);
-        const bool best = point.val < info.best_loss;
-        if (best) info.best_loss = point.val;
-        save(best);
+        files.metrics().add_eval(iteration, point.train, point.val, point.fixed);
+        save(judged && is_best(point.fixed));
       } else if (!writer.busy() && config.checkpoint_secs > 0 && seconds_since(last_save) >= config.checkpoint_secs) {
         save(false);
       }
@@ -287,20 +353,26 @@ int train(Config config) {
         bar.clear();
         std::printf("iter %d: loss %.4f, time %.2fms, %.0f tokens/s, %s\n", newest, loss, each * 1e3, rate,
                     flops_text(flops, model.peak_flops()).c_str());
-        std::fflush(stdout);
         files.metrics().add_iter(newest, losses.back(), learning_rate_at(config, newest), each * 1e3, rate);
         step_seconds = steps = 0;
       }
     }
     bar.finish();
     const double train_seconds = seconds_since(start);
-    save(false);
+    const double val_fixed = fixed_loss(model, Split::val, data.val.size(), config.batch_size);
+    if (!std::isfinite(val_fixed))
+      throw NotFinite{text("the loss after iteration ", info.iteration - 1, " is not finite"), info.iteration - 1,
+                      true};
+    save(is_best(val_fixed));
 
     // What a finished run leaves besides. The record's last line comes last: a run without it finishes when it goes on.
-    const double val_exact = exact_loss(model, Split::val, data.val.size(), config.batch_size);
-    std::printf("val exact: %.4f\n", val_exact);
+    const double val_exact = fixed_windows(data.val.size(), shape.T) == 0
+                                 ? val_fixed
+                                 : exact_loss(model, Split::val, data.val.size(), config.batch_size);
+    std::printf("val exact: %s\n", loss_text(val_exact).c_str());
     export_pth(files.path("microGPT_model.pth"), shape, layout, take_snapshot().params.data());
-    const bool plotted = files.plot(text("microGPT, ", layout.count(), " parameters"));
+    const bool plotted = files.plot(text("microGPT, ", layout.count(), " parameters"), {info.iteration, val_fixed},
+                                    {info.best_iteration, info.best_loss}, fixed);
     std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());
     std::string sample;
     generate(model, {0}, {500, {1.0, 0}, config.seed, 0}, [&](int token) {
@@ -313,7 +385,7 @@ int train(Config config) {
     std::printf("\n");
     if (stop_signal()) throw Interrupted();
     write_file(files.path("sample.txt"), sample + "\n");
-    files.metrics().add_final(info.iteration, val_exact, train_seconds);
+    files.metrics().add_final(info.iteration, val_exact, train_seconds, val_fixed);
     files.metrics().flush();
     std::fprintf(
         stderr,
@@ -394,7 +466,8 @@ int eval(Config config) {
   try {
     const EvalPoint point = evaluate(*model, config, checkpoint.info().iteration);
     std::printf("step %d: train loss %.4f, val loss %.4f\n", point.iter, point.train, point.val);
-    std::printf("val exact: %.4f\n", exact_loss(*model, Split::val, data.val.size(), config.batch_size));
+    const double val_exact = exact_loss(*model, Split::val, data.val.size(), config.batch_size);
+    std::printf("val exact: %s\n", loss_text(val_exact).c_str());
   } catch (const Interrupted&) { return 128 + stop_signal(); }
   return 0;
 }

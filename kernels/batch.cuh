@@ -33,17 +33,19 @@ inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count
 }
 
 static __global__ void __launch_bounds__(gather_threads)
-    gather_windows_kernel(int* x, int* y, const uint16_t* tokens, uint64_t first, int count) {
+    gather_windows_kernel(int* x, int* y, const uint16_t* tokens, uint64_t first, uint64_t stride, int count, int T) {
   const int i = blockIdx.x * gather_threads + threadIdx.x;
   if (i >= count) return;
-  x[i] = tokens[first + i];
-  y[i] = tokens[first + i + 1];
+  const uint16_t* token = tokens + first + i / T * stride + i % T;
+  x[i] = token[0];
+  y[i] = token[1];
 }
 
-// x (B, T) = tokens [first, first + B * T), windows that follow one another; y (B, T) = each token's successor. There
-// are first + B * T + 1 tokens or more.
-inline void gather_windows(int* x, int* y, const uint16_t* tokens, uint64_t first, int B, int T, cudaStream_t stream) {
+// x (B, T) = windows of T of the tokens, which begin at first, first + stride, ...; y (B, T) = each token's successor.
+// There are first + (B - 1) * stride + T + 1 tokens or more.
+inline void gather_windows(int* x, int* y, const uint16_t* tokens, uint64_t first, uint64_t stride, int B, int T,
+                           cudaStream_t stream) {
   require(B > 0 && T > 0, "gather_windows: B = ", B, " windows of T = ", T);
   const int blocks = ceil_div(B * T, gather_threads);
-  launch(gather_windows_kernel, {unsigned(blocks), gather_threads, 0, stream}, x, y, tokens, first, B * T);
+  launch(gather_windows_kernel, {unsigned(blocks), gather_threads, 0, stream}, x, y, tokens, first, stride, B * T, T);
 }

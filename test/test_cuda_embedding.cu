@@ -120,18 +120,30 @@ TEST_CASE("Random batches on the device are the host's", "[cuda]") {
                   std::invalid_argument);
 }
 
-TEST_CASE("Windows on the device follow one another", "[cuda]") {
+TEST_CASE("Windows on the device begin where they are to", "[cuda]") {
   const std::vector<uint16_t> tokens = some_tokens(1000);
   const DeviceArray<uint16_t> on_device(tokens);
   struct Windows {
-    int first, B, T;
+    int first, stride, B, T;
   };
-  for (const Windows w : {Windows{0, 1, 1}, {998, 1, 1}, {7, 3, 31}, {231, 3, 256}}) {
+  for (const Windows w : {Windows{0, 1, 1, 1},
+                          {998, 1, 1, 1},
+                          {7, 31, 3, 31},
+                          {231, 256, 3, 256},
+                          {7, 100, 9, 31},
+                          {3, 311, 3, 300},
+                          {5, 2, 4, 9}}) {
     const int count = w.B * w.T;
     const DeviceArray<int> x(count), y(count);
-    gather_windows(x.data(), y.data(), on_device.data(), uint64_t(w.first), w.B, w.T, nullptr);
-    CHECK((x.read() == std::vector<int>(tokens.begin() + w.first, tokens.begin() + w.first + count)));
-    CHECK((y.read() == std::vector<int>(tokens.begin() + w.first + 1, tokens.begin() + w.first + 1 + count)));
+    gather_windows(x.data(), y.data(), on_device.data(), uint64_t(w.first), uint64_t(w.stride), w.B, w.T, nullptr);
+    std::vector<int> want_x, want_y;
+    for (int b = 0; b < w.B; b++)
+      for (int t = 0; t < w.T; t++) {
+        want_x.push_back(tokens[size_t(w.first + b * w.stride + t)]);
+        want_y.push_back(tokens[size_t(w.first + b * w.stride + t + 1)]);
+      }
+    CHECK((x.read() == want_x));
+    CHECK((y.read() == want_y));
   }
 }
 

@@ -207,6 +207,11 @@ TEST_CASE("Evaluation on the GPU equals the CPU's", "[cuda]") {
         Approx(on_cpu->window_losses(Split::val, 7, 3, 20)).epsilon(1e-5));
   CHECK(on_gpu->window_losses(Split::val, 7, 2, 20) ==
         Approx(on_cpu->window_losses(Split::val, 7, 2, 20)).epsilon(1e-5));
+  const double apart = on_cpu->window_losses(Split::val, 7, 3, 20, 90);
+  CHECK(on_gpu->window_losses(Split::val, 7, 3, 20, 90) == Approx(apart).epsilon(1e-5));
+  double one_by_one = 0;
+  for (const uint64_t at : {7, 97, 187}) one_by_one += on_cpu->window_losses(Split::val, at, 1, 20);
+  CHECK(apart == Approx(one_by_one).epsilon(1e-6));
   CHECK(on_gpu->window_losses(Split::val, 320, 1, 12) ==
         Approx(on_cpu->window_losses(Split::val, 320, 1, 12)).epsilon(1e-5));
 }

@@ -16,15 +16,21 @@ TEST_CASE("metrics are one JSON object a line", "[metrics]") {
   metrics.add_eval(0, 4.25, 4.5);
   metrics.add_iter(0, 4.125, 3e-4, 12.5, 1000);
   metrics.add_iter(10, std::numeric_limits<double>::quiet_NaN(), 3e-4, 12.5, 1.0 / 3);
-  metrics.add({{"type", "final"}, {"iter", 10}, {"val_exact", 1.5}});
+  metrics.add_eval(10, 3.25, 3.5, 3.375);
+  metrics.add_final(11, 1.5, 2.5);
+  metrics.add_final(11, 1.5, 2.5, 1.25);
   CHECK(read_file(path) ==  // already while the run goes on
         R"({"type":"eval","iter":0,"train_loss":4.25,"val_loss":4.5}
 {"type":"iter","iter":0,"loss":4.125,"lr":0.0003,"time_ms":12.5,"tokens_per_s":1000.0}
 {"type":"iter","iter":10,"loss":null,"lr":0.0003,"time_ms":12.5,"tokens_per_s":0.3333333333333333}
-{"type":"final","iter":10,"val_exact":1.5}
+{"type":"eval","iter":10,"train_loss":3.25,"val_loss":3.5,"val_fixed":3.375}
+{"type":"final","iter":11,"val_exact":1.5,"train_seconds":2.5}
+{"type":"final","iter":11,"val_fixed":1.25,"val_exact":1.5,"train_seconds":2.5}
 )");
-  REQUIRE(metrics.evals().size() == 1);
+  REQUIRE(metrics.evals().size() == 2);
   CHECK(metrics.evals()[0].val == 4.5);
+  CHECK(std::isnan(metrics.evals()[0].fixed));
+  CHECK(metrics.evals()[1].fixed == 3.375);
   REQUIRE(metrics.iters().size() == 2);
   CHECK(metrics.iters()[0].loss == 4.125);
   CHECK(std::isnan(metrics.iters()[1].loss));

@@ -1,8 +1,12 @@
 // The program as a person uses it: a text in, a trained model out, and every refusal.
+#include <cmath>
 #include <filesystem>
+#include <random>
 
+#include "../host/checkpoint.h"
 #include "../host/cpu_features.h"
 #include "../host/safetensors.h"
+#include "../host/train_loop.h"
 #include "trainer.h"
 
 TEST_CASE("A run trains, samples, saves and says so") {
@@ -17,10 +21,15 @@ TEST_CASE("A run trains, samples, saves and says so") {
   CHECK(kinds == "eiieiief");  // evaluations at 0, 10, 19, losses at 0, 5, 10, 15
   CHECK(lines[0]["val_loss"].get<double>() == Approx(std::log(2.0)).margin(0.05));
   CHECK(lines[7]["val_exact"].get<double>() < 0.1);
+  for (const auto& [line, has] : {std::pair{0, true}, {3, true}, {6, false}, {7, true}})
+    CHECK(lines[size_t(line)].contains("val_fixed") == has);  // not those before the last step, but those after it
+  CHECK(lines[7]["val_fixed"] == lines[7]["val_exact"]);
+  const std::string at_start = loss_text(lines[0]["val_fixed"]).substr(0, 6);
+  CHECK(contains(r.err, "exact val loss: " + at_start + ", the best so far\n"));
   CHECK(contains(r.out, "step 0: train loss 0."));
   CHECK(contains(r.out, "step 19: train loss 0."));
   CHECK(contains(r.out, "iter 15: loss 0."));
-  CHECK(contains(r.out, "val exact: 0."));
+  CHECK(contains(r.out, text("val exact: ", loss_text(lines[7]["val_exact"]), "\n")));
   const std::string sample = read_file(folder + "/out/sample.txt");
   CHECK(sample.size() == 501);
   CHECK(contains(sample, "abababababab"));
@@ -47,10 +56,88 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   INFO(r.err);
   REQUIRE(r.code == 0);
   CHECK(contains(r.err, "going on with another value of max_iters: 11 -> 20"));
+  CHECK(r.err.find("preset") == std::string::npos);  // which a resumed run does not use
   CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/resumed/ckpt_last.safetensors")));
+  CHECK((read_file(folder + "/one/ckpt_best.safetensors") == read_file(folder + "/resumed/ckpt_best.safetensors")));
   const auto one = lines_of(folder + "/one/metrics.jsonl"), resumed = lines_of(folder + "/resumed/metrics.jsonl");
   REQUIRE(!resumed.empty());
   CHECK(one.back()["val_exact"] == resumed.back()["val_exact"]);
+}
+
+// The letters of the training text come at random, those of the validation text too: whatever a model learns by heart makes
+// it worse. Twenty steps in, the run has been better.
+TEST_CASE("The best checkpoint is the one whose loss on the same validation text was the lowest") {
+  std::mt19937 random(1);
+  std::string letters;
+  for (int i = 0; i < 2000; i++) letters += char('a' + random() % 4);
+  const std::string folder = prepared(letters), data = " --data " + folder + "/data";
+  const std::string flags = "--dropout=0 --threads=1 --eval_interval=20 --eval_iters=1 --batch_size=2 --dtype=float32 ";
+  const Run r = train(folder, flags + "--max_iters=120", "/whole");
+  INFO(r.err);
+  REQUIRE(r.code == 0);
+  const std::string best = folder + "/whole/ckpt_best.safetensors";
+  const CheckpointInfo info = Checkpoint(best).info();
+  double lowest = INFINITY, lowest_random = INFINITY;
+  int where = -1, where_random = -1;
+  for (const nlohmann::json& line : lines_of(folder + "/whole/metrics.jsonl")) {
+    if (line.contains("val_fixed") && line["val_fixed"].get<double>() < lowest) {
+      lowest = line["val_fixed"];
+      where = line["iter"];
+    }
+    if (line.contains("val_loss") && line["val_loss"].get<double>() < lowest_random) {
+      lowest_random = line["val_loss"];
+      where_random = line["iter"];
+    }
+  }
+  REQUIRE(where < 100);          // what ends there below has its best weights behind it
+  CHECK(where != where_random);  // else this test could not tell the two apart
+  CHECK(info.iteration == where);
+  CHECK(info.best_iteration == where);
+  CHECK(info.best_loss == lowest);
+  CHECK(contains(r.err, text(", the best is that of step ", where, "\n")));
+  const Run e = run(train_gpt + " eval --checkpoint=best" + data + " --out_dir " + folder + "/whole");
+  CHECK(contains(e.out, text("val exact: ", loss_text(lowest), "\n")));
+
+  // A run that ends at an evaluation and is then made longer has the same best weights as one that was long at once.
+  REQUIRE(train(folder, flags + "--max_iters=100", "/parts").code == 0);
+  const std::string parts = folder + "/parts", last = parts + "/ckpt_last.safetensors";
+  fs::copy(parts, folder + "/old", fs::copy_options::recursive);
+  const std::string resume = train_gpt + " --init_from=resume --max_iters=120 --threads=1" + data + " --out_dir ";
+  REQUIRE(run(resume + parts).code == 0);
+  CHECK(Checkpoint(parts + "/ckpt_best.safetensors").info().iteration == where);
+  CHECK((read_file(last) == read_file(folder + "/whole/ckpt_last.safetensors")));
+
+  // So does a run begun by a program that asked random batches, and was told a number that nothing will ever reach.
+  const std::string old = folder + "/old/ckpt_last.safetensors";
+  {
+    const SafetensorsFile file(old);
+    Metadata metadata = file.metadata();
+    metadata.erase("best_fixed_loss");
+    metadata.erase("best_iteration");
+    metadata["best_loss"] = "0.001";
+    write_safetensors(old + ".new", file.tensors(), metadata);
+  }
+  fs::rename(old + ".new", old);
+  REQUIRE(run(resume + folder + "/old").code == 0);
+  CHECK(Checkpoint(folder + "/old/ckpt_best.safetensors").info().iteration == where);
+  CHECK((read_file(old) == read_file(folder + "/whole/ckpt_last.safetensors")));
+}
+
+TEST_CASE("Both streams in one file have their lines in order") {
+  const std::string folder = prepared();
+  const Run r = run(train_gpt + small_run + " --data " + folder + "/data --out_dir " + folder + "/out 2>&1");
+  REQUIRE(r.code == 0);
+  size_t at = 0;
+  for (const std::string& line :
+       {std::string("preset lecture"), std::string("\nstep 0: "), std::string("\nexact val loss: "),
+        std::string("\niter 0: "), std::string("\nstep 19: "), std::string("\nexact val loss: "),
+        std::string("\nval exact: "), std::string("\ntrained in "),
+        ":\n" + read_file(folder + "/out/sample.txt") + "in " + folder + "/out: ckpt_last.safetensors"}) {
+    INFO(line);
+    const size_t found = r.out.find(line, at);
+    REQUIRE(found != std::string::npos);
+    at = found + line.size() - 1;
+  }
 }
 
 TEST_CASE("OMP_NUM_THREADS, or the processors that the run may use, say how many threads it has if no flag does") {

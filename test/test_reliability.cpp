@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <chrono>
+#include <cmath>
 #include <csignal>
 #include <filesystem>
 #include <map>
@@ -345,7 +346,8 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
   // not reach a checkpoint before the next loss tells.
   REQUIRE(train(folder, "--max_iters=3 --dtype=float32", "/made").code == 0);
   const std::string made = folder + "/made/ckpt_last.safetensors", good = read_file(made);
-  const auto go_on_with = [&](const char* tensor, bool moment, const std::string& flags) {
+  enum class Spoil { weights, m, v };
+  const auto go_on_with = [&](const char* tensor, Spoil what, const std::string& flags) {
     write_file(made, good);
     {
       const Checkpoint checkpoint(made);
@@ -355,8 +357,10 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
       checkpoint.load_moments(s.m.data(), s.v.data(), layout);
       const TensorSpec& spec = layout.find(tensor);
       for (size_t i = spec.offset; i < spec.offset + spec.slice; i++) {
-        (moment ? s.m : s.params).data()[i] = i % 2 ? -3e38f : 3e38f;
-        if (moment) s.v.data()[i] = 0;
+        const float huge = i % 2 ? -3e38f : 3e38f;
+        if (what == Spoil::weights) s.params.data()[i] = huge;
+        if (what == Spoil::m) s.m.data()[i] = huge, s.v.data()[i] = 0;
+        if (what == Spoil::v) s.v.data()[i] = INFINITY;
       }
       save_checkpoint(made, checkpoint.info(), checkpoint.vocabulary(), layout, s.params.data(), s.m.data(),
                       s.v.data());
@@ -366,14 +370,17 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
     CHECK(Checkpoint(made).info().iteration == 3);
     return end.err;
   };
-  std::string message = go_on_with("headw", false, "--max_iters=9");
+  std::string message = go_on_with("headw", Spoil::weights, "--max_iters=9");
   CHECK(contains(message, "the loss of iteration 3 is not finite"));
   CHECK(contains(message, "it began in iteration 3 with logits"));
-  message = go_on_with("headw", false, "--max_iters=4");  // which is evaluated first
+  message = go_on_with("headw", Spoil::weights, "--max_iters=4");  // which is evaluated first
   CHECK(contains(message, "the evaluation before iteration 3 are not finite; the weights are finite, but too large"));
-  message = go_on_with("lnfw", true, "--max_iters=4");  // and saved at once
-  CHECK(contains(message, "the weights after iteration 3 are not finite"));
+  message = go_on_with("lnfw", Spoil::m, "--max_iters=4");  // and evaluated at once
+  CHECK(contains(message, "the loss after iteration 3 is not finite"));
   CHECK(contains(message, "it began in iteration 3 with the weights lnfw"));
+  message = go_on_with("lnfw", Spoil::v, "--max_iters=9");  // which no loss tells, but the next checkpoint
+  CHECK(contains(message, "the weights after iteration 7 are not finite"));
+  CHECK(contains(message, "it began in iteration 3 with AdamW's v of lnfw"));
 }
 
 TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliability]") {

@@ -1,0 +1,76 @@
+// Which validation tokens decide what is best: host/train_loop.h, fixed_loss.
+#include <algorithm>
+#include <numeric>
+
+#include "../host/train_loop.h"
+#include "test.h"
+
+namespace {
+
+// Notes which targets it is asked for; the loss of a target is its number, so that sums are exact.
+struct Scorer {
+  int T;
+  std::vector<uint64_t> scored = {};
+  int most_windows = 0;
+  ModelShape shape() const {
+    ModelShape shape;
+    shape.T = T;
+    return shape;
+  }
+  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) {
+    CHECK(split == Split::val);
+    most_windows = std::max(most_windows, B);
+    double sum = 0;
+    for (int b = 0; b < B; b++)
+      for (int t = 0; t < n; t++) {
+        scored.push_back(at + uint64_t(b) * (stride ? stride : uint64_t(n)) + uint64_t(t) + 1);
+        sum += double(scored.back());
+      }
+    return sum;
+  }
+};
+
+}  // namespace
+
+TEST_CASE("A short validation split is scored exactly, up to the bound") {
+  for (const uint64_t tokens : {uint64_t(2), uint64_t(129), uint64_t(111'540), fixed_tokens + 1})
+    for (const int batch_size : {1, 16}) {
+      Scorer scorer{128};
+      const double loss = fixed_loss(scorer, Split::val, tokens, batch_size);
+      std::vector<uint64_t> all(tokens - 1);
+      std::iota(all.begin(), all.end(), 1);
+      CHECK((scorer.scored == all));
+      CHECK(loss == double(tokens) / 2);
+      CHECK(fixed_name(tokens, 128) == "exact val loss");
+    }
+}
+
+TEST_CASE("Of a long validation split the same windows are scored, evenly spaced, whatever the batch") {
+  for (const int T : {128, 256, 1000, 200'000})
+    for (const uint64_t tokens : {fixed_tokens + 2, uint64_t(1'000'003), uint64_t(5'000'000'000)}) {
+      if (tokens <= uint64_t(T)) continue;
+      INFO("T " << T << ", " << tokens << " tokens");
+      Scorer one{T}, many{T};
+      const double loss = fixed_loss(one, Split::val, tokens, 1);
+      CHECK(fixed_loss(many, Split::val, tokens, 24) == loss);
+      CHECK(many.most_windows == std::min<int>(24, int(many.scored.size() / size_t(T))));
+      CHECK((one.scored == many.scored));
+      const size_t windows = one.scored.size() / size_t(T);
+      CHECK(one.scored.size() == windows * size_t(T));
+      CHECK((windows == 1 || one.scored.size() <= fixed_tokens));
+      CHECK((T > 1000 || one.scored.size() > fixed_tokens - uint64_t(T)));
+      CHECK(fixed_name(tokens, T) == text("val loss of ", windows, " fixed windows"));
+      CHECK(one.scored.front() == 1);
+      CHECK(one.scored.back() < tokens);
+      CHECK(std::is_sorted(one.scored.begin(), one.scored.end()));
+      CHECK(std::adjacent_find(one.scored.begin(), one.scored.end()) == one.scored.end());  // none twice
+      // From the first to the last: what is left at the end is no longer than the space between two.
+      if (windows > 1) {
+        const uint64_t stride = one.scored[size_t(T)] - one.scored[0];
+        for (size_t k = 0; k < windows; k++) CHECK(one.scored[k * size_t(T)] == 1 + k * stride);
+        CHECK(tokens - 1 - windows * stride < windows);
+      }
+    }
+}
+
+TEST_CASE("A loss is also told in bits") { CHECK(loss_text(1.5123) == "1.5123 (2.182 bits per character)"); }

@@ -787,6 +787,7 @@ int main(int argc, char** argv) {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
     if (config.version) return std::fputs((version_text() + cpu::kernels_text() + cards_text()).c_str(), stdout), 0;
+    if (config.command == "train") require_one_process();
     if (config.device == "cpu" || config.command == "export") return cpu::run(config, "");
     const std::string why = no_gpu();
     if (config.device == "cuda" && !why.empty()) fail("--device cuda: ", why);

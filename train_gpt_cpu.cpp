@@ -425,14 +425,15 @@ inline std::string auto_dtype(const Config& config) {
 // (used) although nothing here calls it: train_gpt.cu does.
 [[gnu::used]] inline int run(Config config, const std::string& why) {
   if (config.command == "export") return export_command(config);
+  const bool train = config.command == "train";
+  if (train && config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
   if (config.dtype == "auto") config.dtype = auto_dtype(config);
   if (config.dtype == "bfloat16" && !built_for.avx512_bf16)
     fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")
     fail("--dtype ", config.dtype, " needs a GPU; a CPU has float32 and, with AVX512_BF16, bfloat16");
-  use_threads(config.threads, config.command == "train");
-  if (config.command == "train") {
-    if (config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
+  use_threads(config.threads, train);
+  if (train) {
     if (config.preset == "auto" && config.init_from == "scratch")  // a resumed run has its own settings
       std::fprintf(stderr, "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
     apply_preset(config, config.preset == "auto" ? "small" : config.preset);
@@ -451,6 +452,7 @@ int main(int argc, char** argv) {
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
     if (config.version)
       return std::fputs((version_text() + cpu::kernels_text() + "built without CUDA\n").c_str(), stdout), 0;
+    if (config.command == "train") require_one_process();
     const std::string why = "this program was built without CUDA";
     if (config.device == "cuda") fail("--device cuda: ", why, "; with nvcc on the path, make train_gpt builds it with");
     return cpu::run(config, why);

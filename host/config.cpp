@@ -68,12 +68,12 @@ std::vector<Flag> flags_of(Config& config, const std::string& command) {
   return chosen;
 }
 
-// The preset `lecture` is Config's own values. `small` is what two CPU cores with AVX512_BF16 train in three minutes.
+// The preset `lecture` is Config's own values. `small` is what two CPU cores with AVX-512 train in three to four minutes.
 const std::vector<std::pair<std::string, std::string>> small_preset = {
-    {"n_layer", "4"},        {"n_head", "4"},           {"n_embd", "128"},     {"block_size", "128"},
-    {"dropout", "0"},        {"batch_size", "16"},      {"max_iters", "4000"}, {"eval_iters", "20"},
-    {"log_interval", "100"}, {"learning_rate", "3e-3"}, {"decay_lr", "true"},  {"warmup_iters", "100"},
-    {"beta2", "0.99"},       {"weight_decay", "0.1"},   {"grad_clip", "1"},
+    {"n_layer", "4"},        {"n_head", "4"},         {"n_embd", "128"},         {"block_size", "128"},
+    {"dropout", "0"},        {"batch_size", "16"},    {"max_iters", "4000"},     {"eval_interval", "1000"},
+    {"eval_iters", "20"},    {"log_interval", "100"}, {"learning_rate", "3e-3"}, {"decay_lr", "true"},
+    {"warmup_iters", "100"}, {"beta2", "0.99"},       {"weight_decay", "0.1"},   {"grad_clip", "1"},
 };
 
 [[noreturn]] void refuse_unknown(const std::string& name, Config& config) {

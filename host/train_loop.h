@@ -222,7 +222,6 @@ void score_best_again(Model& model, CheckpointInfo& info, const std::string& pat
 
 template <class Model>
 int train(Config config) {
-  require_one_process();
   const std::string last_path = config.out_dir + "/ckpt_last.safetensors";
   const std::string best_path = config.out_dir + "/ckpt_best.safetensors";
   std::optional<Checkpoint> resumed;

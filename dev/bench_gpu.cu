@@ -784,7 +784,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   for (const int pieces : Matmul::relu_ways) {
     m.matmul.use_relu(pieces);
     const std::string way =
-        pieces == Matmul::relu_by_mask ? "by the mask" : text(pieces, pieces > 1 ? " pieces" : " piece");
+        pieces == Matmul::relu_by_mask ? "by the mask" : std::to_string(pieces) + (pieces > 1 ? " pieces" : " piece");
     table.row(("fc forward, fcproj dX, " + way).c_str(), 0, 8 * FCC, 10 * A + 8 * CC * R, [&](int l) {
       m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, true), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
       m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],

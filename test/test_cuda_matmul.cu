@@ -135,7 +135,7 @@ TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU'
   using Real = TestType;
   const bool fuse = GENERATE(true, false);
   const int pieces = GENERATE(from_range(std::begin(Matmul::relu_ways), std::end(Matmul::relu_ways)));
-  const bool use_mask = pieces == Matmul::relu_by_mask;
+  [[maybe_unused]] const bool use_mask = pieces == Matmul::relu_by_mask;
   // The hidden layer is the output of one product and the input of the next one.
   const Shape s = GENERATE(Shape{31, 48, 136, 136}, Shape{1, 16, 64, 64}, Shape{300, 32, 128, 128});
   const int rows = s.rows, C = s.C, hidden = s.OC;

@@ -97,6 +97,13 @@ DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
 DEFINE_POINTERS(Statistics, STATISTICS)
 DEFINE_POINTERS(GradStatistics, GRAD_STATISTICS)
 
+// The head's rows that products compute with: for 16-bit types those of zeros behind row V too. For V = 65 rows cuBLASLt has
+// only kernels that take three times as long; for floats it has none for some products of 72.
+template <class Real>
+constexpr int head_rows(int V) {
+  return sizeof(Real) == 2 ? padded_vocabulary(V) : V;
+}
+
 // The layouts of the activation buffer's two halves, for batches of B windows.
 struct ActivationLayouts {
   Layout of_real, of_float;
@@ -254,7 +261,7 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
   const Params<float>& p = m.p;
   const Activations<Real>& a = for_backward ? m.a : m.forward_only;
   const Statistics<float>& s = m.s;
-  const int Vp = padded_vocabulary(m.shape.V), C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
+  const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
   const cudaStream_t stream = m.stream;
   const auto kept = [&](const Slices<float>& slices, int l) { return for_backward ? slices[l] : nullptr; };
 
@@ -280,7 +287,7 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
       residual_layernorm_forward(a.out, a.lnf, for_backward ? s.lnf_mean : nullptr, for_backward ? s.lnf_rstd : nullptr,
                                  a.mid[l], a.branch, p.fcprojb[l], fc_drop, m.step(), p.lnfw, p.lnfb, B, T, C, stream);
   }
-  m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, Vp, Vp);  // zeros follow row V of the head
+  m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, head_rows<Real>(V), padded_vocabulary(V));
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -321,8 +328,8 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
 
   Real* dlogits = a.logits;
   crossentropy_forward_backward(s.losses, dlogits, m.y, dloss, &m.state->loss_scale, rows, V, Vp, stream);
-  m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, Vp, Vp);
-  m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, Vp, Vp);
+  m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, head_rows<Real>(V), Vp);
+  m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, head_rows<Real>(V), Vp);
   column_partials(gs.head_sums, dlogits, rows, V, Vp, stream);
   // From here on dstream is the gradient of the residual stream, and dbranch that of the branch which joined it here.
   residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_sums, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw, true,

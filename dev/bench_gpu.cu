@@ -732,7 +732,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   table.row("fcproj forward", L, 4 * FCC, 5 * A + 4 * CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C); });
   table.row_of_one("head forward, bias", 1, head, A + logits,
-                   [&](int) { m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, Vp, Vp); });
+                   [&](int) { m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, head_rows<Real>(V), Vp); });
   table.row_of_one("crossentropy_forward", 0, 0, logits + 8.0 * rows,
                    [&](int) { crossentropy_forward(s.losses, a.logits, m.y, rows, V, Vp, st); });
   table.row_of_one("crossentropy_forward_backward", 1, 0, 2 * logits + 8.0 * rows, [&](int) {
@@ -742,9 +742,10 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
                    [&](int) { sum_losses(&m.state->loss_sum, s.losses, false, rows, st); });
 
   table.row_of_one("head dX", 1, head, A + logits,
-                   [&](int) { m.matmul.backward_input(g.dnorm, a.logits, w.headw, rows, C, Vp, Vp); });
-  table.row_of_one("head dW", 1, head, A + logits + 4.0 * V * C,
-                   [&](int) { m.matmul.backward_weight(dw.headw, a.logits, a.lnf, false, rows, C, Vp, Vp); });
+                   [&](int) { m.matmul.backward_input(g.dnorm, a.logits, w.headw, rows, C, head_rows<Real>(V), Vp); });
+  table.row_of_one("head dW", 1, head, A + logits + 4.0 * V * C, [&](int) {
+    m.matmul.backward_weight(dw.headw, a.logits, a.lnf, false, rows, C, head_rows<Real>(V), Vp);
+  });
   table.row_of_one("head's column_partials", 1, 0, logits,
                    [&](int) { column_partials(gs.head_sums, a.logits, rows, V, Vp, st); });
   table.row("residual_layernorm_backward", 2 * L + 1, 0, 5 * A + stats + partials, [&](int l) {
@@ -781,15 +782,15 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
       (2 * L + 1) * partials;
   table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, B, T, false); });
 
-  for (const int pieces : Matmul::relu_ways) {
-    m.matmul.use_relu(pieces);
-    const std::string way =
-        pieces == Matmul::relu_by_mask ? "by the mask" : std::to_string(pieces) + (pieces > 1 ? " pieces" : " piece");
-    table.row(("fc forward, fcproj dX, " + way).c_str(), 0, 8 * FCC, 10 * A + 8 * CC * R, [&](int l) {
-      m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, true), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
-      m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],
-                                   rows, 4 * C, C);
-    });
+  for (const bool mask : {false, true}) {
+    m.matmul.use_relu_mask(mask);
+    table.row(mask ? "fc forward, fcproj dX, by a mask" : "fc forward, fcproj dX, by a pass", 0, 8 * FCC,
+              10 * A + 8 * CC * R, [&](int l) {
+                m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, true), a.ln2[l], w.fcw[l], w.fcb[l], rows, C,
+                                      4 * C);
+                m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true),
+                                             a.fc[l], rows, 4 * C, C);
+              });
   }
 
   const DeviceBuffer<double> norm_parts(gradient_norm_partials, "the gradient's norm");

@@ -233,45 +233,35 @@ stage_run() {
 }
 
 # Before a tool is believed it has to find the errors of a kernel that has some. What it finds in the library's kernels is
-# not ours: initcheck dislikes how cuBLASLt adds pieces of k. racecheck has ended itself over a step ("failed to handle a
-# hardware exception") and over the tests of products, so it gets a step's kernels one at a time, and those tests apart.
-# initcheck sees little of ours: all memory is filled before it is used, by NaN in the tests and by zeros in the trainer.
+# not ours. racecheck ends itself ("failed to handle a hardware exception") in every process that computes products by
+# cuBLASLt, also when it is to look at one kernel alone that has no shared memory: so our kernels are its matter in the
+# tests without products. initcheck sees little of them: all memory is filled before it is used, by NaN in the tests and
+# by zeros in the trainer.
 library_kernels='cublas|cutlass|nvjet|splitKreduce|globalKernel'
 stage_sanitizer() {
   need_programs "$run_tests" "$bench_gpu"
-  local sanitizer=compute-sanitizer tool part kernel own=() worst=$passed
+  local sanitizer=compute-sanitizer tool part worst=$passed
   have "$sanitizer" || sanitizer=/usr/local/cuda/bin/compute-sanitizer
   have "$sanitizer" || { note 'compute-sanitizer was not found'; exit "$not_run"; }
-  local small=(bfloat16 --batch_size 2) kernels=()
-  mapfile -t kernels < <(start timeout 20 "$bench_gpu" names "${small[@]}" --out_dir "$work/table" | tee "$work/names" |
-    grep '_kernel$' | grep -vE "$library_kernels" | sort -u)
-  say "${#kernels[@]} kernels of ours in a step"
-  [ "${#kernels[@]}" -gt 0 ] || { note 'bench_gpu names fails'; exit "$failed"; }
 
   left() { say $((seconds - SECONDS - 6)); }
-  look() {  # look NAME TOOL PART_OF_KERNELS_NAMES AT_MOST PROGRAM...: in the background, twelve at a time
-    while [ "$(jobs -rp | wc -l)" -ge 12 ]; do wait -n; done
-    local name=$1 at_most=$4
-    [ "$(left)" -ge "$at_most" ] || at_most=$(left)
-    [ "$at_most" -gt 3 ] || return
+  look() {  # look NAME TOOL PROGRAM...: in the background
+    local name=$2-$1 at_most
+    at_most=$(left)
     {
-      start timeout --kill-after=2 "$at_most" "$sanitizer" --tool "$2" --kernel-name "kns=$3" --error-exitcode 9 \
-        "${@:5}" >"$work/$name.log" 2>&1
+      start timeout --kill-after=2 "$at_most" "$sanitizer" --tool "$2" --kernel-name kns=_kernel --error-exitcode 9 \
+        "${@:3}" >"$work/$name.log" 2>&1
       say $? >"$work/$name.status"
       say "$name: $(verdict "$name")"
     } &
   }
-  step_of() {  # the products' algorithms are known, so that they need not be found again
-    mkdir -p "$work/of_$1" && cp "$work/table/matmul_algorithms.txt" "$work/of_$1/"
-    step=("$bench_gpu" profile "${small[@]}" --out_dir "$work/of_$1")
-  }
-  race_in() {
-    step_of "$1"
-    look "racecheck-$1" racecheck "$1" "$2" "${step[@]}"
-  }
   verdict() {
     local log=$work/$1.log status found
     status=$(cat "$work/$1.status" 2>/dev/null) || { say 'not run, the time was up'; return; }
+    if grep 'Internal Sanitizer Error' "$log" >/dev/null; then  # whatever code it ends with
+      say "own failure: $(grep -m 1 -A 2 'Internal Sanitizer Error' "$log" | tr -d = | tr -s ' \n' ' ' | cut -c 1-250)"
+      return
+    fi
     case $status in
       0) if grep -E 'SUMMARY: 0 ' "$log" >/dev/null; then say clean; else say 'own failure: no summary'; fi ;;
       9)
@@ -283,36 +273,20 @@ stage_sanitizer() {
         fi
         ;;
       124) say 'not finished' ;;
-      *)
-        if grep -E '[1-9][0-9]* failed' "$log" >/dev/null; then
-          say "FAILED: $(counts "$log")"
-        else
-          say "own failure, exit code $status: $(grep -E '^=+ .*(rror|xception|nternal)' "$log" | head -n 1)"
-        fi
-        ;;
+      *) say "FAILED, exit code $status: $(grep -E '^=+ .*(rror|xception|nternal)' "$log" | head -n 1)" ;;
     esac
   }
 
-  local step
+  # racecheck is slow: a process for each file of tests. What both others look at in one process comes in two parts too.
+  local parts=(adamw attention column_sums crossentropy embedding layernorm masks sampler)
   for tool in memcheck racecheck initcheck; do
-    look "$tool-planted" "$tool" _kernel 30 "$bench_gpu" planted
+    look planted "$tool" "$bench_gpu" planted
+    look products "$tool" "$run_tests" '-#' '[matmul]'
+    look step "$tool" "$bench_gpu" profile bfloat16 --batch_size 2
+    [ "$tool" = racecheck ] || look tests "$tool" "$run_tests" '-#' '[cuda]~[matmul]~[#test_cuda_model]'
   done
-  for tool in memcheck initcheck racecheck; do
-    look "$tool-tests" "$tool" _kernel 70 "$run_tests" '-#' '[cuda]~[matmul]~[#test_cuda_model]'
-    look "$tool-tests-of-products" "$tool" _kernel 70 "$run_tests" '-#' '[matmul]'
-  done
-  for tool in memcheck initcheck; do
-    step_of "$tool"
-    look "$tool-step" "$tool" _kernel 60 "${step[@]}"
-  done
-  for kernel in "${kernels[@]}"; do race_in "$kernel" 30; done
+  for part in "${parts[@]}"; do look "$part" racecheck "$run_tests" '-#' "[cuda][#test_cuda_$part]"; done
   wait
-  for kernel in "${kernels[@]}"; do
-    case $(verdict "racecheck-$kernel") in own*) own+=("$kernel") ;; esac
-  done
-  for kernel in "${own[@]}"; do  # once more, with the GPU to itself
-    [ "$(left)" -lt 12 ] || { race_in "$kernel" 20; wait; }
-  done
 
   { say '#### Sanitizers'; say; } | page
   for tool in memcheck racecheck initcheck; do
@@ -320,16 +294,14 @@ stage_sanitizer() {
       ERRORS*) note "$tool sees planted errors" ;;
       *) note "$tool is refused, it does not find planted errors: $(verdict "$tool-planted")"; worst=$refused ;;
     esac
-    for part in tests tests-of-products; do
-      note "$tool, $part: $(verdict "$tool-$part"), $(counts "$work/$tool-$part.log" 2>/dev/null)"
+    for part in tests "${parts[@]}" products step; do
+      [ ! -e "$work/$tool-$part.log" ] ||
+        note "$tool, $part: $(verdict "$tool-$part") $(counts "$work/$tool-$part.log")"
     done
-    [ "$tool" = racecheck ] || note "$tool, step: $(verdict "$tool-step")"
   done
-  for kernel in "${kernels[@]}"; do say "racecheck, $kernel: $(verdict "racecheck-$kernel")"; done |
-    tee "$work/races" | block
-  note "racecheck, the step's kernels one at a time: $(grep -c ': clean' "$work/races") of ${#kernels[@]} clean"
-  if grep 'own failure' "$work/sanitizer.note" "$work/races" >/dev/null; then worst=$refused; fi
-  if grep -E 'ERRORS|FAILED|not (finished|run)' "$work/sanitizer.note" "$work/races" >/dev/null; then worst=$failed; fi
+  sed 's/^/- /' "$work/sanitizer.note" | page
+  if grep 'own failure' "$work/sanitizer.note" >/dev/null; then worst=$refused; fi
+  if grep -E 'ERRORS|FAILED|not (finished|run)' "$work/sanitizer.note" >/dev/null; then worst=$failed; fi
   head -n 60 "$work"/*check-*.log >"$results/sanitizer.txt" 2>&1
   exit "$worst"
 }

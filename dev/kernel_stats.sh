@@ -12,6 +12,8 @@ allowed=(
   '8 and 24 bytes; a warp has 16 keys of 128 channels, and no card has more than 255 registers for a thread'
   '80 residual_layernorm_forward_kernel<RowShape<128, 2>, true, bf16>'
   '4 bytes, in the variant for more than 1024 channels'
+  '90 residual_layernorm_forward_kernel<RowShape<16, 2>, true, (float|fp16)>'
+  '8 bytes, for which a ninth block fits on every multiprocessor'
   '(100|120) attention_forward_kernel<(bf16|fp16), 64, (true|false)>'
   'up to 16 bytes, for which a third block fits on every multiprocessor'
   '100 embedding_backward_kernel<float>'

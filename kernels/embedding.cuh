@@ -65,25 +65,16 @@ static __device__ inline int rows_of_token(int* list, const int* x, int token, i
     if (i % 32 == 0) found[i / 32] = bits;
   }
   __syncthreads();
-  // Lane w counts the rows of word w; behind the scan it has those of all words up to its own.
-  constexpr int words = embedding_piece / 32;
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-  const unsigned own_word = lane < words ? found[lane] : 0;
-  int counted = __popc(own_word);
+  int count = 0;
 #pragma unroll
-  for (int d = 1; d < words; d *= 2) {
-    const int before = __shfl_up_sync(all_lanes, counted, d);
-    if (lane >= d) counted += before;
-  }
-#pragma unroll
-  for (int word = warp; word < words; word += embedding_threads / 32) {  // warps take turns
-    const unsigned bits = __shfl_sync(all_lanes, own_word, word);
-    const int up_to = __shfl_sync(all_lanes, counted, word);
-    const unsigned from_here = bits >> lane;
-    if (from_here & 1) list[up_to - __popc(from_here)] = first + word * 32 + lane;
+  for (int word = 0; word < embedding_piece / 32; word++) {
+    const int i = word * 32 + threadIdx.x % 32;
+    const bool mine = word % (embedding_threads / 32) == int(threadIdx.x) / 32;  // warps take turns
+    if (mine && found[word] >> (i % 32) & 1) list[count + __popc(found[word] & ((1u << (i % 32)) - 1))] = first + i;
+    count += __popc(found[word]);
   }
   __syncthreads();
-  return __shfl_sync(all_lanes, counted, words - 1);
+  return count;
 }
 
 // Backward's threads own eight columns of every `groups`-th row that is to be added.

@@ -13,7 +13,6 @@
 // shape.
 // defines: Matmul, relu_mask_bytes
 #pragma once
-#include <algorithm>
 #include <cmath>
 #include <initializer_list>
 #include <set>
@@ -60,32 +59,28 @@ class Matmul {
 
   // How a hidden layer's ReLU is computed, forward and backward together. By a mask: the product that goes forward leaves
   // a bit for each element, and the one that comes back reads it. Or by a pass of our own over what the product that
-  // comes back has left, which makes the sums for the bias's gradient on the way; product and pass take `pieces` of the
-  // rows in turn, so that the pass finds its piece in the cache.
-  static constexpr int relu_by_mask = 0, relu_ways[] = {1, 2, 4, relu_by_mask};
-  void use_relu(int pieces) { relu_pieces_ = pieces; }
+  // comes back has left, which makes the sums for the bias's gradient on the way.
+  void use_relu_mask(bool use) { relu_mask_ = use; }
 
-  // Takes the table's way or, if that has none, the one in which run() takes the least time: forward_relu and
-  // backward_input_relu of all layers. A library whose fused kernels are slow, or which has none, is faster by passes.
+  // Takes the table's way or, if that has none, the one in which run() takes less time: forward_relu and
+  // backward_input_relu of all layers. A library whose fused kernels are slow, or which has none, is faster by our pass.
   template <class Real, class Run>
   void choose_relu(int rows, int C, int OC, Run run) {
     const Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, OC};
     const std::string key = "ReLU of " + p.text();
     const std::string* const known = library_.table().find(key);
-    const auto name = [](int pieces) { return pieces == relu_by_mask ? "mask" : "pieces " + std::to_string(pieces); };
-    int fastest = 1;
+    bool fastest = known && *known == "mask";
     float least = INFINITY;
-    for (int round = 0; round < 3; round++)
-      for (const int pieces : relu_ways) {
-        if (known && *known != name(pieces)) continue;
-        use_relu(pieces);
-        const float time = known ? 0 : library_.time(run);
+    for (int round = 0; round < 3 && !known; round++)
+      for (const bool mask : {false, true}) {
+        use_relu_mask(mask);
+        const float time = library_.time(run);
         if (time >= least) continue;
         least = time;
-        fastest = pieces;
+        fastest = mask;
       }
-    use_relu(fastest);
-    library_.table().set(key, name(fastest));
+    use_relu_mask(fastest);
+    library_.table().set(key, fastest ? "mask" : "pass");
     library_.table().use(key);
   }
 
@@ -97,7 +92,7 @@ class Matmul {
     check("forward_relu", {out, mask, inp, weight, bias}, rows, C, OC, OC);
     const Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, OC};
     const Operands o = {.d = out, .a = weight, .b = inp, .bias = bias, .mask = mask};
-    if (mask && relu_pieces_ == relu_by_mask && library_.has(p.with(Epilogue::relu_mask), o)) {
+    if (mask && relu_mask_ && library_.has(p.with(Epilogue::relu_mask), o)) {
       masks_.insert({p.type, rows, OC});
       return library_.multiply(p.with(Epilogue::relu_mask), o);
     }
@@ -127,16 +122,10 @@ class Matmul {
     const Operands o = {.d = dinp, .a = weight, .b = dout, .mask = const_cast<unsigned char*>(mask)};
     if (masks_.count({p.type, rows, C}) && library_.has(p.with(Epilogue::drelu), o)) {
       library_.multiply(p.with(Epilogue::drelu), o);
-      return column_partials(partials, dinp, rows, C, C, stream_);
-    }
-    // From the last piece to the first: what comes after begins with the first rows, and finds them in the cache.
-    const int piece = ceil_div(ceil_div(rows, std::max(relu_pieces_, 1)), sums_block_rows) * sums_block_rows;
-    for (int first = (rows - 1) / piece * piece; first >= 0; first -= piece) {
-      const int n = std::min(piece, rows - first);
-      Real* const part = dinp + size_t(first) * C;
-      library_.multiply({p.type, false, false, false, C, n, OC, C, OC, C},
-                        {.d = part, .a = weight, .b = dout + size_t(first) * OC});
-      relu_backward(part, partials + partials_size(first, C), relu_out + size_t(first) * C, n, C, stream_);
+      column_partials(partials, dinp, rows, C, C, stream_);
+    } else {
+      library_.multiply(p, o);
+      relu_backward(dinp, partials, relu_out, rows, C, stream_);
     }
   }
 
@@ -185,8 +174,7 @@ class Matmul {
       unfused();
   }
 
-  bool tf32_, fuse_;
-  int relu_pieces_ = 1;
+  bool tf32_, fuse_, relu_mask_ = false;
   cudaStream_t stream_;
   MatmulLibrary library_;
   std::set<std::tuple<OperandType, int, int>> masks_;  // (rows, OC) for which forward_relu left a mask

@@ -133,13 +133,11 @@ TEST_CASE("matmul with tf32 takes ten bits of its operands", "[cuda][matmul]") {
 TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU's", "[cuda][matmul]", float, bf16,
                    fp16) {
   using Real = TestType;
-  const bool fuse = GENERATE(true, false);
-  const int pieces = GENERATE(from_range(std::begin(Matmul::relu_ways), std::end(Matmul::relu_ways)));
-  [[maybe_unused]] const bool use_mask = pieces == Matmul::relu_by_mask;
+  const bool fuse = GENERATE(true, false), use_mask = GENERATE(true, false);
   // The hidden layer is the output of one product and the input of the next one.
   const Shape s = GENERATE(Shape{31, 48, 136, 136}, Shape{1, 16, 64, 64}, Shape{300, 32, 128, 128});
   const int rows = s.rows, C = s.C, hidden = s.OC;
-  CAPTURE(fuse, pieces, rows, C, hidden);
+  CAPTURE(fuse, use_mask, rows, C, hidden);
   const Layer<Real> layer(s);
   std::vector<double> want = layer.forward(true);
   relu_forward(want.data(), want.size());
@@ -148,7 +146,7 @@ TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU'
   const DeviceArray<Real> out(want.size()), evaluated(want.size());
   const DeviceArray<unsigned char> mask(relu_mask_bytes(rows, hidden));
   Matmul matmul(false, nullptr, fuse);
-  matmul.use_relu(pieces);
+  matmul.use_relu_mask(use_mask);
   matmul.forward_relu(out.data(), mask.data(), inp.data(), weight.data(), bias.data(), rows, C, hidden);
   matmul.forward_relu(evaluated.data(), nullptr, inp.data(), weight.data(), bias.data(), rows, C, hidden);
   mask.read();
@@ -196,7 +194,7 @@ TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU'
     AlgorithmTable table("CPU");
     table.set(product, "unfused");
     m.load_table(table.save());
-    m.use_relu(Matmul::relu_by_mask);
+    m.use_relu_mask(true);
   };
   const auto backward_agrees = [&](Matmul& m, const DeviceArray<unsigned char>& passed) {
     m.forward_relu(evaluated.data(), nullptr, inp.data(), weight.data(), bias.data(), rows, C, hidden);
@@ -241,7 +239,7 @@ TEST_CASE("how ReLU is computed is chosen once, and kept", "[cuda][matmul]") {
   choose(first);
   const std::string line = "ReLU of bfloat16 TN m 128 n 64 k 32 ld 32 32 128: ";
   const std::string table = first.save_table();
-  CHECK((contains(table, line + "pieces ") || contains(table, line + "mask\n")));
+  CHECK((contains(table, line + "pass\n") || contains(table, line + "mask\n")));
   runs = 0;
   second.load_table(table);
   choose(second);
@@ -251,14 +249,14 @@ TEST_CASE("how ReLU is computed is chosen once, and kept", "[cuda][matmul]") {
 #ifdef CUDA_ON_CPU  // where a table can be written by hand
   for (const bool use : {false, true}) {
     AlgorithmTable by_hand("CPU");
-    by_hand.set(line.substr(0, line.size() - 2), use ? "mask" : "pieces 2");
+    by_hand.set(line.substr(0, line.size() - 2), use ? "mask" : "pass");
     Matmul third(false, nullptr);
     third.load_table(by_hand.save());
     const DeviceArray<unsigned char> fresh(mask.size());
     third.choose_relu<bf16>(rows, C, OC, [] {});
     third.forward_relu(out.data(), fresh.data(), inp.data(), weight.data(), bias.data(), rows, C, OC);
     CHECK((fresh.read() != std::vector<unsigned char>(mask.size(), 0xff)) == use);
-    CHECK(contains(third.save_table(), line + (use ? "mask\n" : "pieces 2\n")));
+    CHECK(contains(third.save_table(), line + (use ? "mask\n" : "pass\n")));
   }
 #endif
 }

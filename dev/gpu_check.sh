@@ -146,8 +146,9 @@ stage_step() {
       # shellcheck disable=SC2086
       start "$bench_gpu" step bfloat16 $variant || status=$failed
     done
+    local -A takes=([float16]=14 [tf32]=25 [float32]=40)
     for dtype in float16 tf32 float32; do
-      [ $((seconds - SECONDS)) -gt 27 ] || { say "left out, the time is up: $dtype"; continue; }
+      [ $((seconds - SECONDS)) -gt "${takes[$dtype]}" ] || { say "left out, the time is up: $dtype"; continue; }
       say "--- step $dtype"
       start "$bench_gpu" step "$dtype" || status=$failed
     done
@@ -353,7 +354,7 @@ stage_peer() {
   else
     wrapper=
   fi
-  PYTHONUNBUFFERED=1 "$python" dev/bench_pytorch.py --device cuda --fused-only --budget $((seconds - 15)) \
+  PYTHONUNBUFFERED=1 "$python" dev/bench_pytorch.py --device cuda --fused-only --budget $((seconds - 25)) \
     ${wrapper:+"$wrapper"} |
     tee "$work/peer.log" || exit "$failed"
   { say '#### Beside PyTorch'; say; } | page

@@ -553,26 +553,22 @@ class MatmulLibrary {
   }
 
   // Gives the plan the fastest algorithm and returns its milliseconds; infinity: there is none. Overwrites d, or memory
-  // of the same size where d is to be added to. Asked for little alignment, the library sometimes proposes one where it
-  // had none before.
+  // of the same size where d is to be added to.
   float choose(Plan& plan, const Product& p, const Operands& o) {
+    const std::vector<Algorithm> candidates = heuristics(plan, p.k, Request());
+    std::vector<float> times(candidates.size(), INFINITY);
     std::optional<DeviceMemory> instead;
     if (o.accumulate) instead.emplace(size_t(p.n) * p.ldd * sizeof(float));
     void* const d = instead ? instead->as<void>() : o.d;
     float best = INFINITY;
-    for (const Request& request : {Request(), Request{.alignment = 4}}) {
-      if (best < INFINITY) break;
-      const std::vector<Algorithm> candidates = heuristics(plan, p.k, request);
-      std::vector<float> times(candidates.size(), INFINITY);
-      for (int round = 0; round < 3; round++)
-        for (size_t i = 0; i < candidates.size(); i++) {
-          if (round > 0 && !(times[i] < 1.2f * best)) continue;  // out of the race
-          times[i] = std::min(times[i], milliseconds_of(plan, candidates[i], o, d, 4));
-          if (times[i] >= best) continue;
-          best = times[i];
-          plan.algorithm = candidates[i];
-        }
-    }
+    for (int round = 0; round < 3; round++)
+      for (size_t i = 0; i < candidates.size(); i++) {
+        if (round > 0 && !(times[i] < 1.2f * best)) continue;  // out of the race
+        times[i] = std::min(times[i], milliseconds_of(plan, candidates[i], o, d, 4));
+        if (times[i] >= best) continue;
+        best = times[i];
+        plan.algorithm = candidates[i];
+      }
     return best;
   }
   float milliseconds_of(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, int calls) {

@@ -79,7 +79,7 @@ TEST_CASE("a title, a name or a path is never a command", "[plot]") {
 
 TEST_CASE("the best point is the one that was kept, on the curve that decided it", "[plot]") {
   const std::string folder = test_folder(), old = std::getenv("PATH");
-  write_file(folder + "/gnuplot", "#!/bin/sh\nprintf '\\211PNG'\ncat >" + folder + "/script\n");
+  write_file(folder + "/gnuplot", "#!/bin/sh\nprintf '\\211PNG IEND\\256B`\\202'\ncat >" + folder + "/script\n");
   std::filesystem::permissions(folder + "/gnuplot", std::filesystem::perms::owner_all);
   setenv("PATH", (folder + ":" + old).c_str(), 1);
   PlotData data = a_run(3);

@@ -97,8 +97,9 @@ DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
 DEFINE_POINTERS(Statistics, STATISTICS)
 DEFINE_POINTERS(GradStatistics, GRAD_STATISTICS)
 
-// The head's rows that products compute with: for 16-bit types those of zeros behind row V too. For V = 65 rows cuBLASLt has
-// only kernels that take three times as long; for floats and 72 rows it sometimes has none at all (13.1, H100).
+// How many rows of the head the products use. With 16-bit types we include the rows of zeros after row V: cuBLASLt's kernels
+// for 65 rows take three times as long as those for 72. With floats we don't: for 72 rows it sometimes has no kernel at all
+// (seen with cuBLASLt 13.1 on an H100).
 template <class Real>
 constexpr int head_rows(int V) {
   return sizeof(Real) == 2 ? padded_vocabulary(V) : V;

@@ -409,7 +409,7 @@ class CpuModel {
   return out + "\n";
 }
 
-// The type for who names none: the one that the run computed in so far, or else the faster one, which is measured.
+// What --dtype auto means: the type that the run has used so far or, for a new run, the type that measures faster.
 inline std::string auto_dtype(const Config& config) {
   const std::string so_far = dtype_so_far(config);
   if (!built_for.avx512_bf16 || so_far == "float32") return "float32";

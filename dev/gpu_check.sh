@@ -126,11 +126,15 @@ stage_tests() {
   [ "$status" = 0 ] || exit "$failed"
 }
 
-stage_products() {
+bench() {  # bench COMMAND TITLE: what bench_gpu prints goes to the log and the summary
   need_programs "$bench_gpu"
-  start "$bench_gpu" products | tee "$work/products.log" || exit "$failed"
-  { say '#### Products'; say; } | page
-  block <"$work/products.log"
+  start "$bench_gpu" "$1" | tee "$work/$1.log" || exit "$failed"
+  { say "#### $2"; say; } | page
+  block <"$work/$1.log"
+}
+
+stage_products() {
+  bench products Products
   note "$(grep -cE '/[0-9?]+/[0-9?]+ ' "$work/products.log") lines, $(grep -c 'failed:' "$work/products.log") failed"
 }
 
@@ -162,18 +166,12 @@ stage_step() {
 }
 
 stage_kernels() {
-  need_programs "$bench_gpu"
-  start "$bench_gpu" kernels | tee "$work/kernels.log" || exit "$failed"
-  { say '#### Kernel by kernel'; say; } | page
-  block <"$work/kernels.log"
+  bench kernels 'Kernel by kernel'
   note "$(grep '^a step:' "$work/kernels.log")"
 }
 
 stage_ceilings() {
-  need_programs "$bench_gpu"
-  start "$bench_gpu" ceilings | tee "$work/ceilings.log" || exit "$failed"
-  { say '#### Ceilings'; say; } | page
-  block <"$work/ceilings.log"
+  bench ceilings Ceilings
   note "$(grep '^copy' "$work/ceilings.log" | tr -s ' ')"
 }
 

@@ -2,8 +2,9 @@
 //   {"type":"iter","iter":10,"loss":3.1,"lr":0.0003,"time_ms":41.2,"tokens_per_s":397000}
 //   {"type":"eval","iter":500,"train_loss":1.75,"val_loss":1.9,"val_fixed":1.89}
 //   {"type":"final","iter":5000,"val_fixed":1.57,"val_exact":1.57,"train_seconds":170.2}
-// train_loss and val_loss are those of random batches; val_fixed, which decides which weights are the best, is that of the
-// same validation windows every time. The evaluation before the last step has none: the weights after that step have.
+// train_loss and val_loss are estimates from random batches. val_fixed is computed on the same validation windows every time
+// and decides which weights are the best. The evaluation before the last step leaves it out, because the weights after that
+// step are scored anyway, in the final line.
 // defines: not_scored, EvalPoint, IterPoint, Metrics, has_final
 #pragma once
 #include <limits>

@@ -78,8 +78,9 @@ void column_partials(float* partials, const Real* x, int rows, int OC, int ld, c
 // Step two. A block adds up 32 columns of a layer's partials: eight groups of threads take turns at their rows, and what
 // the groups have is added in order. One launch does that for a list of sums.
 
-// The sums of partials (layers, blocks, count, C) over the blocks: those of part i, C numbers a layer, go to first[i], or
-// nowhere if that is null. Strides are counted in elements, from one layer's to the next's.
+// One job for add_partials: it adds up partials (layers, blocks, count, C) over the blocks. The result is `count` vectors
+// of C numbers for each layer; vector i goes to first[i], or nowhere if that is null. A stride is the distance from one
+// layer's vector to the next layer's, in elements.
 struct Sums {
   int blocks, C, layers, count;
   const float* partials;

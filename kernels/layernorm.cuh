@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     sum_g = row_sum<Shape>(sum_g) * one_in_C;
     sum_gn = row_sum<Shape>(sum_gn) * one_in_C;
 
-    // 3. The gradient of the stream, and behind dropout that of the branch.
+    // 3. The gradient of the stream; dropped out as in the forward pass, it is also the gradient of the branch.
     asm volatile("" ::: "memory");  // the compiler must not keep what pass 2 has read
     const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
 #pragma unroll

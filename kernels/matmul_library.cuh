@@ -198,7 +198,6 @@ class MatmulLibrary {
   }
 
   AlgorithmTable& table() { return table_; }
-  float* workspace() const { return workspace_.as<float>(); }
 
   // The table may forbid it, as that of a GPU does where there is no such algorithm.
   bool has(const Product& p, const Operands&) {
@@ -306,8 +305,6 @@ class MatmulLibrary {
   }
 
   AlgorithmTable& table() { return table_; }
-  // Scratch for kernels on the same stream, too: the library needs it only while a product is computed.
-  float* workspace() const { return workspace_.as<float>(); }
 
   // Whether multiply(p, o) is possible.
   bool has(const Product& p, const Operands& o) {

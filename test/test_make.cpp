@@ -106,7 +106,7 @@ TEST_CASE("CUDA's libraries are found wherever a toolkit keeps them, in folders 
     CHECK(linked.code == 7);
 #endif
     const std::string again = test_folder();
-    for (const char* name : {"/libcublasLt.so", "/libcudart_static.a"}) {  // the stub is no library
+    for (const char* name : {"/libcublasLt.so", "/libcudart_static.a"}) {  // one of them is missing
       fs::remove(found + name);
       const Run missing = make(again, "NVCC=\"" + nvcc + "\" " + again + "/cuda-ptx/libraries");
       CHECK(missing.code == 2);

@@ -64,8 +64,8 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   CHECK(one.back()["val_exact"] == resumed.back()["val_exact"]);
 }
 
-// The letters of the training text come at random, those of the validation text too: whatever a model learns by heart makes
-// it worse. Twenty steps in, the run has been better.
+// Both texts are random letters, so a model that learns the training text by heart gets worse on the validation text: this
+// run is at its best long before its end.
 TEST_CASE("The best checkpoint is the one whose loss on the same validation text was the lowest") {
   std::mt19937 random(1);
   std::string letters;

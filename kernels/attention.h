@@ -123,7 +123,7 @@ inline Vec<Real> kept(const Vec<Real>& x, const uint16_t* draws, uint32_t thresh
 template <class Factor>
 product::PackedA<Factor> left(Unit<Factor>* memory, const Sum<Factor>* x, size_t row, int M, int K) {
   if constexpr (std::is_same_v<Unit<Factor>, Sum<Factor>>)
-    return {x, row, product::MR * row, true};
+    return {x, row, 1, product::MR * row};
   else
     return product::pack_a<Factor>(memory, {x, row, 1}, M, K);
 }

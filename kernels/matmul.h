@@ -52,10 +52,12 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
 //   for each block of the K terms:
 //     b's block is copied into panels of NR columns, so that the innermost loop reads it contiguously   (pack_panel)
 //     for each task of some rows, in parallel:
-//       a's rows are copied, so that they lie close together in the L2 cache                                 (pack_a)
+//       a's rows are copied into tiles of MR rows, for the same reason                                       (pack_a)
 //       for each panel, which then is in the L2 cache, too; for each MR rows:
 //         MR x NR sums stay in registers while k runs: per k, NV vectors of b are loaded and MR numbers of a
 //         broadcast, for MR * NV fused multiply-adds                                                          (tile)
+//
+// `multiply` does this; `multiply_by_columns` the same with a and b in each other's place, for an a that is the smaller.
 //
 // Every element of c is one chain of multiply-adds over k = 0, 1, ..., K-1. Which tile, task or thread it falls to does
 // not enter, so the result is bit-identical for any number of threads, and a row of it for any number of other rows.
@@ -75,8 +77,9 @@ template <class Factor>
 constexpr int NR = lanes<Sum<Factor>>* NV;
 
 // Units of k in a block. Long ones: between two blocks the sums wait in c, and a tile that begins by loading sums from
-// memory stands still for longer than it does for a panel, which comes in order and so is fetched ahead.
-constexpr int KC = 2048;
+// memory stands still for longer than it does for a panel, which comes in order and so is fetched ahead. Where `a` is by
+// columns, K is the number of rows of a batch and c a weight's gradient: shorter blocks, whose panels stay closer.
+constexpr int KC = 2048, KC_COLUMNS = 768;
 
 // Rows of a task. Few, since each row of c that a task walks along is a stream of its own, and the processor can fetch
 // only so many ahead; for an `a` by columns three whole cache lines. Multiples of MR.
@@ -159,59 +162,97 @@ void pack_b(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
   for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + size_t(units<Factor>(K)) * n, b, K, n, N);
 }
 
-// a (M, K), copied. By rows: unit (i, u) is data[i * row + u]. By columns: the units of MR rows lie side by side, and it
-// is data[i / MR * tile + u * MR + i % MR]; row is 1.
+// a (M, K) as the tile reads it, MR rows at a time, `tile` apart: unit (i, u) of them is data[i * row + u * column]. In a
+// copy the units of the MR rows lie side by side: row is 1 and column is MR.
 template <class Factor>
 struct PackedA {
   const Unit<Factor>* data;
-  size_t row, tile;
-  bool by_rows;
+  size_t row, column, tile;
 };
-constexpr size_t a_row_units(int units) { return size_t(units + 15) / 16 * 16 + 16; }  // no power of two
+
+// With room behind the last tile, where the copy of its last unit ends: it writes whole vectors.
 template <class Factor>
 size_t packed_a_size(int M, int K) {
-  return size_t(M + MR - 1) / MR * MR * a_row_units(units<Factor>(K));
+  return size_t(M + MR - 1) / MR * MR * units<Factor>(K) + lanes<Sum<Factor>>;
 }
 
-// sums (M) += a's rows added up in the order of k; none wanted: nullptr. They are to be had for views by columns alone.
+// packed = a view by rows, copied by squares of W rows and W units, which are transposed in registers. MR rows need not be
+// whole squares: what a store writes behind a unit's MR numbers, the next one overwrites.
 template <class Factor>
-PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums = nullptr) {
+void pack_a_by_rows(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K) {
   using F = Factors<Factor>;
-  constexpr int terms = F::terms, W = lanes<Sum<Factor>>;
+  constexpr int terms = F::terms, W = lanes<Sum<Factor>>, squares = (MR + W - 1) / W;
   const int whole = K / terms, count = units<Factor>(K);
-  if (a.row != 1) {
-    const size_t row = a_row_units(count);
-    for (int i = 0; i < M; i++) {
-      const Sum<Factor>* x = a.data + i * a.row;
-      Unit<Factor>* to = packed + i * row;
-      int u = 0;
-      for (; u + W <= whole; u += W) store(to + u, units_along<Factor>(x + u * terms));
-      for (; u < count; u++) to[u] = F::unit(x[u * terms], u < whole ? x[u * terms + terms - 1] : 0);
+  for (int m = 0; m < M; m += MR, packed += size_t(count) * MR) {
+    const Sum<Factor>* x = a.data + m * a.row;
+    const int rows = std::min(MR, M - m);
+    int u = 0;
+    for (; u + W <= whole; u += W) {
+      Vec<Unit<Factor>> square[squares][W];
+      for (int i = 0; i < squares * W; i++)
+        square[i / W][i % W] = i < rows ? units_along<Factor>(x + i * a.row + u * terms) : Vec<Unit<Factor>>{};
+      for (auto& s : square) transpose<Unit<Factor>>(s);
+      for (int k = 0; k < W; k++)
+        for (int s = 0; s < squares; s++) store(packed + size_t(u + k) * MR + s * W, square[s][k]);
     }
-    return {packed, row, MR * row, true};
+    for (; u < count; u++)
+      for (int i = 0; i < rows; i++) {
+        const Sum<Factor>* at = x + i * a.row + u * terms;
+        packed[size_t(u) * MR + i] = F::unit(at[0], u < whole ? at[terms - 1] : 0);
+      }
   }
+}
+
+// packed = a view by columns, copied; sums (M) += a's rows added up in the order of k; none wanted: nullptr.
+template <class Factor>
+void pack_a_by_columns(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums) {
+  constexpr int terms = Factors<Factor>::terms, W = lanes<Sum<Factor>>, full = task_rows(true);
+  const int whole = K / terms, count = units<Factor>(K);
   const size_t tile = size_t(count) * MR;
+  const bool in_registers = sums && M == full;
+  Vec<Sum<Factor>> total[full / W] = {};
+  if (in_registers)
+    for (int j = 0; j < full / W; j++) total[j] = load(sums + j * W);
   for (int u = 0; u < count; u++) {
     const Sum<Factor>*x = a.data + size_t(u) * terms * a.column, *y = u < whole ? x + (terms - 1) * a.column : nullptr;
     for (int t = 0; t < terms; t++)  // each row lies on a page of its own, where the processor does not fetch ahead
       for (int j = 0; j < M; j += 64 / int(sizeof *x)) __builtin_prefetch(x + (24 + t) * a.column + j);
+    Unit<Factor>* to = packed + u * MR;
     int i = 0;
-    for (constexpr int both = std::lcm(MR, W); i + both <= M && y; i += both) {  // whole vectors that are whole tiles
-      Unit<Factor> units[both];
-      for (int j = 0; j < both; j += W) store(units + j, units_across<Factor>(load(x + i + j), load(y + i + j)));
-      for (int j = 0; j < both; j += MR)
-        std::memcpy(packed + (i + j) / MR * tile + u * MR, units + j, MR * sizeof *units);
+    if constexpr (terms == 1) {
+      for (; i + MR <= M; i += MR, to += tile) std::memcpy(to, x + i, MR * sizeof *to);
+    } else {
+      for (constexpr int both = std::lcm(MR, W); i + both <= M && y; i += both) {  // whole vectors that are whole tiles
+        Unit<Factor> units[both];
+        for (int j = 0; j < both; j += W) store(units + j, units_across<Factor>(load(x + i + j), load(y + i + j)));
+        for (int j = 0; j < both; j += MR, to += tile) std::memcpy(to, units + j, MR * sizeof *units);
+      }
     }
-    for (; i < M; i += MR)
-      pair_up<Factor>(packed + i / MR * tile + u * MR, x + i, y ? y + i : nullptr, std::min(MR, M - i));
-    if (sums)
+    for (; i < M; i += MR, to += tile) pair_up<Factor>(to, x + i, y ? y + i : nullptr, std::min(MR, M - i));
+    if (in_registers)
+      for (int j = 0; j < full / W; j++)
+        total[j] += y && terms > 1 ? load(x + j * W) + load(y + j * W) : load(x + j * W);
+    else if (sums)
       for (i = 0; i < M; i++) sums[i] += y && terms > 1 ? x[i] + y[i] : x[i];
   }
-  return {packed, 1, tile, false};
+  if (in_registers)
+    for (int j = 0; j < full / W; j++) store(sums + j * W, total[j]);
 }
 
-// c (ROWS, NR) = start + a (ROWS, K) @ panel (K, NR); a's unit (i, u) is a[i * a_row + u * a_column]
-template <int ROWS, class Factor>
+// packed (packed_a_size) = a (M, K), copied, and sums (M) as above: they are to be had for views by columns alone.
+template <class Factor>
+PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums = nullptr) {
+  if (a.row == 1)
+    pack_a_by_columns<Factor>(packed, a, M, K, sums);
+  else
+    pack_a_by_rows<Factor>(packed, a, M, K);
+  return {packed, 1, MR, size_t(units<Factor>(K)) * MR};
+}
+
+// c (ROWS, NR) = start + a (ROWS, K) @ panel (K, NR); a's unit (i, u) is a[i * a_row + u * a_column].
+// ahead: asks for the panel and a some steps before they are needed. They come from L2 or L3, and what the processor
+// fetches by itself is too late for some; where all is in L1, as in attention, the requests would only cost their slots.
+template <int ROWS, class Factor, bool ahead>
 inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const Unit<Factor>* a, size_t a_row,
                  size_t a_column, const Unit<Factor>* panel, int n_units) {
   constexpr int W = lanes<Sum<Factor>>;
@@ -223,6 +264,10 @@ inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, co
   for (int u = 0; u < n_units; u++) {
     Vec<Unit<Factor>> b[NV];
     for (int j = 0; j < NV; j++) b[j] = load(panel + j * W);
+    if constexpr (ahead) {
+      for (int j = 0; j < NR<Factor>; j += 64 / int(sizeof *panel)) __builtin_prefetch(panel + 32 * NR<Factor> + j);
+      __builtin_prefetch(a + 16 * a_column);
+    }
     for (int i = 0; i < ROWS; i++) {
       const Unit<Factor> x = a[i * a_row];
       for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(sum[i][j], x, b[j]);
@@ -235,18 +280,18 @@ inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, co
 }
 
 // The same for any number of rows up to ROWS, and for the last columns of a matrix.
-template <int ROWS, class Factor>
+template <int ROWS, class Factor, bool ahead>
 void edge_tile(int rows, int columns, Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start,
                const Unit<Factor>* a, size_t a_row, size_t a_column, const Unit<Factor>* panel, int n_units) {
   if constexpr (ROWS > 1)
     if (rows < ROWS)
-      return edge_tile<ROWS - 1, Factor>(rows, columns, c, ldc, start, a, a_row, a_column, panel, n_units);
-  if (columns == NR<Factor>) return tile<ROWS, Factor>(c, ldc, start, a, a_row, a_column, panel, n_units);
+      return edge_tile<ROWS - 1, Factor, ahead>(rows, columns, c, ldc, start, a, a_row, a_column, panel, n_units);
+  if (columns == NR<Factor>) return tile<ROWS, Factor, ahead>(c, ldc, start, a, a_row, a_column, panel, n_units);
   Sum<Factor> padded[ROWS * NR<Factor>] = {};
   if (start.data)
     for (int i = 0; i < ROWS; i++)
       std::memcpy(padded + i * NR<Factor>, start.data + i * start.row, columns * sizeof *padded);
-  tile<ROWS, Factor>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, a_column, panel, n_units);
+  tile<ROWS, Factor, ahead>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, a_column, panel, n_units);
   for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Factor>, columns * sizeof *padded);
 }
 
@@ -259,7 +304,7 @@ struct Triangle {
 };
 
 // c (M, N) = start + a (M, K) @ b, with b packed in panels `panel_size` units apart; one thread
-template <class Factor>
+template <class Factor, bool ahead = false>
 void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const PackedA<Factor>& a,
                      const Unit<Factor>* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only = {}) {
   for (int n = 0; n < N; n += NR<Factor>) {
@@ -271,12 +316,12 @@ void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start
       const int n_units = units<Factor>(std::min(K, only.k_end + last)) - first_unit;
       const Unit<Factor>* panel = packed_b + n / NR<Factor> * panel_size + size_t(first_unit) * NR<Factor>;
       const Start<Sum<Factor>> from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
-      const Unit<Factor>* a_tile = a.data + m / MR * a.tile;
+      const Unit<Factor>* a_tile = a.data + m / MR * a.tile + first_unit * a.column;
       Sum<Factor>* to = c + m * ldc + n;
-      if (a.by_rows)  // said twice, so that the compiler sees the constant strides
-        edge_tile<MR, Factor>(rows, columns, to, ldc, from, a_tile + first_unit, a.row, 1, panel, n_units);
+      if (a.row == 1)  // said twice, so that the compiler sees the constant strides
+        edge_tile<MR, Factor, ahead>(rows, columns, to, ldc, from, a_tile, 1, MR, panel, n_units);
       else
-        edge_tile<MR, Factor>(rows, columns, to, ldc, from, a_tile + first_unit * MR, 1, MR, panel, n_units);
+        edge_tile<MR, Factor, ahead>(rows, columns, to, ldc, from, a_tile, a.row, 1, panel, n_units);
     }
   }
 }
@@ -312,7 +357,7 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
               const Unit<Factor>* packed = nullptr) {
   struct A;
   struct B;
-  constexpr int block = KC * Factors<Factor>::terms;
+  const int block = (a.row == 1 ? KC_COLUMNS : KC) * Factors<Factor>::terms;
   Unit<Factor>* own = packed ? nullptr : scratch<B, Unit<Factor>>(packed_size<Factor>(std::min(K, block), N));
   const int MC = task_rows(a.row == 1), row_tasks = (M + MC - 1) / MC, panels = (N + NR<Factor> - 1) / NR<Factor>;
   // Few rows: their tasks are divided by columns, so that every thread has several and none waits long for the last.
@@ -335,13 +380,49 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
                                                       rows, kc, sums && n == 0 ? sums + m : nullptr);
       const Start<Sum<Factor>> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
       Sum<Factor>* target = c + size_t(m) * N + n;
-      multiply_packed<Factor>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)}, packed_a,
-                              packed_b + panel_size * (n / NR<Factor>), panel_size, rows, columns, kc);
+      multiply_packed<Factor, true>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)}, packed_a,
+                                    packed_b + panel_size * (n / NR<Factor>), panel_size, rows, columns, kc);
       if (k0 + kc < K) continue;
       if (columns == N)
         after(size_t(m) * N, size_t(rows) * N);
       else
         for (int i = m; i < m + rows; i++) after(size_t(i) * N + n, columns);
+    }
+  }
+}
+
+// c (M, N) = start + a (M, K) @ b (K, N), for an `a` by columns that is no larger than b, M <= N: all of a is copied once,
+// by all threads, and a task is some columns of b. sums as in `multiply`.
+template <class Factor>
+void multiply_by_columns(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a,
+                         const View<Sum<Factor>>& b, int M, int N, int K, Sum<Factor>* sums) {
+  struct A;
+  struct B;
+  constexpr int block = KC * Factors<Factor>::terms, MC = task_rows(true);
+  const int panels = (N + NR<Factor> - 1) / NR<Factor>, longest = std::min(K, block);
+  const int NC =
+      std::clamp(panels / (2 * omp_get_max_threads()), 1, 3) * NR<Factor>;  // two tasks a thread, if it can be
+  Unit<Factor>* all_a = scratch<A, Unit<Factor>>(packed_a_size<Factor>(M, longest));
+#pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
+  for (int k0 = 0; k0 < K; k0 += block) {
+    const int kc = std::min(block, K - k0);
+    const size_t row = units<Factor>(kc), panel_size = row * NR<Factor>;
+#pragma omp for schedule(static)
+    for (int m = 0; m < M; m += MC)
+      pack_a<Factor>(all_a + m * row, {a.data + m * a.row + k0 * a.column, a.row, a.column}, std::min(MC, M - m), kc,
+                     sums ? sums + m : nullptr);
+#pragma omp for schedule(dynamic)
+    for (int n = 0; n < N; n += NC) {
+      const int columns = std::min(NC, N - n);
+      Unit<Factor>* packed_b = scratch<B, Unit<Factor>>(packed_size<Factor>(longest, NC));
+      pack_b<Factor>(packed_b, {b.data + k0 * b.row + n * b.column, b.row, b.column}, kc, columns);
+      for (int m = 0; m < M; m += MR) {  // these rows of a stay in L1 or L2 while the panels go past them
+        const PackedA<Factor> packed_a = {all_a + m * row, 1, MR, MR * row};
+        const Start<Sum<Factor>> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
+        Sum<Factor>* target = c + size_t(m) * N + n;
+        multiply_packed<Factor, true>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)}, packed_a,
+                                      packed_b, panel_size, std::min(MR, M - m), columns, kc);
+      }
     }
   }
 }
@@ -376,6 +457,9 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
                      int rows, int C, int OC, const After& after = {}) {
   const size_t row = size_t(C);
   product::multiply<Factor>(dinp, {}, {dout, size_t(OC), 1}, {weight, row, 1}, rows, C, OC, after);
-  product::multiply<Factor>(dweight, {dweight, row}, {dout, 1, size_t(OC)}, {inp, row, 1}, OC, C, rows,
-                            product::Nothing{}, dbias);
+  const product::View<Real> douts = {dout, 1, size_t(OC)}, inps = {inp, row, 1};
+  if (C < OC)
+    product::multiply<Factor>(dweight, {dweight, row}, douts, inps, OC, C, rows, product::Nothing{}, dbias);
+  else
+    product::multiply_by_columns<Factor>(dweight, {dweight, row}, douts, inps, OC, C, rows, dbias);
 }

@@ -49,7 +49,7 @@ double rounding(int K) { return 4 * std::sqrt(double(K)) * 0x1p-24; }
 }  // namespace
 
 TEST_CASE("matmul: gradients") {
-  const int rows = 5, C = 7, OC = 9;
+  const int rows = 14, C = 19, OC = 17;  // no multiples of a tile or a vector of doubles, and more than one of each
   Doubles inp = noise(rows * C, 1), weight = noise(OC * C, 2), bias = noise(OC, 3), dout = noise(rows * OC, 4);
   Doubles out(rows * OC), dinp(rows * C, nan_value), dweight(OC * C), dbias(OC);
   matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(), weight.data(), rows, C, OC);
@@ -66,7 +66,8 @@ TEST_CASE("matmul: the blocked product is the plain one") {
   struct Size {
     int rows, C, OC;
   };
-  // one element, less than a tile, more than one, V = 65; more than one block of k in forward, dinp and dweight
+  // one element, less than a tile, more than one, V = 65, tasks of 48 rows of dweight; then more than one block of k in
+  // forward, in dinp, and in dweight by rows and by columns
   constexpr int long_k = product::KC + 3;
   for (const Size s : {Size{1, 1, 1},
                        {1, 48, 65},
@@ -74,9 +75,11 @@ TEST_CASE("matmul: the blocked product is the plain one") {
                        {31, 65, 144},
                        {100, 400, 65},
                        {97, 801, 130},
+                       {50, 96, 96},
                        {27, long_k, 34},
                        {27, 34, long_k},
-                       {long_k, 27, 34}}) {
+                       {long_k, 27, 34},
+                       {long_k, 34, 27}}) {
     INFO("rows " << s.rows << ", C " << s.C << ", OC " << s.OC);
     const auto inp = noise<float>(s.rows * s.C, 1), weight = noise<float>(s.OC * s.C, 2), bias = noise<float>(s.OC, 3),
                dout = noise<float>(s.rows * s.OC, 4);
@@ -161,7 +164,8 @@ TEST_CASE("bfloat16: products of rounded operands, summed in float") {
                        {801, 97, 20},
                        {27, long_k, 34},
                        {27, 34, long_k},
-                       {long_k, 27, 34}}) {
+                       {long_k, 27, 34},
+                       {long_k, 34, 27}}) {
     INFO("rows " << s.rows << ", C " << s.C << ", OC " << s.OC);
     const auto inp = noise<float>(s.rows * s.C, 1), weight = noise<float>(s.OC * s.C, 2), bias = noise<float>(s.OC, 3),
                dout = noise<float>(s.rows * s.OC, 4);

@@ -391,11 +391,11 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
   }
 }
 
-// c (M, N) = start + a (M, K) @ b (K, N), for an `a` by columns that is no larger than b, M <= N: all of a is copied once,
-// by all threads, and a task is some columns of b. sums as in `multiply`.
+// c (M, N) += a (M, K) @ b (K, N), for an `a` by columns that is no larger than b, M <= N: all of a is copied once, by all
+// threads, and a task is some columns of b. sums as in `multiply`.
 template <class Factor>
-void multiply_by_columns(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a,
-                         const View<Sum<Factor>>& b, int M, int N, int K, Sum<Factor>* sums) {
+void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int M, int N, int K,
+                         Sum<Factor>* sums) {
   struct A;
   struct B;
   constexpr int block = KC * Factors<Factor>::terms, MC = task_rows(true);
@@ -418,10 +418,9 @@ void multiply_by_columns(Sum<Factor>* c, const Start<Sum<Factor>>& start, const 
       pack_b<Factor>(packed_b, {b.data + k0 * b.row + n * b.column, b.row, b.column}, kc, columns);
       for (int m = 0; m < M; m += MR) {  // these rows of a stay in L1 or L2 while the panels go past them
         const PackedA<Factor> packed_a = {all_a + m * row, 1, MR, MR * row};
-        const Start<Sum<Factor>> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
         Sum<Factor>* target = c + size_t(m) * N + n;
-        multiply_packed<Factor, true>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)}, packed_a,
-                                      packed_b, panel_size, std::min(MR, M - m), columns, kc);
+        multiply_packed<Factor, true>(target, N, {target, size_t(N)}, packed_a, packed_b, panel_size,
+                                      std::min(MR, M - m), columns, kc);
       }
     }
   }
@@ -461,5 +460,5 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
   if (C < OC)
     product::multiply<Factor>(dweight, {dweight, row}, douts, inps, OC, C, rows, product::Nothing{}, dbias);
   else
-    product::multiply_by_columns<Factor>(dweight, {dweight, row}, douts, inps, OC, C, rows, dbias);
+    product::multiply_by_columns<Factor>(dweight, douts, inps, OC, C, rows, dbias);
 }

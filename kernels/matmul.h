@@ -65,7 +65,6 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
 // Factor is the type that the operands are rounded to as they are copied: Real itself or bfloat16, kernels/factors.h.
 
 namespace product {
-
 // The register block. 32 vector registers hold 12 x 2 sums, 2 vectors of b and a broadcast; 16 hold half as many.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MR = 12;
@@ -249,49 +248,57 @@ PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
   return {packed, 1, MR, size_t(units<Factor>(K)) * MR};
 }
 
-// c (ROWS, NR) = start + a (ROWS, K) @ panel (K, NR); a's unit (i, u) is a[i * a_row + u * a_column].
-// ahead: asks for the panel and a some steps before they are needed. They come from L2 or L3, and what the processor
-// fetches by itself is too late for some; where all is in L1, as in attention, the requests would only cost their slots.
-template <int ROWS, class Factor, bool ahead>
+// Where a tile's rows of `a` are: where the matrix has them, a_row apart; or in a copy, which is asked for some steps ahead,
+// and the panel with it, or is not. It pays where both come from L2 or L3, and what the processor fetches by itself comes
+// too late; in attention, where all is near, the requests would only take their slots.
+enum class A { in_place, packed, packed_ahead };
+
+// c (ROWS, NR) = start + a (ROWS, K) @ panel (K, NR)
+template <int ROWS, class Factor, A where>
 inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const Unit<Factor>* a, size_t a_row,
-                 size_t a_column, const Unit<Factor>* panel, int n_units) {
+                 const Unit<Factor>* panel, int n_units) {
   constexpr int W = lanes<Sum<Factor>>;
+  if (where != A::in_place) a_row = 1;
+  const size_t a_column = where == A::in_place ? 1 : MR;
   Vec<Sum<Factor>> sum[ROWS][NV];
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < NV; j++) sum[i][j] = start.data ? load(start.data + i * start.row + j * W) : Vec<Sum<Factor>>{};
+  repeat<ROWS * NV>([&](auto n) {
+    constexpr int i = n / NV, j = n % NV;
+    sum[i][j] = start.data ? load(start.data + i * start.row + j * W) : Vec<Sum<Factor>>{};
+  });
   for (int i = 0; i < ROWS; i++)  // so that the stores at the end find c in the cache
     for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * W, 1);
   for (int u = 0; u < n_units; u++) {
     Vec<Unit<Factor>> b[NV];
     for (int j = 0; j < NV; j++) b[j] = load(panel + j * W);
-    if constexpr (ahead) {
+    if constexpr (where == A::packed_ahead) {
       for (int j = 0; j < NR<Factor>; j += 64 / int(sizeof *panel)) __builtin_prefetch(panel + 32 * NR<Factor> + j);
-      __builtin_prefetch(a + 16 * a_column);
+      __builtin_prefetch(a + 16 * MR);
     }
-    for (int i = 0; i < ROWS; i++) {
+    repeat<ROWS>([&](auto i) {
       const Unit<Factor> x = a[i * a_row];
-      for (int j = 0; j < NV; j++) sum[i][j] = multiply_add(sum[i][j], x, b[j]);
-    }
+      repeat<NV>([&](auto j) { sum[i][j] = multiply_add(sum[i][j], x, b[j]); });
+    });
     a += a_column;
     panel += NR<Factor>;
   }
-  for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < NV; j++) store(c + i * ldc + j * W, sum[i][j]);
+  repeat<ROWS * NV>([&](auto n) {
+    constexpr int i = n / NV, j = n % NV;
+    store(c + i * ldc + j * W, sum[i][j]);
+  });
 }
 
 // The same for any number of rows up to ROWS, and for the last columns of a matrix.
-template <int ROWS, class Factor, bool ahead>
+template <int ROWS, class Factor, A where>
 void edge_tile(int rows, int columns, Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start,
-               const Unit<Factor>* a, size_t a_row, size_t a_column, const Unit<Factor>* panel, int n_units) {
+               const Unit<Factor>* a, size_t a_row, const Unit<Factor>* panel, int n_units) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS)
-      return edge_tile<ROWS - 1, Factor, ahead>(rows, columns, c, ldc, start, a, a_row, a_column, panel, n_units);
-  if (columns == NR<Factor>) return tile<ROWS, Factor, ahead>(c, ldc, start, a, a_row, a_column, panel, n_units);
+    if (rows < ROWS) return edge_tile<ROWS - 1, Factor, where>(rows, columns, c, ldc, start, a, a_row, panel, n_units);
+  if (columns == NR<Factor>) return tile<ROWS, Factor, where>(c, ldc, start, a, a_row, panel, n_units);
   Sum<Factor> padded[ROWS * NR<Factor>] = {};
   if (start.data)
     for (int i = 0; i < ROWS; i++)
       std::memcpy(padded + i * NR<Factor>, start.data + i * start.row, columns * sizeof *padded);
-  tile<ROWS, Factor, ahead>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, a_column, panel, n_units);
+  tile<ROWS, Factor, where>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, panel, n_units);
   for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Factor>, columns * sizeof *padded);
 }
 
@@ -304,7 +311,7 @@ struct Triangle {
 };
 
 // c (M, N) = start + a (M, K) @ b, with b packed in panels `panel_size` units apart; one thread
-template <class Factor, bool ahead = false>
+template <class Factor, A copy = A::packed>
 void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const PackedA<Factor>& a,
                      const Unit<Factor>* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only = {}) {
   for (int n = 0; n < N; n += NR<Factor>) {
@@ -318,10 +325,10 @@ void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start
       const Start<Sum<Factor>> from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
       const Unit<Factor>* a_tile = a.data + m / MR * a.tile + first_unit * a.column;
       Sum<Factor>* to = c + m * ldc + n;
-      if (a.row == 1)  // said twice, so that the compiler sees the constant strides
-        edge_tile<MR, Factor, ahead>(rows, columns, to, ldc, from, a_tile, 1, MR, panel, n_units);
+      if (a.row != 1)
+        edge_tile<MR, Factor, A::in_place>(rows, columns, to, ldc, from, a_tile, a.row, panel, n_units);
       else
-        edge_tile<MR, Factor, ahead>(rows, columns, to, ldc, from, a_tile, a.row, 1, panel, n_units);
+        edge_tile<MR, Factor, copy>(rows, columns, to, ldc, from, a_tile, 1, panel, n_units);
     }
   }
 }
@@ -355,10 +362,10 @@ template <class Factor, class After = Nothing>
 void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b,
               int M, int N, int K, const After& after = {}, Sum<Factor>* sums = nullptr,
               const Unit<Factor>* packed = nullptr) {
-  struct A;
-  struct B;
+  struct MemoryA;
+  struct MemoryB;
   const int block = (a.row == 1 ? KC_COLUMNS : KC) * Factors<Factor>::terms;
-  Unit<Factor>* own = packed ? nullptr : scratch<B, Unit<Factor>>(packed_size<Factor>(std::min(K, block), N));
+  Unit<Factor>* own = packed ? nullptr : scratch<MemoryB, Unit<Factor>>(packed_size<Factor>(std::min(K, block), N));
   const int MC = task_rows(a.row == 1), row_tasks = (M + MC - 1) / MC, panels = (N + NR<Factor> - 1) / NR<Factor>;
   // Few rows: their tasks are divided by columns, so that every thread has several and none waits long for the last.
   const int wanted = 8 * omp_get_max_threads();
@@ -375,13 +382,14 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
     for (int task = 0; task < tasks; task++) {
       const int m = task % row_tasks * MC, n = task / row_tasks * NC;
       const int rows = std::min(MC, M - m), columns = std::min(NC, N - n);
-      Unit<Factor>* memory = scratch<A, Unit<Factor>>(packed_a_size<Factor>(MC, block));
+      Unit<Factor>* memory = scratch<MemoryA, Unit<Factor>>(packed_a_size<Factor>(MC, block));
       const PackedA<Factor> packed_a = pack_a<Factor>(memory, {a.data + m * a.row + k0 * a.column, a.row, a.column},
                                                       rows, kc, sums && n == 0 ? sums + m : nullptr);
       const Start<Sum<Factor>> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
       Sum<Factor>* target = c + size_t(m) * N + n;
-      multiply_packed<Factor, true>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)}, packed_a,
-                                    packed_b + panel_size * (n / NR<Factor>), panel_size, rows, columns, kc);
+      multiply_packed<Factor, A::packed_ahead>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)},
+                                               packed_a, packed_b + panel_size * (n / NR<Factor>), panel_size, rows,
+                                               columns, kc);
       if (k0 + kc < K) continue;
       if (columns == N)
         after(size_t(m) * N, size_t(rows) * N);
@@ -396,13 +404,13 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
 template <class Factor>
 void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int M, int N, int K,
                          Sum<Factor>* sums) {
-  struct A;
-  struct B;
+  struct MemoryA;
+  struct MemoryB;
   constexpr int block = KC * Factors<Factor>::terms, MC = task_rows(true);
   const int panels = (N + NR<Factor> - 1) / NR<Factor>, longest = std::min(K, block);
   const int NC =
       std::clamp(panels / (2 * omp_get_max_threads()), 1, 3) * NR<Factor>;  // two tasks a thread, if it can be
-  Unit<Factor>* all_a = scratch<A, Unit<Factor>>(packed_a_size<Factor>(M, longest));
+  Unit<Factor>* all_a = scratch<MemoryA, Unit<Factor>>(packed_a_size<Factor>(M, longest));
 #pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
   for (int k0 = 0; k0 < K; k0 += block) {
     const int kc = std::min(block, K - k0);
@@ -414,13 +422,13 @@ void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<
 #pragma omp for schedule(dynamic)
     for (int n = 0; n < N; n += NC) {
       const int columns = std::min(NC, N - n);
-      Unit<Factor>* packed_b = scratch<B, Unit<Factor>>(packed_size<Factor>(longest, NC));
+      Unit<Factor>* packed_b = scratch<MemoryB, Unit<Factor>>(packed_size<Factor>(longest, NC));
       pack_b<Factor>(packed_b, {b.data + k0 * b.row + n * b.column, b.row, b.column}, kc, columns);
       for (int m = 0; m < M; m += MR) {  // these rows of a stay in L1 or L2 while the panels go past them
         const PackedA<Factor> packed_a = {all_a + m * row, 1, MR, MR * row};
         Sum<Factor>* target = c + size_t(m) * N + n;
-        multiply_packed<Factor, true>(target, N, {target, size_t(N)}, packed_a, packed_b, panel_size,
-                                      std::min(MR, M - m), columns, kc);
+        multiply_packed<Factor, A::packed_ahead>(target, N, {target, size_t(N)}, packed_a, packed_b, panel_size,
+                                                 std::min(MR, M - m), columns, kc);
       }
     }
   }

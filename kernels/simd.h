@@ -1,7 +1,7 @@
 // Vectors of whatever width the target has, in the compiler's vector extensions: one source for AVX-512, AVX2, NEON and
 // plain machines. A vector is only ever a register: memory is loaded and stored through memcpy, so that alignment and
 // aliasing need no thought.
-// defines: worth_threads, lanes, Vec, load, store, broadcast, shuffle, horizontal_sum, horizontal_max, transpose,
+// defines: worth_threads, lanes, Vec, load, store, broadcast, shuffle, repeat, horizontal_sum, horizontal_max, transpose,
 // exp_vec, multiply_low_halves, scratch
 #pragma once
 #include <cmath>
@@ -68,6 +68,17 @@ inline V shuffle(const V& a, const V& b, Index index, std::index_sequence<i...>)
 template <class Real, class Index>
 inline Vec<Real> shuffle(const Vec<Real>& a, const Vec<Real>& b, Index index) {
   return shuffle(a, b, index, std::make_index_sequence<lanes<Real>>());
+}
+
+// work(0), work(1), ... work(n - 1), written out one after the other: each index is a constant, so that an array of vectors
+// becomes registers. A loop's would, too, but for what stands before and behind the loop the compiler takes memory.
+template <class Work, int... i>
+[[gnu::always_inline]] inline void repeat(const Work& work, std::integer_sequence<int, i...>) {
+  (work(std::integral_constant<int, i>()), ...);
+}
+template <int n, class Work>
+[[gnu::always_inline]] inline void repeat(const Work& work) {
+  repeat(work, std::make_integer_sequence<int, n>());
 }
 
 // All lanes combined, by halves: 16 take four steps and not fifteen.

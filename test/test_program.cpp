@@ -178,10 +178,10 @@ TEST_CASE("Threads that wait give their core away soon, unless the environment s
     return r.err;
   };
   const bool gnu = contains(err(""), "GOMP_SPINCOUNT");
-  CHECK(contains(err(""), gnu ? "GOMP_SPINCOUNT = '5000'" : "KMP_BLOCKTIME='1"));
+  CHECK(contains(err(""), gnu ? "GOMP_SPINCOUNT = '3000'" : "KMP_BLOCKTIME='1"));
   CHECK(contains(err("GOMP_SPINCOUNT=77 KMP_BLOCKTIME=77"), gnu ? "GOMP_SPINCOUNT = '77'" : "KMP_BLOCKTIME='77"));
   CHECK(contains(err("OMP_WAIT_POLICY=passive"), gnu ? "GOMP_SPINCOUNT = '0'" : "KMP_BLOCKTIME='0"));
-  CHECK(!contains(err("OMP_WAIT_POLICY=active"), gnu ? "GOMP_SPINCOUNT = '5000'" : "KMP_BLOCKTIME='1'"));
+  CHECK(!contains(err("OMP_WAIT_POLICY=active"), gnu ? "GOMP_SPINCOUNT = '3000'" : "KMP_BLOCKTIME='1'"));
 }
 
 TEST_CASE("Without --dtype the faster type is measured, once; a run that goes on keeps its own") {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""A training step of the lecture's model by PyTorch, in turn with the same step by our benchmark program.
+"""A training step of the lecture's model and, on the CPU, its matrix products by PyTorch, in turn with our program's.
 
     make bench-pytorch PYTHON=python3          or  python dev/bench_pytorch.py BENCH_BINARY [--threads 2] [--rounds 5]
     make bench-pytorch DEVICE=cuda             or  python dev/bench_pytorch.py --device cuda [BENCH_GPU_BINARY]
@@ -7,7 +7,9 @@
 Both train 10.8 M parameters with dropout 0.2 and AdamW, on batches of 8 x 256 tokens on the CPU and of 64 x 256 on a
 GPU. They take turns, so that what else happens on the machine falls on all of them. `BENCH_BINARY step DTYPE` is to
 print a line `lecture step, B = 8: median X ms (min .. max), Y tokens/s, ...`, and `BENCH_GPU_BINARY step bfloat16` the lines
-`step bfloat16 graph median X ms (min .. max), ...` and `evaluate bfloat16 median ...`.
+`step bfloat16 graph median X ms (min .. max), ...` and `evaluate bfloat16 median ...`. `BENCH_BINARY products DTYPE` is to
+answer each line such as `forward 2048 384 1152`, a product and its rows, inputs and outputs, with its milliseconds and
+the peak in GFLOP/s that the machine sustained meanwhile.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from torch.nn import functional as F
 
 from reference import GPT
 
-B, T, V, DROPOUT = 8, 256, 65, 0.2
+B, T, V, C, L, DROPOUT = 8, 256, 65, 384, 6, 0.2
 
 
 class FusedAttention(nn.Module):
@@ -100,6 +102,146 @@ def our_steps(binary, threads, dtype):
     if not found:
         sys.exit(f"{binary} step: no line 'lecture step, B = {B}: median ...' in what it printed:\n{printed}{run.stderr}")
     return [tuple(float(ms) / 1e3 for ms in found.groups())]
+
+
+def compare_steps(options):
+    """Whole steps, in turn."""
+    # The fused variant must be the same model: without dropout both give the same logits.
+    x = torch.randint(V, (1, T))
+    with torch.no_grad():
+        difference = (plain_gpt(0.0).eval()(x)[0] - fused_gpt(0.0).eval()(x)[0]).abs().max().item()
+    if not difference < 1e-5:
+        sys.exit(f"the variants are different models: their logits differ by {difference}")
+
+    trainers = [
+        Trainer("head by head, eager", plain_gpt(DROPOUT)),
+        Trainer("fused attention, eager", fused_gpt(DROPOUT)),
+        Trainer("fused attention, bf16 autocast", fused_gpt(DROPOUT), autocast=True),
+    ]
+    if not options.no_compile:
+        trainers.insert(2, Trainer("fused attention, torch.compile", torch.compile(fused_gpt(DROPOUT))))
+    for trainer in list(trainers):
+        try:
+            for _ in range(2):
+                trainer.step()
+        except Exception as error:
+            if "compile" not in trainer.name:
+                raise
+            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+            print(f"skipped torch.compile, which does not work here: {reason.strip()}")
+            trainers.remove(trainer)
+
+    ours = {"float32": [], "bfloat16": []}
+    for turn in range(options.rounds):
+        print(f"\rround {turn + 1} of {options.rounds}", end="", file=sys.stderr, flush=True)
+        for dtype, runs in ours.items():
+            runs += our_steps(options.binary, options.threads, dtype)
+        for trainer in trainers:
+            trainer.seconds += [trainer.step() for _ in range(options.steps)]
+    print(file=sys.stderr)
+
+    medians = {dtype: statistics.median(run[0] for run in runs) for dtype, runs in ours.items() if runs}
+    rows = [(f"microGPT, {dtype}", median, min(r[1] for r in ours[dtype]), max(r[2] for r in ours[dtype]))
+            for dtype, median in medians.items()]
+    rows += [("PyTorch, " + t.name, statistics.median(t.seconds), min(t.seconds), max(t.seconds)) for t in trainers]
+    print(f"a step of {B} x {T} tokens, dropout {DROPOUT}, in {options.rounds} rounds")
+    print(f"{'':41}{'median':>9}{'fastest':>10}{'slowest':>10}{'tokens/s':>10}   ours, of the same type, is")
+    for name, median, fastest, slowest in rows:
+        ours_of_type = medians.get("bfloat16" if "bf16" in name else "float32", median)
+        faster = f"{median / ours_of_type:.2f} times as fast" if name.startswith("PyTorch") else ""
+        print(f"{name:41}{median:7.3f} s{fastest:8.3f} s{slowest:8.3f} s{B * T / median:10.0f}   {faster}")
+
+
+class OurProducts:
+    """Our program, which times a product whenever it is asked to."""
+
+    def __init__(self, binary, threads, dtype):
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+        self.program = subprocess.Popen([binary, "products", dtype], env=environment, text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    def time(self, which, inputs, outputs):
+        """(seconds, sustained peak in GFLOP/s); None where the processor does not have the type."""
+        try:
+            self.program.stdin.write(f"{which} {B * T} {inputs} {outputs}\n")
+            self.program.stdin.flush()
+            ms, peak = map(float, self.program.stdout.readline().split())
+            return ms / 1e3, peak
+        except (BrokenPipeError, ValueError):
+            message = self.program.stderr.read()
+            if "AVX512_BF16" in message:
+                return None
+            sys.exit(f"{self.program.args}: no time of a product: {message}")
+
+
+def pytorch_product(which, inputs, outputs, dtype):
+    """PyTorch's same product, as a function. Its bfloat16 operands and results are bfloat16 in memory already; ours are
+    float32 there and are rounded on the way."""
+    x, y = torch.randn(B * T, inputs, dtype=dtype), torch.randn(B * T, outputs, dtype=dtype)
+    w = torch.randn(outputs, inputs, dtype=dtype)
+    return {
+        "forward": lambda: torch.mm(x, w.t(), out=y),
+        "dX": lambda: torch.mm(y, w, out=x),
+        "dW": lambda: torch.addmm(w, y.t(), x, out=w),  # added to the gradient that is there, as ours is
+    }[which]
+
+
+def median_seconds(work, runs=5):
+    work()
+    seconds = []
+    for _ in range(runs):
+        start = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def compare_products(options):
+    """The products of a step's linear layers without anything around them. The two take turns at each product in each
+    round, now the one first, now the other, and what counts is the median of the rounds' ratios."""
+    rounds = 3 * options.rounds  # a round takes seconds
+    layers = {"qkv": (C, 3 * C, L), "attproj": (C, C, L), "fc": (C, 4 * C, L), "fcproj": (4 * C, C, L), "head": (C, V, 1)}
+    products = [(layer, which) for layer in layers for which in ("forward", "dX", "dW")]
+    for dtype in "float32", "bfloat16":
+        ours = OurProducts(options.binary, options.threads, dtype)
+        if ours.time("forward", C, V) is None:
+            continue
+        times = {product: [] for product in products}  # of each round: ours, the peak, PyTorch's
+        for turn in range(rounds):
+            print(f"\r{dtype} products, round {turn + 1} of {rounds}", end="", file=sys.stderr, flush=True)
+            shift = turn * len(products) // rounds
+            for number, product in enumerate(products[shift:] + products[:shift]):
+                (inputs, outputs, _), which = layers[product[0]], product[1]
+                theirs = pytorch_product(which, inputs, outputs, getattr(torch, dtype))
+                first = median_seconds(theirs) if (turn + number) % 2 else None
+                time.sleep(0.02)  # PyTorch's threads wait busily for a while
+                answer = ours.time(which, inputs, outputs)
+                times[product].append((*answer, first or median_seconds(theirs)))
+        print(file=sys.stderr)
+        ours.program.stdin.close()
+
+        print(f"\nproducts of {B * T} rows, {dtype}, in {rounds} rounds, of which the middle half is in brackets; shares are of the sustained"
+              f" peak, {statistics.median(peak for runs in times.values() for _, peak, _ in runs):.0f} GFLOP/s")
+        print(f"{'':17}{'microGPT':>18}{'PyTorch':>18}   ours is")
+
+        def row(name, gflop, runs):
+            ratios = sorted(theirs / mine for mine, _, theirs in runs)
+            low, high = ratios[len(ratios) // 4], ratios[-1 - len(ratios) // 4]
+            line = f"{name:17}"
+            for i in 0, 2:
+                rate = statistics.median(gflop / run[i] for run in runs)
+                line += f"{rate:8.0f} GF/s {statistics.median(100 * gflop / run[i] / run[1] for run in runs):3.0f} %"
+            print(f"{line}   {statistics.median(ratios):.3f} times as fast ({low:.3f} .. {high:.3f})")
+
+        gflops = {layer: 2e-9 * B * T * inputs * outputs for layer, (inputs, outputs, _) in layers.items()}
+        for layer, which in products:
+            row(f"{layer} {which}", gflops[layer], times[layer, which])
+        totals = []  # of each round: the seconds of all products of a step, each as often as a step calls it
+        for turn in range(rounds):
+            calls = [(layers[layer][2], runs[turn]) for (layer, _), runs in times.items()]
+            totals.append((sum(n * run[0] for n, run in calls), statistics.median(run[1] for _, run in calls),
+                           sum(n * run[2] for n, run in calls)))
+        row("all of a step", sum(3 * layers[layer][2] * gflop for layer, gflop in gflops.items()), totals)
 
 
 def processor():
@@ -264,6 +406,7 @@ def main():
                         help="of both on the CPU; the default is OMP_NUM_THREADS, or one for each processor")
     parser.add_argument("--rounds", type=int, help="turns that each one gets: 5 on the CPU, 3 on a GPU")
     parser.add_argument("--steps", type=int, default=2, help="steps of PyTorch's in one turn on the CPU")
+    parser.add_argument("--only", choices=["steps", "products"], help="on the CPU, half of it")
     parser.add_argument("--no-compile", action="store_true", help="leave out torch.compile, which is slow to begin")
     parser.add_argument("--fused-only", action="store_true", help="on a GPU, leave out attention head by head")
     parser.add_argument("--budget", type=float, default=600, help="seconds: on a GPU no round begins that exceeds them")
@@ -278,52 +421,12 @@ def main():
     options.rounds = options.rounds or 5
     torch.set_num_threads(options.threads)
 
-    # The fused variant must be the same model: without dropout both give the same logits.
-    x = torch.randint(V, (1, T))
-    with torch.no_grad():
-        difference = (plain_gpt(0.0).eval()(x)[0] - fused_gpt(0.0).eval()(x)[0]).abs().max().item()
-    if not difference < 1e-5:
-        sys.exit(f"the variants are different models: their logits differ by {difference}")
-
     load = os.getloadavg()[0]  # of others, as a rule: figures from a busy machine say little
     print(f"{processor()}, {options.threads} threads, PyTorch {torch.__version__}, load before {load:.1f}")
-    trainers = [
-        Trainer("head by head, eager", plain_gpt(DROPOUT)),
-        Trainer("fused attention, eager", fused_gpt(DROPOUT)),
-        Trainer("fused attention, bf16 autocast", fused_gpt(DROPOUT), autocast=True),
-    ]
-    if not options.no_compile:
-        trainers.insert(2, Trainer("fused attention, torch.compile", torch.compile(fused_gpt(DROPOUT))))
-    for trainer in list(trainers):
-        try:
-            for _ in range(2):
-                trainer.step()
-        except Exception as error:
-            if "compile" not in trainer.name:
-                raise
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            print(f"skipped torch.compile, which does not work here: {reason.strip()}")
-            trainers.remove(trainer)
-
-    ours = {"float32": [], "bfloat16": []}
-    for turn in range(options.rounds):
-        print(f"\rround {turn + 1} of {options.rounds}", end="", file=sys.stderr, flush=True)
-        for dtype, runs in ours.items():
-            runs += our_steps(options.binary, options.threads, dtype)
-        for trainer in trainers:
-            trainer.seconds += [trainer.step() for _ in range(options.steps)]
-    print(file=sys.stderr)
-
-    medians = {dtype: statistics.median(run[0] for run in runs) for dtype, runs in ours.items() if runs}
-    rows = [(f"microGPT, {dtype}", median, min(r[1] for r in ours[dtype]), max(r[2] for r in ours[dtype]))
-            for dtype, median in medians.items()]
-    rows += [("PyTorch, " + t.name, statistics.median(t.seconds), min(t.seconds), max(t.seconds)) for t in trainers]
-    print(f"a step of {B} x {T} tokens, dropout {DROPOUT}, in {options.rounds} rounds")
-    print(f"{'':41}{'median':>9}{'fastest':>10}{'slowest':>10}{'tokens/s':>10}   ours, of the same type, is")
-    for name, median, fastest, slowest in rows:
-        ours_of_type = medians.get("bfloat16" if "bf16" in name else "float32", median)
-        faster = f"{median / ours_of_type:.2f} times as fast" if name.startswith("PyTorch") else ""
-        print(f"{name:41}{median:7.3f} s{fastest:8.3f} s{slowest:8.3f} s{B * T / median:10.0f}   {faster}")
+    if options.only != "products":
+        compare_steps(options)
+    if options.only != "steps":
+        compare_products(options)
     return 0
 
 

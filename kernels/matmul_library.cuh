@@ -1,6 +1,7 @@
 // The library that computes matrix products, cuBLASLt, or plain loops where there is no GPU. Sums over the inner
 // dimension are in float, whatever the type of the operands. Which algorithm of cuBLASLt is the fastest depends on the
-// card and the shapes, and is found by trying them; the choice can be kept, and then a later run repeats this one.
+// card and the shapes, and is found by trying them; the choice can be kept, and then a later run repeats this one. For a
+// product that cuBLASLt has no algorithm for there is a simple kernel of our own.
 // defines: Product, Operands, AlgorithmTable, DeviceMemory, MatmulLibrary
 #pragma once
 #include <dlfcn.h>
@@ -151,6 +152,68 @@ class DeviceMemory {
   unsigned char* memory_ = nullptr;
 };
 
+// ---------------------------------------------------------------------------------------------------------------------
+// The product that needs no library. cuBLASLt 13.1 has no float32 algorithm for some small shapes (seen on an H100: TN,
+// m 72, n 60, k 48), and a text with 72 different characters may ask for one. Slow, but the run does not end.
+
+// A block has tiles of 16 x 16: of d, one element a thread, and, one after the other along k, of op(a) and op(b).
+constexpr int simple_tile = 16;
+
+template <class Real, class D>
+__global__ void __launch_bounds__(simple_tile* simple_tile)
+    simple_product_kernel(D* d, const Real* a, const Real* b, bool transpose_a, bool transpose_b, int m, int n, int K,
+                          int lda, int ldb, int ldd, bool accumulate) {
+  __shared__ float a_tile[simple_tile][simple_tile + 1], b_tile[simple_tile][simple_tile + 1];  // k comes first
+  const int x = threadIdx.x % simple_tile, y = threadIdx.x / simple_tile;
+  const int first_i = blockIdx.y * simple_tile, first_j = blockIdx.x * simple_tile;
+  float sum = 0;
+  for (int first_k = 0; first_k < K; first_k += simple_tile) {
+    // Neighbouring threads read what is side by side in memory, whichever way the matrix is transposed.
+    const int at_ak = transpose_a ? x : y, at_i = transpose_a ? y : x, ak = first_k + at_ak, i = first_i + at_i;
+    const int at_bk = transpose_b ? y : x, at_j = transpose_b ? x : y, bk = first_k + at_bk, j = first_j + at_j;
+    float from_a = 0, from_b = 0;
+    if (i < m && ak < K) from_a = float(transpose_a ? a[size_t(i) * lda + ak] : a[size_t(ak) * lda + i]);
+    if (j < n && bk < K) from_b = float(transpose_b ? b[size_t(bk) * ldb + j] : b[size_t(j) * ldb + bk]);
+    a_tile[at_ak][at_i] = from_a;
+    b_tile[at_bk][at_j] = from_b;
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < simple_tile; k++) sum += a_tile[k][x] * b_tile[k][y];
+    __syncthreads();
+  }
+  const int i = first_i + x, j = first_j + y;
+  if (i >= m || j >= n) return;
+  D& out = d[size_t(j) * ldd + i];
+  out = D((accumulate ? float(out) : 0) + sum);
+}
+
+// body(Real(), D()): the types of the operands, and of d
+template <class Body>
+void with_types_of(const Product& p, Body body) {
+  if (p.type == OperandType::bfloat16)
+    p.float_d ? body(bf16(), float()) : body(bf16(), bf16());
+  else if (p.type == OperandType::float16)
+    p.float_d ? body(fp16(), float()) : body(fp16(), fp16());
+  else
+    body(float(), float());
+}
+
+inline void simple_product(const Product& p, const Operands& o, cudaStream_t stream) {
+  require(p.epilogue == Epilogue::none, "cuBLASLt has no algorithm for ", p.text());
+  const dim3 grid(ceil_div(p.n, simple_tile), ceil_div(p.m, simple_tile));
+  with_types_of(p, [&]<class Real, class D>(Real, D) {
+    launch(simple_product_kernel<Real, D>, {grid, simple_tile * simple_tile, 0, stream}, static_cast<D*>(o.d),
+           static_cast<const Real*>(o.a), static_cast<const Real*>(o.b), p.transpose_a, p.transpose_b, p.m, p.n, p.k,
+           p.lda, p.ldb, p.ldd, o.accumulate);
+  });
+}
+
+inline void say_simple(const Product& p) {
+  std::fprintf(stderr,
+               "cuBLASLt has no algorithm for %s: a simple kernel computes it, slowly; another --dtype may be faster\n",
+               p.text().c_str());
+}
+
 #ifdef CUDA_ON_CPU
 // ---------------------------------------------------------------------------------------------------------------------
 // Plain loops, as work on the stream.
@@ -199,28 +262,25 @@ class MatmulLibrary {
 
   AlgorithmTable& table() { return table_; }
 
-  // The table may forbid it, as that of a GPU does where there is no such algorithm.
+  // The table may forbid it, as that of a GPU does where there is no such algorithm, and a test may for all products.
   bool has(const Product& p, const Operands&) {
     const std::string* known = table_.find(p.text());
-    return !known || *known != "unfused";
+    return known ? *known != "unfused" : !std::getenv("CUDA_ON_CPU_NO_ALGORITHMS");
   }
   template <class Unfused>
   bool fuses(const Product& p, const Operands& o, Unfused) {
     return has(p, o);
   }
   void multiply(const Product& p, const Operands& o) {
+    const bool simple = !has(p, o);
     if (used_.insert(p).second) {
-      table_.set(p.text(), "loops");
+      if (simple) say_simple(p);
+      table_.set(p.text(), simple ? "unfused" : "loops");
       table_.use(p.text());
     }
-    cuda_on_cpu::enqueue(stream_, [p, o] {
-      if (p.type == OperandType::bfloat16)
-        p.float_d ? multiply_on_cpu<bf16, float>(p, o) : multiply_on_cpu<bf16, bf16>(p, o);
-      else if (p.type == OperandType::float16)
-        p.float_d ? multiply_on_cpu<fp16, float>(p, o) : multiply_on_cpu<fp16, fp16>(p, o);
-      else
-        multiply_on_cpu<float, float>(p, o);
-    });
+    if (simple) return simple_product(p, o, stream_);
+    cuda_on_cpu::enqueue(
+        stream_, [p, o] { with_types_of(p, [&]<class Real, class D>(Real, D) { multiply_on_cpu<Real, D>(p, o); }); });
   }
   // Nothing is measured here: no way is faster than another.
   template <class Work>
@@ -306,7 +366,7 @@ class MatmulLibrary {
 
   AlgorithmTable& table() { return table_; }
 
-  // Whether multiply(p, o) is possible.
+  // Whether cuBLASLt computes p; otherwise multiply(p, o) can do it only without an epilogue.
   bool has(const Product& p, const Operands& o) {
     return plan_of(p, o, [] { return INFINITY; }).usable;
   }
@@ -317,11 +377,12 @@ class MatmulLibrary {
   }
   void multiply(const Product& p, const Operands& o) {
     Plan& plan = plan_of(p, o, [] { return INFINITY; });
-    if (!plan.usable) throw std::runtime_error("cuBLASLt has no algorithm for " + p.text());
     if (!plan.used && !comparing_) {
       plan.used = true;
       table_.use(p.text());
+      if (!plan.usable) say_simple(p);
     }
+    if (!plan.usable) return simple_product(p, o, stream_);
     set_pointers(plan, p, o);
     check(run(plan, plan.algorithm, o, o.d, o.accumulate), "cublasLtMatmul");
   }

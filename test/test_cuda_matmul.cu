@@ -1,3 +1,4 @@
+#include <array>
 #include <limits>
 #include <stdexcept>
 
@@ -312,6 +313,82 @@ TEMPLATE_TEST_CASE("bias and ReLU, as passes of their own, agree with the CPU's"
   bias_relu_forward(lost.data(), bias_of.data(), rows, OC, ld, nullptr);
   for (const float each : without_padding(lost, rows, OC, ld)) CHECK(std::isnan(each));
 }
+
+TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all the same", "[cuda][matmul]", float,
+                   bf16, fp16) {
+  using Real = TestType;
+  const OperandType type = std::is_same_v<Real, float>  ? OperandType::float32
+                           : std::is_same_v<Real, bf16> ? OperandType::bfloat16
+                                                        : OperandType::float16;
+  const auto check_product = [&]<class D>(const Product& p, bool accumulate, D) {
+    const int a_rows = p.transpose_a ? p.m : p.k, b_rows = p.transpose_b ? p.k : p.n;  // as they lie in memory
+    const std::vector<float> a = noise(size_t(a_rows) * p.lda, 1), b = noise(size_t(b_rows) * p.ldb, 2);
+    const std::vector<float> before = noise(size_t(p.n) * p.m, 3);
+    std::vector<double> want = rounded<D>(before);
+    const std::vector<double> ra = rounded<Real>(a), rb = rounded<Real>(b);
+    for (int j = 0; j < p.n; j++)
+      for (int i = 0; i < p.m; i++) {
+        double& sum = want[size_t(j) * p.m + i];
+        if (!accumulate) sum = 0;
+        for (int k = 0; k < p.k; k++)
+          sum += ra[p.transpose_a ? size_t(i) * p.lda + k : size_t(k) * p.lda + i] *
+                 rb[p.transpose_b ? size_t(k) * p.ldb + j : size_t(j) * p.ldb + k];
+      }
+    const DeviceArray<Real> da(a), db(b);
+    // As in fresh memory, with the padding of rows, but for what is added to.
+    std::vector<D> padded(size_t(p.n) * p.ldd);
+    std::memset(static_cast<void*>(padded.data()), 0xff, padded.size() * sizeof(D));
+    for (size_t i = 0; accumulate && i < before.size(); i++) padded[i / p.m * p.ldd + i % p.m] = D(before[i]);
+    const DeviceArray<D> d(padded);
+    CAPTURE(p.text(), accumulate);
+    simple_product(p, {.d = d.data(), .a = da.data(), .b = db.data(), .accumulate = accumulate}, nullptr);
+    check_close(without_padding(d, p.n, p.m, p.ldd), want, tolerance<D>(p.k, 2));
+  };
+  for (const bool transpose_a : {false, true})
+    for (const bool transpose_b : {false, true})
+      for (const auto& [m, n, k] : {std::array{72, 60, 48}, {1, 17, 5}, {33, 1, 16}}) {
+        const Product p = {
+            type, false, transpose_a, transpose_b, m, n, k, (transpose_a ? k : m) + 3, (transpose_b ? n : k) + 5,
+            m + 2};
+        check_product(p, false, Real());
+        Product to_float = p;
+        to_float.float_d = true;
+        check_product(to_float, false, 0.0f);
+        check_product(to_float, true, 0.0f);
+      }
+  CHECK_THROWS_WITH(
+      simple_product(Product{type, false, true, false, 8, 8, 8, 8, 8, 8, Epilogue::drelu}, Operands{}, nullptr),
+      ContainsSubstring("cuBLASLt has no algorithm for " + std::string(name_of<Real>) + " drelu TN m 8"));
+}
+
+#ifdef CUDA_ON_CPU  // where it can be forbidden to the library
+TEST_CASE("a layer whose products cuBLASLt has no algorithm for works, and repeats", "[cuda][matmul]") {
+  const Shape s = {60, 48, 72, 72};
+  const Layer<float> layer(s);
+  const DeviceArray<float> inp(layer.inp), weight(layer.weight), bias(layer.bias), dout(layer.dout);
+  AlgorithmTable none("CPU");
+  for (const char* product :
+       {"float32 bias TN m 72 n 60 k 48 ld 48 48 72", "float32 TN m 72 n 60 k 48 ld 48 48 72",
+        "float32 NN m 48 n 60 k 72 ld 48 72 48", "float32 to float32 NT m 48 n 72 k 60 ld 48 72 48"})
+    none.set(product, "unfused");
+  const auto run = [&](const std::string& table) {
+    const DeviceArray<float> out(layer.dout.size()), dinp(layer.inp.size()), dweight(layer.dweight);
+    Matmul matmul(false, nullptr);
+    matmul.load_table(table);
+    matmul.forward(out.data(), inp.data(), weight.data(), bias.data(), s.rows, s.C, s.OC, s.OC);
+    matmul.backward_input(dinp.data(), dout.data(), weight.data(), s.rows, s.C, s.OC, s.OC);
+    matmul.backward_weight(dweight.data(), dout.data(), inp.data(), true, s.rows, s.C, s.OC, s.OC);
+    check_close(out.read(), layer.forward(true), tolerance<float>(s.C, 2));
+    check_close(dinp.read(), layer.backward(true).dinp, tolerance<float>(s.OC));
+    check_close(dweight.read(), layer.backward(true).dweight, tolerance<float>(s.rows));
+    return std::pair(matmul.save_table(), matmul.name());
+  };
+  const auto first = run(none.save());
+  CHECK(first.first == none.save());
+  CHECK(run(first.first) == first);
+  CHECK(run("").second != first.second);
+}
+#endif
 
 TEST_CASE("a captured product computes what it did before", "[cuda][matmul]") {
   const Shape s = {31, 48, 65, 72};

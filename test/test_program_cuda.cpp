@@ -57,6 +57,23 @@ TEST_CASE("The GPU trainer trains, samples, saves and says on what") {
   CHECK(contains(sample.out, "abababab"));
 }
 
+TEST_CASE("Where cuBLASLt has no algorithm for a product, the GPU trainer says so and computes it itself") {
+  const std::string folder = prepared();
+  for (const std::string dtype : {"float32", "bfloat16"}) {
+    const std::string flags = tiny + " --dtype=" + dtype;
+    const Run r = train_with("CUDA_ON_CPU_NO_ALGORITHMS=1 " + on_gpu, folder, "/none_" + dtype, flags);
+    INFO(r.err);
+    REQUIRE(r.code == 0);
+    CHECK(
+        contains(r.err, "cuBLASLt has no algorithm for " + dtype + " TN m 96 n 64 k 32 ld 32 32 96: a simple kernel"));
+    const std::vector<double> got = losses_of(r.out),
+                              want = losses_of(train_with(on_gpu, folder, "/all_" + dtype, flags).out);
+    REQUIRE(got.size() == 7);
+    REQUIRE(want.size() == 7);
+    for (size_t i = 0; i < 7; i++) CHECK(got[i] == Approx(want[i]).margin(dtype == "float32" ? 2e-4 : 5e-2));
+  }
+}
+
 TEST_CASE("Runs in every type repeat, and resume, byte for byte") {
   const std::string folder = prepared();
   for (const std::string dtype : {"bfloat16", "float16", "tf32"}) {

@@ -49,7 +49,7 @@ void save_checkpoint(const std::string& path, const CheckpointInfo& info, const 
   write_safetensors(path, views, metadata);
 }
 
-Checkpoint::Checkpoint(const std::string& path) : path_(path), file_(path) {
+Checkpoint::Checkpoint(const std::string& path, Verify what) : path_(path), file_(path, what) {
   const auto value = [&](const char* key) -> const std::string& {
     const auto at = file_.metadata().find(key);
     if (at == file_.metadata().end())

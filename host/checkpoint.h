@@ -38,10 +38,11 @@ std::vector<TensorView> export_views(const ModelShape& shape, const Layout& layo
 void save_checkpoint(const std::string& path, const CheckpointInfo& info, const Vocabulary& vocabulary,
                      const Layout& layout, const float* params, const float* m, const float* v);
 
-// A checkpoint that was opened and checked: every tensor there, of the right shape and type, and unharmed.
+// A checkpoint that was opened and checked: every tensor there, of the right shape and type, and unharmed. With
+// Verify::header its info is unharmed, and its tensors are not to be loaded.
 class Checkpoint {
  public:
-  explicit Checkpoint(const std::string& path);
+  explicit Checkpoint(const std::string& path, Verify what = Verify::all);
   const CheckpointInfo& info() const { return info_; }
   const Vocabulary& vocabulary() const { return vocabulary_; }
   void load_params(float* params, const Layout& layout) const;

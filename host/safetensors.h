@@ -29,12 +29,16 @@ using Metadata = std::map<std::string, std::string>;
 // The metadata's names "checksum" and "checksum.*" are reserved.
 void write_safetensors(const std::string& path, const std::vector<TensorView>& tensors, const Metadata& metadata);
 
+// What of a file is compared with its checksums. For the tensors that takes most of the time of opening a checkpoint, so
+// whoever only asks what the header says leaves them alone.
+enum class Verify { header, all };
+
 // A safetensors file, ours or another program's. Everything that the header says is checked before it is believed, and
 // the data against the checksums if there are any. The views point into the mapped file and live as long as this
 // object; another program may have left them misaligned for their type, so copy them by memcpy.
 class SafetensorsFile {
  public:
-  explicit SafetensorsFile(const std::string& path);
+  explicit SafetensorsFile(const std::string& path, Verify what = Verify::all);
   const Metadata& metadata() const { return metadata_; }               // without the checksums
   const std::vector<TensorView>& tensors() const { return tensors_; }  // in the order of their data
   const TensorView& find(const std::string& name) const;               // fails if it is absent

@@ -44,9 +44,9 @@ void require_one_process() {
 }
 
 std::string dtype_so_far(const Config& config) {
-  if (config.command != "train") return dtype_of(Checkpoint(checkpoint_path(config)).info());
-  if (config.init_from != "resume") return "";
-  return dtype_of(Checkpoint(config.out_dir + "/ckpt_last.safetensors").info());
+  const auto dtype_in = [](const std::string& path) { return dtype_of(Checkpoint(path, Verify::header).info()); };
+  if (config.command != "train") return dtype_in(checkpoint_path(config));
+  return config.init_from == "resume" ? dtype_in(config.out_dir + "/ckpt_last.safetensors") : "";
 }
 
 void check_resumed(const Config& config, const Checkpoint& checkpoint, const Data& data) {

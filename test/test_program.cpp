@@ -2,6 +2,8 @@
 #include <cmath>
 #include <filesystem>
 #include <random>
+#include <regex>
+#include <sstream>
 
 #include "../host/checkpoint.h"
 #include "../host/cpu_features.h"
@@ -214,6 +216,16 @@ TEST_CASE("Without --dtype the faster type is measured, once; a run that goes on
     CHECK(contains(eval.out, resumed.out.substr(resumed.out.find("val exact"), 17)));
     CHECK(run(train_gpt + " sample --max_new_tokens=3 --out_dir " + folder + out).err.empty());
     CHECK(!measured(run(train_gpt + " export --out_dir " + folder + out)));
+
+    // Whoever asks for the type does not wait until all tensors are read; they are read, and verified, afterwards.
+    Config config;
+    config.command = "sample";
+    config.out_dir = folder + out;
+    std::string damaged = read_file(checkpoint_path(config));
+    damaged.back() ^= 1;
+    write_file(checkpoint_path(config), damaged);
+    CHECK(dtype_so_far(config) == dtype);
+    check_refused(train_gpt + " sample --out_dir " + folder + out, "is damaged");
   }
 }
 
@@ -275,6 +287,28 @@ TEST_CASE("Characters beyond ASCII are characters like any other") {
   REQUIRE(train(folder).code == 0);
   const Run r = run(train_gpt + " sample --start=ä --temperature=0 --max_new_tokens=5 --out_dir " + folder + "/out");
   CHECK(r.out == "ä€😀ä€😀\n");
+}
+
+TEST_CASE("The flag --version says what a report of a fault needs") {
+  const Run r = run(train_gpt + " --version");
+  INFO(r.out);
+  CHECK(r.code == 0);
+  CHECK(r.err == "");
+  std::istringstream lines(r.out);
+  std::string first, second, third, more;
+  for (std::string* line : {&first, &second, &third, &more}) std::getline(lines, *line);
+  CHECK(std::regex_match(first, std::regex("microGPT [^ ,].*, by (g|clang)\\+\\+ [0-9]+\\.[0-9].*")));
+  const char* bits = built_for.avx512 ? "512" : built_for.avx2 ? "256" : "(128|256)";
+  std::string kernels = std::string("CPU kernels: vectors of ") + bits + " bits";
+  for (const auto& [has, name] : {std::pair{built_for.fma, "FMA"},
+                                  {built_for.avx2, "AVX2"},
+                                  {built_for.avx512, "AVX-512"},
+                                  {built_for.avx512_bf16, "AVX512_BF16"}})
+    if (has) kernels += std::string(", ") + name;
+  CHECK(std::regex_match(second, std::regex(kernels)));
+  CHECK(third == "built without CUDA");
+  CHECK(more == "");
+  CHECK(run(train_gpt + " sample --version").out == r.out);
 }
 
 TEST_CASE("Refusals: flags and data") {

@@ -1,6 +1,6 @@
 // Linked into a program, it makes the system fail: the calls by which files are written are counted, and what FAULT says
 // happens at one of them. The program itself is the one that is shipped.
-//   FAULT=12:ENOSPC   the 12th call fails with this errno: ENOSPC, EIO, or EINTR (which rename never gives: the next)
+//   FAULT=12:ENOSPC   the 12th call fails with this errno: ENOSPC, EDQUOT, EROFS, EIO, or EINTR (which rename never gives: the next)
 //   FAULT=12:short    the next write takes only half of its bytes
 //   FAULT=12:torn     the next write takes half, then the process is killed
 //   FAULT=12:kill     the process is killed before it
@@ -73,7 +73,10 @@ std::string fault_of(const char* call, const std::string& path) {
     kill(getpid(), SIGKILL);
     pause();
   }
-  errno = what == "ENOSPC" ? ENOSPC : what == "EINTR" ? EINTR : what == "EROFS" ? EROFS : EIO;
+  static const std::map<std::string, int> errors = {
+      {"ENOSPC", ENOSPC}, {"EDQUOT", EDQUOT}, {"EROFS", EROFS}, {"EINTR", EINTR}};
+  const auto error = errors.find(what);
+  errno = error == errors.end() ? EIO : error->second;
   return what;
 }
 

@@ -131,8 +131,8 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
   for (size_t n = 1; n < calls.size(); n++) {
     const std::string kind = calls[n].substr(0, calls[n].find(' '));
     if (!exhaustive && n + 1 < calls.size() && calls[n] == calls[n - 1] && calls[n] == calls[n + 1] && n % 16) continue;
-    std::vector<std::string> faults = {"EIO", "power", "EINTR", "short", "kill", "torn", "ENOSPC"};
-    if (!exhaustive) faults = {faults[n % 2 * 6], faults[1 + n % 6]};
+    std::vector<std::string> faults = {"EIO", "ENOSPC", "EDQUOT", "power", "EINTR", "short", "kill", "torn"};
+    if (!exhaustive) faults = {faults[n % 3], faults[3 + n % 5]};
     for (const std::string& fault : faults) {
       if ((fault == "short" || fault == "torn") && n > last_write) continue;
       const Run r = run(path + "FAULT=" + std::to_string(n) + ":" + fault + " " + faulty + begin("/out"));
@@ -147,7 +147,9 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
       } else {
         CHECK(r.code == 1);
         CHECK(contains(r.err, "error: could not "));
-        CHECK(contains(r.err, fault == "EIO" ? "Input/output error" : "disk is full"));
+        CHECK(contains(r.err, fault == "EIO"      ? "Input/output error"
+                              : fault == "ENOSPC" ? "(the disk is full: free some space"
+                                                  : "(your quota is used up: remove something"));
         if (contains(r.err, "step 10")) CHECK(contains(r.err, "is whole, --init_from resume goes on at iteration "));
       }
       check_loads(folder + "/out");
@@ -162,7 +164,8 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
       check_equal(left_in(folder + "/out"), want);
     }
   }
-  for (const char* fault : {"EIO", "ENOSPC", "EINTR", "short", "kill", "torn", "power"}) CHECK(seen[fault] > 5);
+  for (const char* fault : {"EIO", "ENOSPC", "EDQUOT", "EINTR", "short", "kill", "torn", "power"})
+    CHECK(seen[fault] > 5);
 }
 
 TEST_CASE("Signals finish the step, save, and say so by the exit code; the run then goes on to the same end",

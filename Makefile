@@ -9,14 +9,15 @@ MARCH    ?= native
 # The kernels' instruction set. A program runs on machines that have it and says so on others (host/cpu_check.cpp).
 ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=$(MARCH))
 
-# All processors, unless make is told how many, or memory (a container's too) has no room for as many compilers. Some
-# versions of make do not show the environment's -j in MAKEFLAGS, and let ours replace it.
+# All processors, unless make is told how many, or memory has no room for as many compilers. Where it has room for one
+# only, there is one, even with make -j64. Some versions of make do not show the environment's -j in MAKEFLAGS, and let
+# ours replace it.
+JOBS := $(shell dev/jobs.sh)
 ifeq ($(filter -j%,$(MAKEFLAGS) $(shell echo "$$MAKEFLAGS")),)
-  CGROUP    := /sys/fs/cgroup
-  MAKEFLAGS += -j$(shell { getconf _NPROCESSORS_ONLN; \
-    cat /proc/meminfo $(CGROUP)/memory.max $(CGROUP)/memory/memory.limit_in_bytes | \
-    awk '/^MemAvailable/ { print 1 + int($$2 / 1e6) } NF == 1 && $$1 + 0 > 0 { printf "%.0f\n", 1 + int($$1 / 1e9) }'; \
-    } 2>/dev/null | sort -n | head -n 1)
+  MAKEFLAGS += -j$(JOBS)
+endif
+ifeq ($(JOBS),1)
+.NOTPARALLEL:
 endif
 
 # -O3 for the kernels' loops; -O2 would not unroll them. No -ffast-math: results would depend on the compiler's mood.
@@ -57,8 +58,9 @@ CUDA_TESTS   := $(patsubst test/%.cu,%.o,$(wildcard test/*.cu))
 # CUDA. Without nvcc, train_gpt is the CPU program. nvcc is looked for on the path, in the usual folders, and among the
 # packages of Python. The code is made for the card at hand; without one, as PTX for two generations, from which the
 # driver makes code for any later card when the program is first started.
+CUDA_FOLDERS := $(CUDA_HOME) $(CUDA_PATH) /usr/local/cuda /opt/cuda
 NVCC      ?= $(or $(shell command -v nvcc 2>/dev/null), \
-                  $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_HOME) $(CUDA_PATH) /usr/local/cuda /opt/cuda))), \
+                  $(firstword $(wildcard $(addsuffix /bin/nvcc,$(CUDA_FOLDERS)))), \
                   $(shell python3 -c "import glob, nvidia as n; print(*sorted(f for p in n.__path__ for f in glob.glob(p + '/cu*/bin/nvcc'))[-1:])" 2>/dev/null))
 NVCC      := $(NVCC)
 ARCH      ?= $(if $(shell nvidia-smi -L 2>/dev/null | grep GPU),native,ptx)

@@ -77,18 +77,24 @@ TEST_CASE("A CUDA Toolkit that cannot build the GPU trainer stops make, which sa
 TEST_CASE("CUDA's libraries are found wherever a toolkit keeps them, in folders of any name") {
   struct Layout {
     std::string libraries, nvcc_says;  // where they are, and where nvcc says so
+    std::string nvcc_top = "bin/..";   // what it takes for the toolkit's folder
   };
   for (const Layout& l : {Layout{"lib64", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},  // NVIDIA's
-                          Layout{"lib", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},    // pip's
+                          Layout{"lib", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},    // pip's, as of 13.0
+                          Layout{"lib", "\"-Lbin/../lib/stubs\" \"-Lbin/../lib\""},        // pip's, as of 13.5
                           Layout{"targets/x86_64-linux/lib", "\"-Lbin/../lib\""},          // conda's
-                          Layout{"apart", "-Lapart/stubs -Lapart "}}) {                    // a distribution's
+                          Layout{"targets/x86_64-linux/lib",                               // conda-forge's
+                                 "\"-Lbin/../targets/x86_64-linux/lib/stubs\" "
+                                 "\"-Lbin/../targets/x86_64-linux/lib\"",
+                                 "bin/../targets/x86_64-linux"},
+                          Layout{"apart", "-Lapart/stubs -Lapart "}}) {  // a distribution's
     const std::string top = test_folder() + "/it's 100 %C, #1";
     fs::create_directories(top + "/" + l.libraries + "/stubs");
     for (const char* name : {"/libcudart_static.a", "/libcublasLt.so.13", "/stubs/libcublasLt.so"})
       write_file(top + "/" + l.libraries + name, "");
     std::string says = l.nvcc_says;
     for (size_t at = 0; (at = says.find("-L", at)) != std::string::npos; at += 2) says.insert(at + 2, top + "/");
-    write_file(top + "/says", "#$ TOP=" + top + "/bin/..\n#$ LIBRARIES=  " + says + "\n");
+    write_file(top + "/says", "#$ TOP=" + top + "/" + l.nvcc_top + "\n#$ LIBRARIES=  " + says + "\n");
     const std::string nvcc = fake_nvcc(top, "13.0", "[ \"$1\" != -dryrun ] || cat \"${0%bin/nvcc}says\" >&2");
     const std::string build = test_folder(), file = build + "/cuda-ptx/libraries";
     const Run r = make(build, "NVCC=\"" + nvcc + "\" " + file);
@@ -113,6 +119,26 @@ TEST_CASE("CUDA's libraries are found wherever a toolkit keeps them, in folders 
       CHECK(contains(missing.err, "error: " + std::string(name + 1)));
     }
   }
+}
+
+TEST_CASE("nvcc is looked for on the path, in CUDA's folders, and among Python's packages, the latest first") {
+  const std::string folder = test_folder(), packages = folder + "/site-packages";
+  for (const char* name : {"cu12", "cu13"}) fake_nvcc(packages + "/nvidia/" + name, "13.0", "");
+  fake_nvcc(packages + "/nvidia/apart", "13.0", "");
+  fake_nvcc(folder + "/cuda", "13.0", "");
+  const auto found = [&](const std::string& environment, const std::string& arguments) {
+    const Run r = run("env -i " + environment + " make ARCH=ptx BUILD=" + folder + " " + arguments + " -pn help");
+    INFO(r.err);
+    return line_with(r.out, "NVCC := ");
+  };
+  const std::string path = "PATH=/usr/bin:/bin", python = " PYTHONPATH=" + packages;
+  CHECK(found("PATH=" + folder + "/cuda/bin:/usr/bin:/bin", "") == "NVCC := " + folder + "/cuda/bin/nvcc");
+  if (run("env " + path + " sh -c 'command -v nvcc'").code == 0) return skip("there is an nvcc in /usr/bin");
+  CHECK(found(path + python + " CUDA_HOME=" + folder + "/cuda", "") == "NVCC := " + folder + "/cuda/bin/nvcc");
+  CHECK(found(path + python, "CUDA_FOLDERS=" + folder + "/cuda") == "NVCC := " + folder + "/cuda/bin/nvcc");
+  CHECK(found(path, "CUDA_FOLDERS=") == "NVCC := ");
+  if (run("env " + path + " python3 --version").code != 0) return skip("there is no python3 in /usr/bin");
+  CHECK(found(path + python, "CUDA_FOLDERS=") == "NVCC := " + packages + "/nvidia/cu13/bin/nvcc");
 }
 
 TEST_CASE("A C++ compiler that was chosen is nvcc's too; otherwise nvcc has its own") {
@@ -144,6 +170,20 @@ TEST_CASE("Flags of the environment reach the compilers, but for the instruction
   CHECK(contains(line_with(r.out, "-o " + build + "/cuda-ptx/train_gpt\n"), " -L/conda/lib "));
 }
 
+TEST_CASE("The program's version is the commit it is built from, in a clone and in an archive") {
+  const std::string build = test_folder();
+  const Run described = run("env -i PATH=\"$PATH\" git describe --tags --always --dirty");
+  const Run r = make(build, "-n NVCC= " + build + "/host/version.o");
+  const std::string compiled = line_with(r.out, "-c host/version.cpp");
+  if (!std::filesystem::exists(".git") || described.code != 0) {
+    CHECK(contains(compiled, "-DMICROGPT_VERSION='\"\"' "));
+    return skip("needs a clone, and git");
+  }
+  CHECK(contains(compiled, "-DMICROGPT_VERSION='\"" + line_with(described.out, "") + "\"' "));
+  CHECK(contains(run("git archive HEAD host/version.cpp | tar -xO").out,
+                 "archived = \"" + line_with(run("git log -1 --format=%h").out, "") + "\";"));
+}
+
 TEST_CASE("A library that is missing is named, and make deps with it") {
   const std::string folder = test_folder();
   write_script(folder + "/c++", "echo 'error: #error CLI11 is missing' >&2; exit 1");
@@ -157,20 +197,49 @@ TEST_CASE("make runs as many compilers as there are processors, or as memory has
 #ifdef __APPLE__
   return skip("macOS has no control groups, and its make shows other flags");
 #endif
-  const std::string folder = test_folder();
-  const auto jobs = [&](const std::string& limit, const std::string& environment, const std::string& arguments = "") {
-    write_file(folder + "/memory.max", limit + "\n");
-    const Run r = make(folder, arguments + " CGROUP=" + folder + " NVCC= -pn help", environment);
+  const std::string root = test_folder();
+  const auto put = [&](const std::string& path, const std::string& content) {
+    fs::create_directories(fs::path(root + path).parent_path());
+    write_file(root + path, content + "\n");
+  };
+  const auto jobs = [&] { return std::stoi(run("dev/jobs.sh " + root).out); };
+  const int processors = std::stoi(run("getconf _NPROCESSORS_ONLN").out);
+  CHECK(jobs() == processors);  // nothing is known of memory
+  put("/proc/meminfo", "MemFree: 9 kB\nMemAvailable: 99000000000 kB");
+  CHECK(jobs() == processors);
+  put("/proc/meminfo", "MemFree: 99000000000 kB\nMemAvailable: 1048576 kB");
+  CHECK(jobs() == 1);
+  put("/proc/meminfo", "MemAvailable: 99000000 kB");
+  // The limit is a container's, our group's, or that of a group above it; one of either version of control groups.
+  put("/proc/self/cgroup", "9:memory:/a/b\n8:cpu,cpuacct:/c\n0::/d/e:f");
+  for (const std::string limit : {"/memory.max", "/d/memory.max", "/d/e:f/memory.max", "/memory/memory.limit_in_bytes",
+                                  "/memory/a/memory.limit_in_bytes", "/memory/a/b/memory.limit_in_bytes"}) {
+    INFO(limit);
+    put("/sys/fs/cgroup" + limit, "1073741824");
+    CHECK(jobs() == 1);
+    put("/sys/fs/cgroup" + limit, limit.find("max") != std::string::npos ? "max" : "9223372036854771712");
+    CHECK(jobs() == processors);
+  }
+  put("/sys/fs/cgroup/d/memory.max", "1600000000");
+  CHECK(jobs() == std::min(2, processors));
+
+  const auto flag = [&](const std::string& environment, const std::string& arguments = "") {
+    const Run r = make(root, arguments + " NVCC= -pn help", environment);
     const std::string flags = line_with(r.out, "MAKEFLAGS = ");
     INFO(flags);
     return std::stoi(flags.substr(flags.find(" -j") + 3));
   };
-  const int processors = std::stoi(run("getconf _NPROCESSORS_ONLN").out);
-  CHECK(jobs("900000000", "") == 1);
-  CHECK(jobs("1100000000", "") <= 2);
-  CHECK(jobs("max", "") <= processors);
-  if (processors > 1 && run("awk '/MemAvailable/ { exit $2 < 2e6 }' /proc/meminfo").code == 0)
-    CHECK(jobs("max", "") > 1);
-  CHECK(jobs("900000000", "MAKEFLAGS=-j5") == 5);
-  CHECK(jobs("900000000", "", "-j7") == 7);
+  CHECK(flag("", "JOBS=3") == 3);
+  CHECK(flag("MAKEFLAGS=-j5") == 5);
+  CHECK(flag("", "-j7") == 7);
+
+  // A compiler that says when it begins and when it ends.
+  write_script(root + "/c++", "echo begins; sleep 0.3; echo ends");
+  const std::string two = " CXX=" + root + "/c++ NVCC= " + root + "/host/flags.o " + root + "/host/plot.o";
+  write_file(root + "/openmp", "");
+  const Run both = make(root, "-j64 JOBS=2" + two), in_turn = make(root, "-j64 JOBS=1" + two);
+  INFO(both.out << in_turn.out);
+  CHECK(contains(both.out, "begins\nbegins\n"));
+  CHECK(contains(in_turn.out, "ends\n"));
+  CHECK_FALSE(contains(in_turn.out, "begins\nbegins\n"));
 }

@@ -87,7 +87,7 @@ CUDA_LIBS  := @$(CUDA_BUILD)/libraries -lcudart_static -lpthread -ldl -lrt
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
 .PHONY: all deps data test test-race run-shuffled test-memcheck test-threads test-pytorch bench bench-gpu bench-pytorch \
-        kernel-stats profile ladder fuzz clean help FORCE
+        bench-scaling kernel-stats profile ladder fuzz clean help FORCE
 .DELETE_ON_ERROR:
 
 all: train_gpt train_gpt_cpu data_prep
@@ -103,9 +103,11 @@ help:
 	@echo 'make test-race      kernels under ThreadSanitizer, and with their threads in shuffled order'
 	@echo 'make test-memcheck  a short run of the CPU programs under Valgrind; make test-threads: under ThreadSanitizer (clang++)'
 	@echo 'make test-pytorch   the exported model against PyTorch (PYTHON=python3, which needs torch)'
-	@echo "make bench          each layer's time and share of the machine's peak"
+	@echo "make bench          each layer's time and share of the peak that the machine sustains"
+	@echo 'make bench-scaling  how the CPU step grows with T, C, L, B, V and threads: doc/cpu_scaling.csv and .png (SIZES=T)'
 	@echo 'make bench-gpu      the same on a GPU: what it can do, kernel by kernel, and whole steps of every type'
-	@echo 'make bench-pytorch  the same step by PyTorch, in turn with ours (PYTHON=python3, which needs torch; DEVICE=cuda)'
+	@echo 'make bench-pytorch  the same step and products by PyTorch, in turn with ours (PYTHON=python3, which needs torch;'
+	@echo '                    DEVICE=cuda: on a GPU, the step)'
 	@echo 'make profile        one step under NVIDIA'"'"'s profilers (KERNEL=name, the one shown in detail)'
 	@echo 'make kernel-stats   registers, spills and shared memory of every kernel (ARCH=90 or all)'
 	@echo 'make ladder         the models before the transformer, all of them and a report (RUNG=wavenet: one; doc/ladder.md)'
@@ -318,6 +320,10 @@ else
 bench-pytorch: $(BUILD)/bench
 	$(PYTHON) dev/bench_pytorch.py $(BUILD)/bench
 endif
+
+# SIZES='T V' measures these anew; the other rows of the table stay.
+bench-scaling: $(BUILD)/bench
+	dev/bench_scaling.sh $(BUILD)/bench $(SIZES)
 
 KERNEL ?= attention_forward_kernel
 profile: $(BENCH_GPU)

@@ -386,12 +386,29 @@ TEST_CASE("cross-entropy: values and gradients") {
     crossentropy_backward(dlogits.data(), probs.data(), targets.data(), 0.3, rows, V);
     check_gradient(logits, dlogits, f);
   }
+  // float's vectors, with and without a rest, against sums in double. A logit less the highest, above -32, is rounded by
+  // up to 1e-6, which its exponential carries on as a relative error.
+  for (const int V : {64, 65, 1000, 1007}) {
+    const Doubles exact = noise(V, 2, 4);
+    const std::vector<float> logits(exact.begin(), exact.end());
+    std::vector<float> loss(1), probs(V);
+    const int target = V - 1;
+    crossentropy_forward(loss.data(), probs.data(), logits.data(), &target, 1, V);
+    double sum = 0;
+    for (const float x : logits) sum += std::exp(double(x));
+    CHECK(loss[0] == Approx(std::log(sum) - logits[target]).margin(1e-6));
+    for (int v = 0; v < V; v++) CHECK(probs[v] == Approx(std::exp(double(logits[v])) / sum).epsilon(2e-6));
+  }
   // logits far beyond exp's range
   const std::vector<float> logits = {1000, -1000, 0};
   std::vector<float> loss(1), probs(3);
   const int target = 1;
   crossentropy_forward(loss.data(), probs.data(), logits.data(), &target, 1, 3);
   CHECK(loss[0] == 2000);
+  std::vector<float> many(100), many_probs(100);
+  many[3] = 1000;
+  crossentropy_forward(loss.data(), many_probs.data(), many.data(), &target, 1, 100);
+  CHECK(loss[0] == 1000);
 }
 
 TEST_CASE("AdamW does what algorithm 2 says") {

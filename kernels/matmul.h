@@ -10,6 +10,7 @@
 #include <cstring>
 #include <numeric>
 
+#include "amx.h"
 #include "factors.h"
 #include "simd.h"
 
@@ -113,9 +114,14 @@ inline void pair_up(Unit<Factor>* to, const Sum<Factor>* x, const Sum<Factor>* y
     for (int i = 0; i < count; i++) to[i] = Factors<Factor>::unit(x[i], y ? y[i] : 0);
 }
 
+// Matrix registers for these products, kernels/amx.h? They need vectors of their rows' width to be filled.
+template <class Factor>
+constexpr bool tiles_possible = std::is_same_v<Factor, bfloat16>&& vector_bytes == 64;
+
 template <class Factor>
 size_t packed_size(int K, int N) {
-  return size_t(units<Factor>(K)) * ((N + NR<Factor> - 1) / NR<Factor>)*NR<Factor>;
+  const int whole = tiles_possible<Factor> ? amx::side : 1;  // for either way of packing
+  return size_t((units<Factor>(K) + whole - 1) / whole * whole) * ((N + NR<Factor> - 1) / NR<Factor>)*NR<Factor>;
 }
 
 // panel (K, NR) = columns [n, n + NR) of b (K, N), filled up with zeros: what is computed with them is thrown away, but
@@ -158,7 +164,8 @@ void pack_panel(Unit<Factor>* panel, const View<Sum<Factor>>& b, int K, int n, i
 // All of b, for those who work alone: panel after panel.
 template <class Factor>
 void pack_b(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
-  for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + size_t(units<Factor>(K)) * n, b, K, n, N);
+  const size_t panel_size = packed_size<Factor>(K, NR<Factor>);
+  for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + n / NR<Factor> * panel_size, b, K, n, N);
 }
 
 // a (M, K) as the tile reads it, MR rows at a time, `tile` apart: unit (i, u) of them is data[i * row + u * column]. In a
@@ -341,20 +348,185 @@ void pack_block(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) 
   for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + n / NR<Factor> * panel_size, b, K, n, N);
 }
 
-// All of b as `multiply` wants it, block after block of k, by all threads: for a b that is used again and again.
-template <class Factor>
-void pack_blocks(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
-  constexpr int block = KC * Factors<Factor>::terms;
-#pragma omp parallel if (size_t(K) * N > worth_threads)
-  for (int k0 = 0; k0 < K; k0 += block)
-    pack_block<Factor>(packed + packed_size<Factor>(k0, N), {b.data + k0 * b.row, b.row, b.column},
-                       std::min(block, K - k0), N);
-}
+// How c (M, N) is divided: into tasks of MC rows; where these are few, by columns as well, in whole panels, so that every
+// thread has several and none waits long for the last.
+struct Tasks {
+  int row_tasks, rows, columns, count;
+  Tasks(int M, int N, int MC, int panel) : row_tasks((M + MC - 1) / MC), rows(MC) {
+    const int wanted = 8 * omp_get_max_threads(), panels = (N + panel - 1) / panel;
+    const int divide = std::min((wanted + row_tasks - 1) / row_tasks, (panels + 3) / 4);
+    columns = (panels + divide - 1) / divide * panel;
+    count = row_tasks * ((N + columns - 1) / columns);
+  }
+  int row(int task) const { return task % row_tasks * rows; }
+  int column(int task) const { return task / row_tasks * columns; }
+};
 
 // What happens to a product's elements [first, first + count), in its memory, while they are still in the cache.
 struct Nothing {
   void operator()(size_t, size_t) const {}
 };
+
+// ---------------------------------------------------------------------------------------------------------------------
+// The same product with matrix registers. a and b are copied into tiles of 16 x 16 units, a tile after another along k:
+// a's rows are rows of c, b's rows are units of k. Four tiles of c, 32 x 32 sums, stay in registers while k runs: per 32 k,
+// two tiles of a and two of b are loaded, and four products added.
+//
+// An element of c is a chain over blocks of 32 k, and within a block the sum of the even k and that of the odd ones: another
+// rounding than the vectors', but again one that depends on nothing else.
+
+constexpr int tiled_units(int K) { return (units<bfloat16>(K) + amx::side - 1) / amx::side * amx::side; }
+
+// to (tiled_units(K), 16): a's next 16 rows, or b's next 16 columns, "lines", `line` numbers apart; `k` numbers from one k to
+// the next. What is missing of the lines and of k is filled up with zeros. sums (lines) += the lines added up, if line is 1.
+template <bool rows_are_lines>
+void pack_tiles(uint32_t* to, const float* data, size_t line, size_t k, int lines, int K, float* sums = nullptr) {
+  constexpr int side = amx::side;
+  const auto first = [](const float* from, int count) {
+    if (count >= side) return load(from);
+    float some[side] = {};
+    if (count > 0) std::memcpy(some, from, count * sizeof *some);
+    return load(some);
+  };
+  Vec<float> total = sums ? first(sums, lines) : Vec<float>{};
+  for (int k0 = 0; k0 < K; k0 += 2 * side, to += amx::area) {
+    Vec<uint32_t> square[side];
+    if (line != 1) {
+      for (int i = 0; i < side; i++) {
+        const float* x = data + i * line + k0;
+        if (i >= lines)
+          square[i] = Vec<uint32_t>{};
+        else if (k0 + 2 * side <= K)
+          square[i] = units_along<bfloat16>(x);
+        else {
+          float some[2 * side] = {};
+          std::memcpy(some, x, (K - k0) * sizeof *some);
+          square[i] = units_along<bfloat16>(some);
+        }
+      }
+      if (!rows_are_lines) transpose<uint32_t>(square);
+    } else {
+      for (int u = 0; u < side; u++) {
+        const int at = k0 + 2 * u;
+        const float* x = data + at * k;
+        const Vec<float> even = at < K ? first(x, lines) : Vec<float>{};
+        const Vec<float> odd = at + 1 < K ? first(x + k, lines) : Vec<float>{};
+        square[u] = units_across<bfloat16>(even, odd);
+        total += at + 1 < K ? even + odd : even;
+      }
+      if (rows_are_lines) transpose<uint32_t>(square);
+    }
+    for (int i = 0; i < side; i++) store(to + i * side, square[i]);
+  }
+  if (sums)
+    for (int i = 0; i < std::min(side, lines); i++) sums[i] = total[i];
+}
+
+// All tiles of a block of b (K, N), a line of them for every 16 columns, by the threads of the team that calls it.
+inline void pack_tiled_block(uint32_t* packed, const View<float>& b, int K, int N) {
+  const size_t line = size_t(tiled_units(K)) * amx::side;
+  const int lines = (N + NR<bfloat16> - 1) / NR<bfloat16> * (NR<bfloat16> / amx::side);
+#pragma omp for schedule(static)
+  for (int l = 0; l < lines; l++)
+    pack_tiles<false>(packed + l * line, b.data + l * amx::side * b.column, b.column, b.row, N - l * amx::side, K);
+}
+
+// c (32, 32) = start + two lines of a's tiles @ two lines of b's
+inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const uint32_t* a, const uint32_t* b,
+                       size_t line) {
+  using namespace amx;
+  if (start.data) {
+    amx::load<0>(start.data, start.row);
+    amx::load<1>(start.data + side, start.row);
+    amx::load<2>(start.data + side * start.row, start.row);
+    amx::load<3>(start.data + side * start.row + side, start.row);
+  } else {
+    clear<0>(), clear<1>(), clear<2>(), clear<3>();
+  }
+  for (size_t at = 0; at < line; at += area) {
+    amx::load<4>(a + at, side);
+    amx::load<6>(b + at, side);
+    amx::load<5>(a + line + at, side);
+    amx::load<7>(b + line + at, side);
+    amx::multiply_add<0, 4, 6>();
+    amx::multiply_add<1, 4, 7>();
+    amx::multiply_add<2, 5, 6>();
+    amx::multiply_add<3, 5, 7>();
+  }
+  amx::store<0>(c, ldc);
+  amx::store<1>(c + side, ldc);
+  amx::store<2>(c + side * ldc, ldc);
+  amx::store<3>(c + side * ldc + side, ldc);
+}
+
+// `multiply` for the tiles.
+template <class After>
+void multiply_tiles(float* c, const Start<float>& start, const View<float>& a, const View<float>& b, int M, int N,
+                    int K, const After& after, float* sums, const uint32_t* packed) {
+  struct MemoryA;
+  struct MemoryB;
+  constexpr int block = KC * 2, side = amx::side, MC = 64, two = 2 * side;
+  uint32_t* own = packed ? nullptr : scratch<MemoryB, uint32_t>(packed_size<bfloat16>(std::min(K, block), N));
+  const Tasks tasks(M, N, MC, two);
+#pragma omp parallel if (size_t(M) * N * K > 64 * worth_threads)
+  {
+    const amx::Tiles registers;
+    for (int k0 = 0; k0 < K; k0 += block) {
+      const int kc = std::min(block, K - k0);
+      const size_t line = size_t(tiled_units(kc)) * side;
+      const uint32_t* packed_b = packed ? packed + packed_size<bfloat16>(k0, N) : own;
+      if (own) pack_tiled_block(own, {b.data + k0 * b.row, b.row, b.column}, kc, N);
+#pragma omp for schedule(dynamic)
+      for (int task = 0; task < tasks.count; task++) {
+        const int m0 = tasks.row(task), n0 = tasks.column(task);
+        const int rows = std::min(MC, M - m0), columns = std::min(tasks.columns, N - n0);
+        uint32_t* packed_a = scratch<MemoryA, uint32_t>(size_t(tiled_units(block)) * MC);
+        for (int m = 0; m < (rows + two - 1) / two * two; m += side)
+          pack_tiles<true>(packed_a + m / side * line, a.data + (m0 + m) * a.row + k0 * a.column, a.row, a.column,
+                           rows - m, kc, sums && n0 == 0 && m < rows ? sums + m0 + m : nullptr);
+        for (int n = n0; n < n0 + columns; n += two)
+          for (int m = m0; m < m0 + rows; m += two) {
+            const uint32_t *a_tiles = packed_a + (m - m0) / side * line, *b_tiles = packed_b + n / side * line;
+            float* target = c + size_t(m) * N + n;
+            Start<float> from = {target, size_t(N)};
+            if (k0 == 0) from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
+            if (m + two <= M && n + two <= N) {
+              four_tiles(target, N, from, a_tiles, b_tiles, line);
+              continue;
+            }
+            const int high = std::min(two, M - m), wide = std::min(two, N - n);
+            float edge[two * two] = {};
+            if (from.data)
+              for (int i = 0; i < high; i++) std::memcpy(edge + i * two, from.data + i * from.row, wide * sizeof *edge);
+            four_tiles(edge, two, {edge, two}, a_tiles, b_tiles, line);
+            for (int i = 0; i < high; i++) std::memcpy(target + size_t(i) * N, edge + i * two, wide * sizeof *edge);
+          }
+        if (k0 + kc < K) continue;
+        if (columns == N)
+          after(size_t(m0) * N, size_t(rows) * N);
+        else
+          for (int i = m0; i < m0 + rows; i++) after(size_t(i) * N + n0, columns);
+      }
+    }
+  }
+}
+
+// All of b as `multiply` wants it, block after block of k, by all threads: for a b that is used again and again.
+template <class Factor>
+void pack_blocks(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
+  constexpr int block = KC * Factors<Factor>::terms;
+#pragma omp parallel if (size_t(K) * N > worth_threads)
+  for (int k0 = 0; k0 < K; k0 += block) {
+    const View<Sum<Factor>> part = {b.data + k0 * b.row, b.row, b.column};
+    Unit<Factor>* to = packed + packed_size<Factor>(k0, N);
+    if constexpr (tiles_possible<Factor>)
+      if (amx::enabled) {
+        pack_tiled_block(to, part, std::min(block, K - k0), N);
+        continue;
+      }
+    pack_block<Factor>(to, part, std::min(block, K - k0), N);
+  }
+}
 
 // c (M, N) = start + a (M, K) @ b (K, N), by all threads; then after(first, count) for every element of c, once.
 // sums (M) += a's rows added up, for an a by columns; none wanted: nullptr. packed: b by pack_blocks, or nullptr.
@@ -362,16 +534,14 @@ template <class Factor, class After = Nothing>
 void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b,
               int M, int N, int K, const After& after = {}, Sum<Factor>* sums = nullptr,
               const Unit<Factor>* packed = nullptr) {
+  if constexpr (tiles_possible<Factor>)
+    if (amx::enabled) return multiply_tiles(c, start, a, b, M, N, K, after, sums, packed);
   struct MemoryA;
   struct MemoryB;
   const int block = (a.row == 1 ? KC_COLUMNS : KC) * Factors<Factor>::terms;
   Unit<Factor>* own = packed ? nullptr : scratch<MemoryB, Unit<Factor>>(packed_size<Factor>(std::min(K, block), N));
-  const int MC = task_rows(a.row == 1), row_tasks = (M + MC - 1) / MC, panels = (N + NR<Factor> - 1) / NR<Factor>;
-  // Few rows: their tasks are divided by columns, so that every thread has several and none waits long for the last.
-  const int wanted = 8 * omp_get_max_threads();
-  const int divide = std::min((wanted + row_tasks - 1) / row_tasks, (panels + 3) / 4);
-  const int NC = (panels + divide - 1) / divide * NR<Factor>;
-  const int tasks = row_tasks * ((N + NC - 1) / NC);
+  const int MC = task_rows(a.row == 1);
+  const Tasks tasks(M, N, MC, NR<Factor>);
 #pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
   for (int k0 = 0; k0 < K; k0 += block) {
     const int kc = std::min(block, K - k0);
@@ -379,9 +549,9 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
     const Unit<Factor>* packed_b = packed ? packed + packed_size<Factor>(k0, N) : own;
     if (own) pack_block<Factor>(own, {b.data + k0 * b.row, b.row, b.column}, kc, N);
 #pragma omp for schedule(dynamic)
-    for (int task = 0; task < tasks; task++) {
-      const int m = task % row_tasks * MC, n = task / row_tasks * NC;
-      const int rows = std::min(MC, M - m), columns = std::min(NC, N - n);
+    for (int task = 0; task < tasks.count; task++) {
+      const int m = tasks.row(task), n = tasks.column(task);
+      const int rows = std::min(MC, M - m), columns = std::min(tasks.columns, N - n);
       Unit<Factor>* memory = scratch<MemoryA, Unit<Factor>>(packed_a_size<Factor>(MC, block));
       const PackedA<Factor> packed_a = pack_a<Factor>(memory, {a.data + m * a.row + k0 * a.column, a.row, a.column},
                                                       rows, kc, sums && n == 0 ? sums + m : nullptr);
@@ -404,6 +574,8 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
 template <class Factor>
 void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int M, int N, int K,
                          Sum<Factor>* sums) {
+  if constexpr (tiles_possible<Factor>)
+    if (amx::enabled) return multiply_tiles(c, {c, size_t(N)}, a, b, M, N, K, Nothing{}, sums, nullptr);
   struct MemoryA;
   struct MemoryB;
   constexpr int block = KC * Factors<Factor>::terms, MC = task_rows(true);
@@ -414,7 +586,7 @@ void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<
 #pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
   for (int k0 = 0; k0 < K; k0 += block) {
     const int kc = std::min(block, K - k0);
-    const size_t row = units<Factor>(kc), panel_size = row * NR<Factor>;
+    const size_t row = units<Factor>(kc), panel_size = packed_size<Factor>(kc, NR<Factor>);
 #pragma omp for schedule(static)
     for (int m = 0; m < M; m += MC)
       pack_a<Factor>(all_a + m * row, {a.data + m * a.row + k0 * a.column, a.row, a.column}, std::min(MC, M - m), kc,

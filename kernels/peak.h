@@ -1,6 +1,6 @@
 // How fast this processor multiplies in each type: the product's innermost loop (kernels/matmul.h, tile) on numbers
 // that stay in registers. `--dtype auto` takes the faster type, and the benchmark's shares are shares of this rate.
-// defines: multiply_in_registers, flops_a_round, Rates, measure_rates, faster_dtype
+// defines: multiply_at_the_peak, Rates, measure_rates, faster_dtype
 #pragma once
 #include <algorithm>
 #include <chrono>
@@ -29,8 +29,39 @@ template <class Factor>
     for (const Vec<float>& s : row) all += s;
   return horizontal_sum<float>(all);
 }
+
+// The same for matrix registers: four independent sums, as in product::four_tiles.
+[[gnu::noinline]] inline float multiply_in_tiles(int rounds, float seed) {
+  const amx::Tiles registers;
+  uint32_t factors[amx::area];
+  std::fill(factors, factors + amx::area, Factors<bfloat16>::unit(seed, seed));
+  amx::load<4>(factors, amx::side), amx::load<5>(factors, amx::side);
+  amx::load<6>(factors, amx::side), amx::load<7>(factors, amx::side);
+  amx::clear<0>(), amx::clear<1>(), amx::clear<2>(), amx::clear<3>();
+  for (int r = 0; r < rounds; r++) {
+    amx::multiply_add<0, 4, 6>(), amx::multiply_add<1, 4, 7>();
+    amx::multiply_add<2, 5, 6>(), amx::multiply_add<3, 5, 7>();
+  }
+  float sums[amx::area], all = 0;
+  const auto add = [&] {
+    for (const float sum : sums) all += sum;
+  };
+  amx::store<0>(sums, amx::side), add(), amx::store<1>(sums, amx::side), add();
+  amx::store<2>(sums, amx::side), add(), amx::store<3>(sums, amx::side), add();
+  return all;
+}
+
+// The operations of `rounds` rounds of the loop that is the innermost one of Factor's products here, which it runs.
 template <class Factor>
-constexpr double flops_a_round = 2.0 * product::MR* product::NV* lanes<float>* Factors<Factor>::terms;
+double multiply_at_the_peak(int rounds, float seed, float& result) {
+  if constexpr (product::tiles_possible<Factor>)
+    if (amx::enabled) {
+      result = multiply_in_tiles(rounds, seed);
+      return rounds * 4.0 * 2 * amx::area * 2 * amx::side;
+    }
+  result = multiply_in_registers<Factor>(rounds, seed);
+  return rounds * 2.0 * product::MR * product::NV * lanes<float> * Factors<Factor>::terms;
+}
 
 // What one thread reaches in each type, in GFLOP/s.
 struct Rates {
@@ -41,11 +72,13 @@ struct Rates {
 // still rising makes one type look slower than the other.
 inline Rates measure_rates() {
   const auto rate = []<class Factor>(Factor, int rounds) {
-    volatile float number = 1;
+    volatile float seed = 1;
+    float result;
     const auto start = std::chrono::steady_clock::now();
-    number = multiply_in_registers<Factor>(rounds, number);
+    const double operations = multiply_at_the_peak<Factor>(rounds, seed, result);
     const std::chrono::duration<double, std::nano> time = std::chrono::steady_clock::now() - start;
-    return rounds * flops_a_round<Factor> / time.count();
+    seed = result;
+    return operations / time.count();
   };
   Rates best = {0, 0};
   for (int turn = 0; turn < 30; turn++) {
@@ -56,7 +89,8 @@ inline Rates measure_rates() {
 }
 
 // bfloat16 must be clearly faster. Its instruction does twice the work of float32's: Zen 4 and 5 execute as many of them,
-// so the ratio of the rates is 2; Emerald Rapids a quarter as many, and it is 0.5. 1.4 is far from both: noise does not
+// so the ratio of the rates is 2; Emerald Rapids a quarter as many, and it is 0.5, or 15 where its matrix registers may be
+// used. 1.4 is far from all: noise does not
 // decide, so that every run on a machine takes the same type and has the same result.
 inline std::string faster_dtype(const Rates& rates) {
   return rates.bfloat16 > 1.4 * rates.float32 ? "bfloat16" : "float32";

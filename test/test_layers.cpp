@@ -15,6 +15,7 @@
 #include "../kernels/residual.h"
 #include "gradient.h"
 #include "test.h"
+#include "tiles.h"
 
 namespace {
 
@@ -103,30 +104,34 @@ TEST_CASE("matmul: the blocked product is the plain one") {
   }
 }
 
-TEST_CASE("matmul: what happens to the output after it is what would happen later") {
-  for (const int rows : {7, 200}) {                     // columns divided between tasks, and not
-    const int C = product::KC + 1, OC = 260, T = rows;  // more than one block of k
-    const Dropout drop = {5, 6, site::fc_dropout, dropout_threshold(0.3), 1};
-    const auto inp = noise<float>(rows * C, 1), weight = noise<float>(OC * C, 2), bias = noise<float>(OC, 3),
-               stream = noise<float>(rows * OC, 4), dout = noise<float>(rows * OC, 5),
-               hidden = noise<float>(rows * C, 6);
-    std::vector<float> product(rows * OC), got(rows * OC, float(nan_value)), want(rows * OC);
-    matmul_forward(product.data(), inp.data(), weight.data(), bias.data(), rows, C, OC);
-    matmul_forward(got.data(), inp.data(), weight.data(), bias.data(), rows, C, OC, apply_relu(got.data()));
-    want = product;
-    relu_forward(want.data(), want.size());
-    CHECK((got == want));
-    matmul_forward(got.data(), inp.data(), weight.data(), bias.data(), rows, C, OC,
-                   add_residual(got.data(), stream.data(), drop, T, OC));
-    residual_forward(want.data(), stream.data(), product.data(), drop, 1, T, OC);
-    CHECK((got == want));
-    std::vector<float> dgot(rows * C, float(nan_value)), dwant(rows * C), dweight(OC * C);
-    matmul_backward<float>(dwant.data(), dweight.data(), nullptr, dout.data(), inp.data(), weight.data(), rows, C, OC);
-    relu_backward(dwant.data(), hidden.data(), dwant.size());
-    matmul_backward<float>(dgot.data(), dweight.data(), nullptr, dout.data(), inp.data(), weight.data(), rows, C, OC,
-                           apply_relu_backward(dgot.data(), hidden.data()));
-    CHECK((dgot == dwant));
-  }
+TEMPLATE_TEST_CASE("matmul: what happens to the output after it is what would happen later", "", float, bfloat16) {
+  for (const bool tiles : ways_of<TestType>())
+    for (const int rows : {7, 200}) {  // columns divided between tasks, and not
+      const TakeTiles take(tiles);
+      const int C = 2 * product::KC + 1, OC = 260, T = rows;  // more than one block of k
+      const Dropout drop = {5, 6, site::fc_dropout, dropout_threshold(0.3), 1};
+      const auto inp = noise<float>(rows * C, 1), weight = noise<float>(OC * C, 2), bias = noise<float>(OC, 3),
+                 stream = noise<float>(rows * OC, 4), dout = noise<float>(rows * OC, 5),
+                 hidden = noise<float>(rows * C, 6);
+      std::vector<float> product(rows * OC), got(rows * OC, float(nan_value)), want(rows * OC);
+      matmul_forward<float, TestType>(product.data(), inp.data(), weight.data(), bias.data(), rows, C, OC);
+      matmul_forward<float, TestType>(got.data(), inp.data(), weight.data(), bias.data(), rows, C, OC,
+                                      apply_relu(got.data()));
+      want = product;
+      relu_forward(want.data(), want.size());
+      CHECK((got == want));
+      matmul_forward<float, TestType>(got.data(), inp.data(), weight.data(), bias.data(), rows, C, OC,
+                                      add_residual(got.data(), stream.data(), drop, T, OC));
+      residual_forward(want.data(), stream.data(), product.data(), drop, 1, T, OC);
+      CHECK((got == want));
+      std::vector<float> dgot(rows * C, float(nan_value)), dwant(rows * C), dweight(OC * C);
+      matmul_backward<float, TestType>(dwant.data(), dweight.data(), nullptr, dout.data(), inp.data(), weight.data(),
+                                       rows, C, OC);
+      relu_backward(dwant.data(), hidden.data(), dwant.size());
+      matmul_backward<float, TestType>(dgot.data(), dweight.data(), nullptr, dout.data(), inp.data(), weight.data(),
+                                       rows, C, OC, apply_relu_backward(dgot.data(), hidden.data()));
+      CHECK((dgot == dwant));
+    }
 }
 
 // x as products of type bfloat16 see it.
@@ -166,24 +171,29 @@ TEST_CASE("bfloat16: products of rounded operands, summed in float") {
                        {27, 34, long_k},
                        {long_k, 27, 34},
                        {long_k, 34, 27}}) {
-    INFO("rows " << s.rows << ", C " << s.C << ", OC " << s.OC);
-    const auto inp = noise<float>(s.rows * s.C, 1), weight = noise<float>(s.OC * s.C, 2), bias = noise<float>(s.OC, 3),
-               dout = noise<float>(s.rows * s.OC, 4);
-    std::vector<float> out(s.rows * s.OC, float(nan_value)), dinp(s.rows * s.C, float(nan_value)), dweight(s.OC * s.C),
-        dbias(s.OC);
-    matmul_forward<float, bfloat16>(out.data(), inp.data(), weight.data(), bias.data(), s.rows, s.C, s.OC);
-    matmul_backward<float, bfloat16>(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(), weight.data(),
-                                     s.rows, s.C, s.OC);
-    const Doubles x = as_bfloat16(inp), w = as_bfloat16(weight), d = as_bfloat16(dout), b(bias.begin(), bias.end());
-    Doubles want(out.size()), dx(dinp.size()), dw(dweight.size()), db(dbias.size());
-    reference::matmul_forward(want.data(), x.data(), w.data(), b.data(), s.rows, s.C, s.OC);
-    reference::matmul_backward<double>(dx.data(), dw.data(), nullptr, d.data(), x.data(), w.data(), s.rows, s.C, s.OC);
-    for (int r = 0; r < s.rows; r++)
-      for (int o = 0; o < s.OC; o++) db[o] += dout[r * s.OC + o];  // the bias is not in a product
-    check_close(out, want, rounding(s.C));
-    check_close(dinp, dx, rounding(s.OC));
-    check_close(dweight, dw, rounding(s.rows));
-    check_close(dbias, db, rounding(s.rows));
+    for (const bool tiles : ways_of<bfloat16>()) {
+      const TakeTiles take(tiles);
+      INFO("rows " << s.rows << ", C " << s.C << ", OC " << s.OC << (tiles ? ", matrix registers" : ""));
+      const auto inp = noise<float>(s.rows * s.C, 1), weight = noise<float>(s.OC * s.C, 2),
+                 bias = noise<float>(s.OC, 3), dout = noise<float>(s.rows * s.OC, 4);
+      std::vector<float> out(s.rows * s.OC, float(nan_value)), dinp(s.rows * s.C, float(nan_value)),
+          dweight = noise<float>(s.OC * s.C, 5), dbias = noise<float>(s.OC, 6);
+      Doubles dw(dweight.begin(), dweight.end()), db(dbias.begin(), dbias.end());
+      matmul_forward<float, bfloat16>(out.data(), inp.data(), weight.data(), bias.data(), s.rows, s.C, s.OC);
+      matmul_backward<float, bfloat16>(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(),
+                                       weight.data(), s.rows, s.C, s.OC);
+      const Doubles x = as_bfloat16(inp), w = as_bfloat16(weight), d = as_bfloat16(dout), b(bias.begin(), bias.end());
+      Doubles want(out.size()), dx(dinp.size());
+      reference::matmul_forward(want.data(), x.data(), w.data(), b.data(), s.rows, s.C, s.OC);
+      reference::matmul_backward<double>(dx.data(), dw.data(), nullptr, d.data(), x.data(), w.data(), s.rows, s.C,
+                                         s.OC);
+      for (int r = 0; r < s.rows; r++)
+        for (int o = 0; o < s.OC; o++) db[o] += dout[r * s.OC + o];  // the bias is not in a product
+      check_close(out, want, rounding(s.C));
+      check_close(dinp, dx, rounding(s.OC));
+      check_close(dweight, dw, rounding(s.rows));
+      check_close(dbias, db, rounding(s.rows));
+    }
   }
 }
 

@@ -1,0 +1,19 @@
+// The ways in which products of type bfloat16 can be computed here: by vectors, and by matrix registers (kernels/amx.h),
+// which are emulated where the compiler has none for this processor.
+// defines: ways_of, TakeTiles
+#pragma once
+#include <vector>
+
+#include "../kernels/matmul.h"
+
+template <class Factor>
+std::vector<bool> ways_of() {
+  if (product::tiles_possible<Factor> && amx::available()) return {false, true};
+  return {false};
+}
+
+struct TakeTiles {
+  const bool before = amx::enabled;
+  explicit TakeTiles(bool tiles) { amx::enabled = tiles; }
+  ~TakeTiles() { amx::enabled = before; }
+};

@@ -327,13 +327,16 @@ void time_product(Stopwatch& watch, const std::string& which, int rows, int C, i
   };
   std::vector<float> x = noise(size_t(rows) * C, 1), y = noise(size_t(rows) * OC, 2), w = noise(size_t(OC) * C, 3);
   const size_t row = size_t(C);
+  const product::View<float> dout = {y.data(), 1, size_t(OC)}, inp = {x.data(), row, 1};
   const auto work = [&] {
     if (which == "forward")
       matmul_forward<float, Factor>(y.data(), x.data(), w.data(), nullptr, rows, C, OC);
     else if (which == "dX")
       product::multiply<Factor>(x.data(), {}, {y.data(), size_t(OC), 1}, {w.data(), row, 1}, rows, C, OC);
+    else if (which == "dW" && C < OC)  // as matmul_backward decides
+      product::multiply<Factor>(w.data(), {w.data(), row}, dout, inp, OC, C, rows);
     else if (which == "dW")
-      product::multiply<Factor>(w.data(), {w.data(), row}, {y.data(), 1, size_t(OC)}, {x.data(), row, 1}, OC, C, rows);
+      product::multiply_by_columns<Factor>(w.data(), dout, inp, OC, C, rows, nullptr);
     else
       fail("no such product: ", which);
   };

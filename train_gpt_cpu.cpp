@@ -22,6 +22,7 @@
 #include "host/train_loop.h"    // defines: run_command
 #include "host/version.h"       // defines: version_text
 #include "kernels/adamw.h"
+#include "kernels/amx.h"
 #include "kernels/attention.h"
 #include "kernels/crossentropy.h"
 #include "kernels/embedding.h"
@@ -406,6 +407,7 @@ class CpuModel {
   if (built_for.avx2) out += ", AVX2";
   if (built_for.avx512) out += ", AVX-512";
   if (built_for.avx512_bf16) out += ", AVX512_BF16";
+  if (amx::enabled) out += ", AMX";
   return out + "\n";
 }
 

@@ -3,6 +3,8 @@
 // A block's sums cost next to nothing where a kernel has the elements in its registers anyway, as relu_backward does.
 // defines: sums_block_rows, partials_size, column_partials, Sums, sums_of, add_partials
 #pragma once
+#include <algorithm>
+
 #include "device.cuh"
 #include "launch.cuh"
 
@@ -102,7 +104,7 @@ Sums sums_of(const Slices& sums, const Slices& partials, int rows, int C, int la
 constexpr int adding_columns = 32, adding_groups = 8, max_sums = 8;
 struct SumsList {
   Sums of[max_sums];
-  unsigned blocks_before[max_sums + 1];  // thread blocks that the sums before have; from the last sums on: all
+  unsigned blocks_before[max_sums];  // thread blocks that the sums before have; behind the last sums: all
 };
 
 static __global__ void __launch_bounds__(adding_columns* adding_groups)
@@ -147,7 +149,7 @@ void add_partials(const Sums (&list)[N], bool accumulate, cudaStream_t stream) {
     all.blocks_before[i] = blocks;
     blocks += unsigned(ceil_div(size_t(s.count) * s.C, adding_columns) * s.layers);
   }
-  for (size_t i = N; i <= max_sums; i++) all.blocks_before[i] = blocks;
+  std::fill(all.blocks_before + N, all.blocks_before + max_sums, blocks);
   require(blocks > 0, "add_partials: there is nothing to add");
   launch(add_partials_kernel, {blocks, adding_columns * adding_groups, 0, stream}, all, accumulate);
 }

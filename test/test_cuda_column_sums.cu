@@ -110,3 +110,18 @@ TEST_CASE("Partial sums of several tensors and layers are added in one launch", 
   check(d, 0, layers, [&](int l, int i) { return sum(one, l, one_stride, C, i); });
   check(alone, 1, 2, [&](int l, int i) { return sum(one, l, one_stride, C, i); });
 }
+
+TEST_CASE("A list may hold as many sums as there is room for", "[cuda]") {
+  const int rows = sums_block_rows + 1, C = 40;  // two rows of partials, and columns for two thread blocks
+  const size_t count = partials_size(rows, C);
+  const std::vector<float> partials = noise(max_sums * count, 1);
+  const DeviceArray<float> device(partials), sums(max_sums * C);
+  Sums list[max_sums];
+  std::vector<float> want;
+  for (int i = 0; i < max_sums; i++) {
+    list[i] = sums_of(sums.data() + i * C, device.data() + i * count, rows, C);
+    for (int c = 0; c < C; c++) want.push_back(partials[i * count + c] + partials[i * count + C + c]);
+  }
+  add_partials(list, false, nullptr);
+  CHECK((sums.read() == want));
+}

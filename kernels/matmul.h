@@ -377,64 +377,88 @@ struct Nothing {
 
 constexpr int tiled_units(int K) { return (units<bfloat16>(K) + amx::side - 1) / amx::side * amx::side; }
 
-// to (tiled_units(K), 16): a's next 16 rows, or b's next 16 columns, "lines", `line` numbers apart; `k` numbers from one k to
-// the next. What is missing of the lines and of k is filled up with zeros. sums (lines) += the lines added up, if line is 1.
+// to (16, 16): a tile of 16 of a's rows or b's columns, "lines", `line` numbers apart, and 32 k, `k` numbers apart. What is
+// missing of the lines and of K is filled up with zeros. sums (lines) += the lines added up, to be had if line is 1.
 template <bool rows_are_lines>
-void pack_tiles(uint32_t* to, const float* data, size_t line, size_t k, int lines, int K, float* sums = nullptr) {
+void pack_tile(uint32_t* to, const float* data, size_t line, size_t k, int lines, int K, float* sums) {
   constexpr int side = amx::side;
-  const auto first = [](const float* from, int count) {
-    if (count >= side) return load(from);
+  const auto along = [K](const float* from) {
+    if (K >= 2 * side) return units_along<bfloat16>(from);
+    float some[2 * side] = {};
+    std::memcpy(some, from, K * sizeof *some);
+    return units_along<bfloat16>(some);
+  };
+  const auto across = [lines](const float* from) {
+    if (lines >= side) return load(from);
     float some[side] = {};
-    if (count > 0) std::memcpy(some, from, count * sizeof *some);
+    std::memcpy(some, from, lines * sizeof *some);
     return load(some);
   };
-  Vec<float> total = sums ? first(sums, lines) : Vec<float>{};
-  for (int k0 = 0; k0 < K; k0 += 2 * side, to += amx::area) {
-    Vec<uint32_t> square[side];
-    if (line != 1) {
-      for (int i = 0; i < side; i++) {
-        const float* x = data + i * line + k0;
-        if (i >= lines)
-          square[i] = Vec<uint32_t>{};
-        else if (k0 + 2 * side <= K)
-          square[i] = units_along<bfloat16>(x);
-        else {
-          float some[2 * side] = {};
-          std::memcpy(some, x, (K - k0) * sizeof *some);
-          square[i] = units_along<bfloat16>(some);
-        }
-      }
-      if (!rows_are_lines) transpose<uint32_t>(square);
-    } else {
-      for (int u = 0; u < side; u++) {
-        const int at = k0 + 2 * u;
-        const float* x = data + at * k;
-        const Vec<float> even = at < K ? first(x, lines) : Vec<float>{};
-        const Vec<float> odd = at + 1 < K ? first(x + k, lines) : Vec<float>{};
-        square[u] = units_across<bfloat16>(even, odd);
-        total += at + 1 < K ? even + odd : even;
-      }
-      if (rows_are_lines) transpose<uint32_t>(square);
+  Vec<uint32_t> square[side] = {};
+  if (line != 1) {
+    for (int i = 0; i < std::min(side, lines); i++) square[i] = along(data + i * line);
+    if (!rows_are_lines) transpose<uint32_t>(square);
+  } else if (lines > 0) {
+    Vec<float> total = sums ? across(sums) : Vec<float>{};
+    for (int u = 0; 2 * u < std::min(2 * side, K); u++) {
+      const float* x = data + 2 * u * k;
+      const bool pair = 2 * u + 1 < K;
+      const Vec<float> even = across(x), odd = pair ? across(x + k) : Vec<float>{};
+      square[u] = units_across<bfloat16>(even, odd);
+      total += pair ? even + odd : even;
     }
-    for (int i = 0; i < side; i++) store(to + i * side, square[i]);
+    if (sums) std::memcpy(sums, &total, std::min(side, lines) * sizeof *sums);
+    if (rows_are_lines) transpose<uint32_t>(square);
   }
-  if (sums)
-    for (int i = 0; i < std::min(side, lines); i++) sums[i] = total[i];
+  for (int i = 0; i < side; i++) store(to + i * side, square[i]);
 }
 
-// All tiles of a block of b (K, N), a line of them for every 16 columns, by the threads of the team that calls it.
+// All tiles of a block of b (K, N), for every 16 columns those along k, by the threads of the team that calls it. Each of
+// them goes through b in the order of memory.
 inline void pack_tiled_block(uint32_t* packed, const View<float>& b, int K, int N) {
-  const size_t line = size_t(tiled_units(K)) * amx::side;
-  const int lines = (N + NR<bfloat16> - 1) / NR<bfloat16> * (NR<bfloat16> / amx::side);
+  constexpr int side = amx::side;
+  const size_t length = size_t(tiled_units(K)) * side;
+  const int groups = (N + NR<bfloat16> - 1) / NR<bfloat16> * (NR<bfloat16> / side),
+            steps = (K + 2 * side - 1) / (2 * side);
+  const auto pack = [&](int g, int s) {
+    pack_tile<false>(packed + g * length + s * amx::area, b.data + g * side * b.column + s * 2 * side * b.row, b.column,
+                     b.row, N - g * side, K - s * 2 * side, nullptr);
+  };
+  if (b.column == 1) {
 #pragma omp for schedule(static)
-  for (int l = 0; l < lines; l++)
-    pack_tiles<false>(packed + l * line, b.data + l * amx::side * b.column, b.column, b.row, N - l * amx::side, K);
+    for (int s = 0; s < steps; s++)
+      for (int g = 0; g < groups; g++) pack(g, s);
+  } else {
+#pragma omp for schedule(static)
+    for (int g = 0; g < groups; g++)
+      for (int s = 0; s < steps; s++) pack(g, s);
+  }
+}
+
+// The tiles of M rows of a (M, K), for every 16 rows those along k, an even number of such groups. sums as in `multiply`.
+inline void pack_tiled_rows(uint32_t* packed, const View<float>& a, int M, int K, float* sums) {
+  constexpr int side = amx::side;
+  const size_t length = size_t(tiled_units(K)) * side;
+  const int groups = (M + 2 * side - 1) / (2 * side) * 2, steps = (K + 2 * side - 1) / (2 * side);
+  const auto pack = [&](int g, int s) {
+    pack_tile<true>(packed + g * length + s * amx::area, a.data + g * side * a.row + s * 2 * side * a.column, a.row,
+                    a.column, M - g * side, K - s * 2 * side, sums && g * side < M ? sums + g * side : nullptr);
+  };
+  if (a.row == 1) {
+    for (int s = 0; s < steps; s++)
+      for (int g = 0; g < groups; g++) pack(g, s);
+  } else {
+    for (int g = 0; g < groups; g++)
+      for (int s = 0; s < steps; s++) pack(g, s);
+  }
 }
 
 // c (32, 32) = start + two lines of a's tiles @ two lines of b's
 inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const uint32_t* a, const uint32_t* b,
                        size_t line) {
   using namespace amx;
+  for (int i = 0; i < 2 * side; i++)  // so that the stores at the end find c in the cache
+    for (int j = 0; j < 2 * side; j += side) __builtin_prefetch(c + i * ldc + j, 1);
   if (start.data) {
     amx::load<0>(start.data, start.row);
     amx::load<1>(start.data + side, start.row);
@@ -481,9 +505,8 @@ void multiply_tiles(float* c, const Start<float>& start, const View<float>& a, c
         const int m0 = tasks.row(task), n0 = tasks.column(task);
         const int rows = std::min(MC, M - m0), columns = std::min(tasks.columns, N - n0);
         uint32_t* packed_a = scratch<MemoryA, uint32_t>(size_t(tiled_units(block)) * MC);
-        for (int m = 0; m < (rows + two - 1) / two * two; m += side)
-          pack_tiles<true>(packed_a + m / side * line, a.data + (m0 + m) * a.row + k0 * a.column, a.row, a.column,
-                           rows - m, kc, sums && n0 == 0 && m < rows ? sums + m0 + m : nullptr);
+        pack_tiled_rows(packed_a, {a.data + m0 * a.row + k0 * a.column, a.row, a.column}, rows, kc,
+                        sums && n0 == 0 ? sums + m0 : nullptr);
         for (int n = n0; n < n0 + columns; n += two)
           for (int m = m0; m < m0 + rows; m += two) {
             const uint32_t *a_tiles = packed_a + (m - m0) / side * line, *b_tiles = packed_b + n / side * line;

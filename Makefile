@@ -17,7 +17,7 @@ ifeq ($(filter -j%,$(MAKEFLAGS) $(shell echo "$$MAKEFLAGS")),)
   MAKEFLAGS += -j$(JOBS)
 endif
 ifeq ($(JOBS),1)
-nothing:
+.NOTPARALLEL:
 endif
 
 # -O3 for the kernels' loops; -O2 would not unroll them. No -ffast-math: results would depend on the compiler's mood.

@@ -23,9 +23,13 @@ constexpr int area = side * side;  // numbers
 // The kernel saves a thread's tiles (8 KB) only if the process has asked it to: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
 inline bool available() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
+// Whether products of type bfloat16 take the tiles. Tests change it.
+inline bool enabled = available();
+
 // While it lives, its thread has all eight tiles. Given back at once, since a thread with tiles is slower to switch.
 struct Tiles {
   Tiles() {
+    if (!enabled) return;
     struct alignas(64) {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
       uint16_t bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -33,7 +37,9 @@ struct Tiles {
     } config;
     asm volatile("ldtilecfg %0" ::"m"(config));
   }
-  ~Tiles() { asm volatile("tilerelease"); }
+  ~Tiles() {
+    if (enabled) asm volatile("tilerelease");
+  }
   Tiles(const Tiles&) = delete;
 };
 
@@ -59,6 +65,7 @@ inline void multiply_add() {
 #else
 
 inline bool available() { return true; }
+inline bool enabled = false;
 struct Tiles {
   Tiles() {}
   ~Tiles() {}
@@ -90,13 +97,6 @@ inline void multiply_add() {
     }
 }
 
-#endif
-
-// Whether products of type bfloat16 take the tiles. Tests change it.
-#ifdef MICROGPT_AMX
-inline bool enabled = available();
-#else
-inline bool enabled = false;
 #endif
 
 }  // namespace amx

@@ -83,9 +83,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
 // ---------------------------------------------------------------------------------------------------------------------
 // The blocked version. A thread takes one head of one batch row, packs its keys and values once (kernels/matmul.h), and
 // goes through the queries in blocks; keys beyond a tile's last query are never touched. Factor is the type of the
-// products' operands, kernels/factors.h; the softmax is computed in Real. Beside matrix registers (kernels/amx.h), which its
-// short products would not fill, attention of type bfloat16 is computed in float: on such processors the vectors' float is
-// twice as fast as their bfloat16.
+// products' operands, kernels/factors.h; the softmax is computed in Real.
 
 namespace attention {
 
@@ -138,8 +136,6 @@ product::PackedA<Factor> left(Unit<Factor>* memory, const Sum<Factor>* x, size_t
 template <class Real, class Factor = Real>
 void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& drop, int B, int T, int C, int NH,
                        int first = 0) {
-  if constexpr (product::tiles_possible<Factor>)
-    if (amx::enabled) return attention_forward<Real, Real>(out, lse, qkv, drop, B, T, C, NH, first);
   using namespace attention;
   using namespace product;
   constexpr int W = lanes<Real>;
@@ -148,6 +144,7 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
   const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
+    [[maybe_unused]] const Registers<Factor> registers{};
     const int b = bh / NH, h = bh % NH;
     const size_t row = size_t(3) * C;
     const Real *Q = qkv + b * T * row + h * HS, *K = Q + C, *V = K + C;
@@ -208,8 +205,6 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
 template <class Real, class Factor = Real>
 void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const Real* lse,
                         const Dropout& drop, int B, int T, int C, int NH) {
-  if constexpr (product::tiles_possible<Factor>)
-    if (amx::enabled) return attention_backward<Real, Real>(dqkv, dout, qkv, out, lse, drop, B, T, C, NH);
   using namespace attention;
   using namespace product;
   constexpr int W = lanes<Real>;
@@ -219,6 +214,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
   const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
+    [[maybe_unused]] const Registers<Factor> registers{};
     const int b = bh / NH, h = bh % NH;
     const size_t head = size_t(b) * T * row + h * HS;
     const Real *Q = qkv + head, *K = Q + C, *V = K + C;

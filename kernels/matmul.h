@@ -124,6 +124,113 @@ size_t packed_size(int K, int N) {
   return size_t((units<Factor>(K) + whole - 1) / whole * whole) * ((N + NR<Factor> - 1) / NR<Factor>)*NR<Factor>;
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// With matrix registers, kernels/amx.h, the same functions do the same with other tiles. a and b are copied into tiles of
+// 16 x 16 units: a's rows are rows of c, b's rows are units of k, and all that lie along k for 16 rows of a or columns of b
+// are a line, one tile after the other. Four tiles of c, 32 x 32 sums, stay in registers while k runs: per 32 k, two tiles
+// of a and two of b are loaded, and four products added.
+//
+// An element of c is a chain over blocks of 32 k, and within a block the sum of the even k and that of the odd ones: another
+// rounding than the vectors', but again one that depends on nothing else.
+
+constexpr int tiled_units(int K) { return (units<bfloat16>(K) + amx::side - 1) / amx::side * amx::side; }
+
+// The thread's matrix registers, for as long as it multiplies.
+template <class Factor>
+using Registers = std::conditional_t<tiles_possible<Factor>, amx::Tiles, char>;
+
+template <class Factor>
+bool tiles_taken() {
+  return tiles_possible<Factor> && amx::enabled;
+}
+
+// to (16, 16): a tile of 16 of a's rows or b's columns, "lines", `line` numbers apart, and 32 k, `k` numbers apart. What is
+// missing of the lines and of K is filled up with zeros. sums (lines) += the lines added up, to be had if line is 1.
+template <bool rows_are_lines>
+void pack_tile(uint32_t* to, const float* data, size_t line, size_t k, int lines, int K, float* sums) {
+  constexpr int side = amx::side;
+  const auto along = [K](const float* from) {
+    if (K >= 2 * side) return units_along<bfloat16>(from);
+    float some[2 * side] = {};
+    std::memcpy(some, from, K * sizeof *some);
+    return units_along<bfloat16>(some);
+  };
+  const auto across = [lines](const float* from) {
+    if (lines >= side) return load(from);
+    float some[side] = {};
+    std::memcpy(some, from, lines * sizeof *some);
+    return load(some);
+  };
+  Vec<uint32_t> square[side] = {};
+  if (line != 1) {
+    for (int i = 0; i < std::min(side, lines); i++) square[i] = along(data + i * line);
+    if (!rows_are_lines) transpose<uint32_t>(square);
+  } else if (lines > 0) {
+    Vec<float> total = sums ? across(sums) : Vec<float>{};
+    for (int u = 0; 2 * u < std::min(2 * side, K); u++) {
+      const float* x = data + 2 * u * k;
+      const bool pair = 2 * u + 1 < K;
+      const Vec<float> even = across(x), odd = pair ? across(x + k) : Vec<float>{};
+      square[u] = units_across<bfloat16>(even, odd);
+      total += pair ? even + odd : even;
+    }
+    if (sums) std::memcpy(sums, &total, std::min(side, lines) * sizeof *sums);
+    if (rows_are_lines) transpose<uint32_t>(square);
+  }
+  for (int i = 0; i < side; i++) store(to + i * side, square[i]);
+}
+
+constexpr int tile_steps(int K) { return tiled_units(K) / amx::side; }                             // along k
+constexpr int tile_lines(int lines) { return (lines + 2 * amx::side - 1) / (2 * amx::side) * 2; }  // across, even
+
+// packed = tile_lines(lines) lines of tile_steps(K) tiles, in the order in which memory has their numbers: step after step,
+// if line is 1, else line after line. Of this outer loop the passes from `begin` to `end`; all are tile_passes.
+inline int tile_passes(size_t line, int lines, int K) { return line == 1 ? tile_steps(K) : tile_lines(lines); }
+template <bool rows_are_lines>
+void pack_tiles(uint32_t* packed, const float* data, size_t line, size_t k, int lines, int K, float* sums, int begin,
+                int end) {
+  constexpr int side = amx::side;
+  const int inner = line == 1 ? tile_lines(lines) : tile_steps(K);
+  for (int pass = begin; pass < end; pass++)
+    for (int i = 0; i < inner; i++) {
+      const int l = (line == 1 ? i : pass) * side, u = (line == 1 ? pass : i) * side;
+      pack_tile<rows_are_lines>(packed + size_t(l) * tiled_units(K) + u * side, data + l * line + 2 * u * k, line, k,
+                                lines - l, K - 2 * u, sums && l < lines ? sums + l : nullptr);
+    }
+}
+
+// c (32, 32) = start + two lines of `count` tiles of a @ two of b, the lines a_line and b_line units apart
+inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const uint32_t* a, size_t a_line,
+                       const uint32_t* b, size_t b_line, int count) {
+  using namespace amx;
+  for (int i = 0; i < 2 * side; i++)  // so that the stores at the end find c in the cache
+    for (int j = 0; j < 2 * side; j += side) __builtin_prefetch(c + i * ldc + j, 1);
+  if (start.data) {
+    amx::load<0>(start.data, start.row);
+    amx::load<1>(start.data + side, start.row);
+    amx::load<2>(start.data + side * start.row, start.row);
+    amx::load<3>(start.data + side * start.row + side, start.row);
+  } else {
+    clear<0>(), clear<1>(), clear<2>(), clear<3>();
+  }
+  for (int t = 0; t < count; t++, a += area, b += area) {
+    amx::load<4>(a, side);
+    amx::load<6>(b, side);
+    amx::load<5>(a + a_line, side);
+    amx::load<7>(b + b_line, side);
+    amx::multiply_add<0, 4, 6>();
+    amx::multiply_add<1, 4, 7>();
+    amx::multiply_add<2, 5, 6>();
+    amx::multiply_add<3, 5, 7>();
+  }
+  amx::store<0>(c, ldc);
+  amx::store<1>(c + side, ldc);
+  amx::store<2>(c + side * ldc, ldc);
+  amx::store<3>(c + side * ldc + side, ldc);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+
 // panel (K, NR) = columns [n, n + NR) of b (K, N), filled up with zeros: what is computed with them is thrown away, but
 // numbers that happened to lie there could be denormal, and slow
 template <class Factor>
@@ -164,6 +271,9 @@ void pack_panel(Unit<Factor>* panel, const View<Sum<Factor>>& b, int K, int n, i
 // All of b, for those who work alone: panel after panel.
 template <class Factor>
 void pack_b(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
+  if constexpr (tiles_possible<Factor>)
+    if (amx::enabled)
+      return pack_tiles<false>(packed, b.data, b.column, b.row, N, K, nullptr, 0, tile_passes(b.column, N, K));
   const size_t panel_size = packed_size<Factor>(K, NR<Factor>);
   for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + n / NR<Factor> * panel_size, b, K, n, N);
 }
@@ -179,7 +289,8 @@ struct PackedA {
 // With room behind the last tile, where the copy of its last unit ends: it writes whole vectors.
 template <class Factor>
 size_t packed_a_size(int M, int K) {
-  return size_t(M + MR - 1) / MR * MR * units<Factor>(K) + lanes<Sum<Factor>>;
+  const size_t vectors = size_t(M + MR - 1) / MR * MR * units<Factor>(K) + lanes<Sum<Factor>>;
+  return tiles_possible<Factor> ? std::max(vectors, size_t(M + 31) / 32 * 32 * tiled_units(K)) : vectors;
 }
 
 // packed = a view by rows, copied by squares of W rows and W units, which are transposed in registers. MR rows need not be
@@ -248,6 +359,11 @@ void pack_a_by_columns(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
 // packed (packed_a_size) = a (M, K), copied, and sums (M) as above: they are to be had for views by columns alone.
 template <class Factor>
 PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums = nullptr) {
+  if constexpr (tiles_possible<Factor>)
+    if (amx::enabled) {
+      pack_tiles<true>(packed, a.data, a.row, a.column, M, K, sums, 0, tile_passes(a.row, M, K));
+      return {packed, 1, MR, size_t(tiled_units(K)) * amx::side};
+    }
   if (a.row == 1)
     pack_a_by_columns<Factor>(packed, a, M, K, sums);
   else
@@ -317,10 +433,38 @@ struct Triangle {
   int n_end = none, k_end = none, k_begin = -none;
 };
 
+// multiply_packed for tiles; a panel is two lines.
+inline void multiply_tiles(float* c, size_t ldc, const Start<float>& start, const PackedA<bfloat16>& a,
+                           const uint32_t* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only) {
+  constexpr int side = amx::side, two = 2 * side;
+  for (int n = 0; n < N; n += two)
+    for (int m = 0; m < M; m += two) {
+      const int rows = std::min(two, M - m), columns = std::min(two, N - n), last = m + rows - 1;
+      if (n >= only.n_end + last) continue;
+      const int first = std::max(0, only.k_begin + m) / two, end = std::min(K, only.k_end + last);
+      const int count = std::max(0, (end + two - 1) / two - first);
+      const uint32_t* a_tiles = a.data + m / side * a.tile + first * amx::area;
+      const uint32_t* b_tiles = packed_b + n / two * panel_size + first * amx::area;
+      const Start<float> from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
+      float* to = c + m * ldc + n;
+      if (rows == two && columns == two) {
+        four_tiles(to, ldc, from, a_tiles, a.tile, b_tiles, panel_size / 2, count);
+        continue;
+      }
+      float edge[two * two] = {};
+      if (from.data)
+        for (int i = 0; i < rows; i++) std::memcpy(edge + i * two, from.data + i * from.row, columns * sizeof *edge);
+      four_tiles(edge, two, {edge, two}, a_tiles, a.tile, b_tiles, panel_size / 2, count);
+      for (int i = 0; i < rows; i++) std::memcpy(to + i * ldc, edge + i * two, columns * sizeof *edge);
+    }
+}
+
 // c (M, N) = start + a (M, K) @ b, with b packed in panels `panel_size` units apart; one thread
 template <class Factor, A copy = A::packed>
 void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const PackedA<Factor>& a,
                      const Unit<Factor>* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only = {}) {
+  if constexpr (tiles_possible<Factor>)
+    if (amx::enabled) return multiply_tiles(c, ldc, start, a, packed_b, panel_size, M, N, K, only);
   for (int n = 0; n < N; n += NR<Factor>) {
     const int columns = std::min(NR<Factor>, N - n);
     for (int m = 0; m < M; m += MR) {
@@ -343,6 +487,13 @@ void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start
 // A block of b (K, N), panel after panel, by the threads of the team that calls it.
 template <class Factor>
 void pack_block(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
+  if constexpr (tiles_possible<Factor>)
+    if (amx::enabled) {
+      const int all = tile_passes(b.column, N, K);
+#pragma omp for schedule(static)
+      for (int i = 0; i < all; i++) pack_tiles<false>(packed, b.data, b.column, b.row, N, K, nullptr, i, i + 1);
+      return;
+    }
   const size_t panel_size = packed_size<Factor>(K, NR<Factor>);
 #pragma omp for schedule(static)
   for (int n = 0; n < N; n += NR<Factor>) pack_panel<Factor>(packed + n / NR<Factor> * panel_size, b, K, n, N);
@@ -367,188 +518,14 @@ struct Nothing {
   void operator()(size_t, size_t) const {}
 };
 
-// ---------------------------------------------------------------------------------------------------------------------
-// The same product with matrix registers. a and b are copied into tiles of 16 x 16 units, a tile after another along k:
-// a's rows are rows of c, b's rows are units of k. Four tiles of c, 32 x 32 sums, stay in registers while k runs: per 32 k,
-// two tiles of a and two of b are loaded, and four products added.
-//
-// An element of c is a chain over blocks of 32 k, and within a block the sum of the even k and that of the odd ones: another
-// rounding than the vectors', but again one that depends on nothing else.
-
-constexpr int tiled_units(int K) { return (units<bfloat16>(K) + amx::side - 1) / amx::side * amx::side; }
-
-// to (16, 16): a tile of 16 of a's rows or b's columns, "lines", `line` numbers apart, and 32 k, `k` numbers apart. What is
-// missing of the lines and of K is filled up with zeros. sums (lines) += the lines added up, to be had if line is 1.
-template <bool rows_are_lines>
-void pack_tile(uint32_t* to, const float* data, size_t line, size_t k, int lines, int K, float* sums) {
-  constexpr int side = amx::side;
-  const auto along = [K](const float* from) {
-    if (K >= 2 * side) return units_along<bfloat16>(from);
-    float some[2 * side] = {};
-    std::memcpy(some, from, K * sizeof *some);
-    return units_along<bfloat16>(some);
-  };
-  const auto across = [lines](const float* from) {
-    if (lines >= side) return load(from);
-    float some[side] = {};
-    std::memcpy(some, from, lines * sizeof *some);
-    return load(some);
-  };
-  Vec<uint32_t> square[side] = {};
-  if (line != 1) {
-    for (int i = 0; i < std::min(side, lines); i++) square[i] = along(data + i * line);
-    if (!rows_are_lines) transpose<uint32_t>(square);
-  } else if (lines > 0) {
-    Vec<float> total = sums ? across(sums) : Vec<float>{};
-    for (int u = 0; 2 * u < std::min(2 * side, K); u++) {
-      const float* x = data + 2 * u * k;
-      const bool pair = 2 * u + 1 < K;
-      const Vec<float> even = across(x), odd = pair ? across(x + k) : Vec<float>{};
-      square[u] = units_across<bfloat16>(even, odd);
-      total += pair ? even + odd : even;
-    }
-    if (sums) std::memcpy(sums, &total, std::min(side, lines) * sizeof *sums);
-    if (rows_are_lines) transpose<uint32_t>(square);
-  }
-  for (int i = 0; i < side; i++) store(to + i * side, square[i]);
-}
-
-// All tiles of a block of b (K, N), for every 16 columns those along k, by the threads of the team that calls it. Each of
-// them goes through b in the order of memory.
-inline void pack_tiled_block(uint32_t* packed, const View<float>& b, int K, int N) {
-  constexpr int side = amx::side;
-  const size_t length = size_t(tiled_units(K)) * side;
-  const int groups = (N + NR<bfloat16> - 1) / NR<bfloat16> * (NR<bfloat16> / side),
-            steps = (K + 2 * side - 1) / (2 * side);
-  const auto pack = [&](int g, int s) {
-    pack_tile<false>(packed + g * length + s * amx::area, b.data + g * side * b.column + s * 2 * side * b.row, b.column,
-                     b.row, N - g * side, K - s * 2 * side, nullptr);
-  };
-  if (b.column == 1) {
-#pragma omp for schedule(static)
-    for (int s = 0; s < steps; s++)
-      for (int g = 0; g < groups; g++) pack(g, s);
-  } else {
-#pragma omp for schedule(static)
-    for (int g = 0; g < groups; g++)
-      for (int s = 0; s < steps; s++) pack(g, s);
-  }
-}
-
-// The tiles of M rows of a (M, K), for every 16 rows those along k, an even number of such groups. sums as in `multiply`.
-inline void pack_tiled_rows(uint32_t* packed, const View<float>& a, int M, int K, float* sums) {
-  constexpr int side = amx::side;
-  const size_t length = size_t(tiled_units(K)) * side;
-  const int groups = (M + 2 * side - 1) / (2 * side) * 2, steps = (K + 2 * side - 1) / (2 * side);
-  const auto pack = [&](int g, int s) {
-    pack_tile<true>(packed + g * length + s * amx::area, a.data + g * side * a.row + s * 2 * side * a.column, a.row,
-                    a.column, M - g * side, K - s * 2 * side, sums && g * side < M ? sums + g * side : nullptr);
-  };
-  if (a.row == 1) {
-    for (int s = 0; s < steps; s++)
-      for (int g = 0; g < groups; g++) pack(g, s);
-  } else {
-    for (int g = 0; g < groups; g++)
-      for (int s = 0; s < steps; s++) pack(g, s);
-  }
-}
-
-// c (32, 32) = start + two lines of a's tiles @ two lines of b's
-inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const uint32_t* a, const uint32_t* b,
-                       size_t line) {
-  using namespace amx;
-  for (int i = 0; i < 2 * side; i++)  // so that the stores at the end find c in the cache
-    for (int j = 0; j < 2 * side; j += side) __builtin_prefetch(c + i * ldc + j, 1);
-  if (start.data) {
-    amx::load<0>(start.data, start.row);
-    amx::load<1>(start.data + side, start.row);
-    amx::load<2>(start.data + side * start.row, start.row);
-    amx::load<3>(start.data + side * start.row + side, start.row);
-  } else {
-    clear<0>(), clear<1>(), clear<2>(), clear<3>();
-  }
-  for (size_t at = 0; at < line; at += area) {
-    amx::load<4>(a + at, side);
-    amx::load<6>(b + at, side);
-    amx::load<5>(a + line + at, side);
-    amx::load<7>(b + line + at, side);
-    amx::multiply_add<0, 4, 6>();
-    amx::multiply_add<1, 4, 7>();
-    amx::multiply_add<2, 5, 6>();
-    amx::multiply_add<3, 5, 7>();
-  }
-  amx::store<0>(c, ldc);
-  amx::store<1>(c + side, ldc);
-  amx::store<2>(c + side * ldc, ldc);
-  amx::store<3>(c + side * ldc + side, ldc);
-}
-
-// `multiply` for the tiles.
-template <class After>
-void multiply_tiles(float* c, const Start<float>& start, const View<float>& a, const View<float>& b, int M, int N,
-                    int K, const After& after, float* sums, const uint32_t* packed) {
-  struct MemoryA;
-  struct MemoryB;
-  constexpr int block = KC * 2, side = amx::side, MC = 64, two = 2 * side;
-  uint32_t* own = packed ? nullptr : scratch<MemoryB, uint32_t>(packed_size<bfloat16>(std::min(K, block), N));
-  const Tasks tasks(M, N, MC, two);
-#pragma omp parallel if (size_t(M) * N * K > 64 * worth_threads)
-  {
-    const amx::Tiles registers;
-    for (int k0 = 0; k0 < K; k0 += block) {
-      const int kc = std::min(block, K - k0);
-      const size_t line = size_t(tiled_units(kc)) * side;
-      const uint32_t* packed_b = packed ? packed + packed_size<bfloat16>(k0, N) : own;
-      if (own) pack_tiled_block(own, {b.data + k0 * b.row, b.row, b.column}, kc, N);
-#pragma omp for schedule(dynamic)
-      for (int task = 0; task < tasks.count; task++) {
-        const int m0 = tasks.row(task), n0 = tasks.column(task);
-        const int rows = std::min(MC, M - m0), columns = std::min(tasks.columns, N - n0);
-        uint32_t* packed_a = scratch<MemoryA, uint32_t>(size_t(tiled_units(block)) * MC);
-        pack_tiled_rows(packed_a, {a.data + m0 * a.row + k0 * a.column, a.row, a.column}, rows, kc,
-                        sums && n0 == 0 ? sums + m0 : nullptr);
-        for (int n = n0; n < n0 + columns; n += two)
-          for (int m = m0; m < m0 + rows; m += two) {
-            const uint32_t *a_tiles = packed_a + (m - m0) / side * line, *b_tiles = packed_b + n / side * line;
-            float* target = c + size_t(m) * N + n;
-            Start<float> from = {target, size_t(N)};
-            if (k0 == 0) from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
-            if (m + two <= M && n + two <= N) {
-              four_tiles(target, N, from, a_tiles, b_tiles, line);
-              continue;
-            }
-            const int high = std::min(two, M - m), wide = std::min(two, N - n);
-            float edge[two * two] = {};
-            if (from.data)
-              for (int i = 0; i < high; i++) std::memcpy(edge + i * two, from.data + i * from.row, wide * sizeof *edge);
-            four_tiles(edge, two, {edge, two}, a_tiles, b_tiles, line);
-            for (int i = 0; i < high; i++) std::memcpy(target + size_t(i) * N, edge + i * two, wide * sizeof *edge);
-          }
-        if (k0 + kc < K) continue;
-        if (columns == N)
-          after(size_t(m0) * N, size_t(rows) * N);
-        else
-          for (int i = m0; i < m0 + rows; i++) after(size_t(i) * N + n0, columns);
-      }
-    }
-  }
-}
-
 // All of b as `multiply` wants it, block after block of k, by all threads: for a b that is used again and again.
 template <class Factor>
 void pack_blocks(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
   constexpr int block = KC * Factors<Factor>::terms;
 #pragma omp parallel if (size_t(K) * N > worth_threads)
-  for (int k0 = 0; k0 < K; k0 += block) {
-    const View<Sum<Factor>> part = {b.data + k0 * b.row, b.row, b.column};
-    Unit<Factor>* to = packed + packed_size<Factor>(k0, N);
-    if constexpr (tiles_possible<Factor>)
-      if (amx::enabled) {
-        pack_tiled_block(to, part, std::min(block, K - k0), N);
-        continue;
-      }
-    pack_block<Factor>(to, part, std::min(block, K - k0), N);
-  }
+  for (int k0 = 0; k0 < K; k0 += block)
+    pack_block<Factor>(packed + packed_size<Factor>(k0, N), {b.data + k0 * b.row, b.row, b.column},
+                       std::min(block, K - k0), N);
 }
 
 // c (M, N) = start + a (M, K) @ b (K, N), by all threads; then after(first, count) for every element of c, once.
@@ -557,16 +534,16 @@ template <class Factor, class After = Nothing>
 void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b,
               int M, int N, int K, const After& after = {}, Sum<Factor>* sums = nullptr,
               const Unit<Factor>* packed = nullptr) {
-  if constexpr (tiles_possible<Factor>)
-    if (amx::enabled) return multiply_tiles(c, start, a, b, M, N, K, after, sums, packed);
   struct MemoryA;
   struct MemoryB;
-  const int block = (a.row == 1 ? KC_COLUMNS : KC) * Factors<Factor>::terms;
+  const bool tiles = tiles_taken<Factor>();
+  const int block = (a.row == 1 && !tiles ? KC_COLUMNS : KC) * Factors<Factor>::terms;
   Unit<Factor>* own = packed ? nullptr : scratch<MemoryB, Unit<Factor>>(packed_size<Factor>(std::min(K, block), N));
-  const int MC = task_rows(a.row == 1);
+  const int MC = tiles ? 64 : task_rows(a.row == 1);
   const Tasks tasks(M, N, MC, NR<Factor>);
 #pragma omp parallel if (size_t(M) * N * K > 8 * worth_threads)
   for (int k0 = 0; k0 < K; k0 += block) {
+    [[maybe_unused]] const Registers<Factor> registers{};
     const int kc = std::min(block, K - k0);
     const size_t panel_size = packed_size<Factor>(kc, NR<Factor>);
     const Unit<Factor>* packed_b = packed ? packed + packed_size<Factor>(k0, N) : own;
@@ -597,8 +574,7 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
 template <class Factor>
 void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int M, int N, int K,
                          Sum<Factor>* sums) {
-  if constexpr (tiles_possible<Factor>)
-    if (amx::enabled) return multiply_tiles(c, {c, size_t(N)}, a, b, M, N, K, Nothing{}, sums, nullptr);
+  if (tiles_taken<Factor>()) return multiply<Factor>(c, {c, size_t(N)}, a, b, M, N, K, Nothing{}, sums);
   struct MemoryA;
   struct MemoryB;
   constexpr int block = KC * Factors<Factor>::terms, MC = task_rows(true);

@@ -200,24 +200,26 @@ TEST_CASE("bfloat16: products of rounded operands, summed in float") {
 TEST_CASE("bfloat16: attention stays within its rounding") {
   const int B = 2, T = 131, C = 96, NH = 3;
   const size_t n = size_t(B) * T * C;
-  for (const double p : {0.0, 0.2}) {
-    const Dropout drop = {5, 6, site::attention_dropout, dropout_threshold(p), 2};
-    const auto qkv = noise<float>(3 * n, 1), dout = noise<float>(n, 2);
-    std::vector<float> out(n, float(nan_value)), lse(B * NH * T, float(nan_value)), dqkv(3 * n, float(nan_value));
-    attention_forward<float, bfloat16>(out.data(), lse.data(), qkv.data(), drop, B, T, C, NH);
-    attention_backward<float, bfloat16>(dqkv.data(), dout.data(), qkv.data(), out.data(), lse.data(), drop, B, T, C,
-                                        NH);
-    const Doubles qkv64(qkv.begin(), qkv.end()), dout64(dout.begin(), dout.end());
-    Doubles out64(n), lse64(lse.size()), dqkv64(3 * n);
-    reference::attention_forward(out64.data(), lse64.data(), qkv64.data(), drop, B, T, C, NH);
-    reference::attention_backward(dqkv64.data(), dout64.data(), qkv64.data(), out64.data(), lse64.data(), drop, B, T, C,
-                                  NH);
-    // Operands are rounded by up to 2^-8 of themselves. Early queries see few values, which do not average out, and the
-    // first query's gradients cancel to zero: the worst elements are off by a multiple of that.
-    check_close(out, out64, 0x1p-6);
-    check_close(lse, lse64, 0x1p-8);
-    check_close(dqkv, dqkv64, 0x1p-4);
-  }
+  for (const bool tiles : ways_of<bfloat16>())
+    for (const double p : {0.0, 0.2}) {
+      const TakeTiles take(tiles);
+      const Dropout drop = {5, 6, site::attention_dropout, dropout_threshold(p), 2};
+      const auto qkv = noise<float>(3 * n, 1), dout = noise<float>(n, 2);
+      std::vector<float> out(n, float(nan_value)), lse(B * NH * T, float(nan_value)), dqkv(3 * n, float(nan_value));
+      attention_forward<float, bfloat16>(out.data(), lse.data(), qkv.data(), drop, B, T, C, NH);
+      attention_backward<float, bfloat16>(dqkv.data(), dout.data(), qkv.data(), out.data(), lse.data(), drop, B, T, C,
+                                          NH);
+      const Doubles qkv64(qkv.begin(), qkv.end()), dout64(dout.begin(), dout.end());
+      Doubles out64(n), lse64(lse.size()), dqkv64(3 * n);
+      reference::attention_forward(out64.data(), lse64.data(), qkv64.data(), drop, B, T, C, NH);
+      reference::attention_backward(dqkv64.data(), dout64.data(), qkv64.data(), out64.data(), lse64.data(), drop, B, T,
+                                    C, NH);
+      // Operands are rounded by up to 2^-8 of themselves. Early queries see few values, which do not average out, and the
+      // first query's gradients cancel to zero: the worst elements are off by a multiple of that.
+      check_close(out, out64, 0x1p-6);
+      check_close(lse, lse64, 0x1p-8);
+      check_close(dqkv, dqkv64, 0x1p-4);
+    }
 }
 
 TEST_CASE("matmul: a row does not depend on which others are computed with it") {

@@ -66,6 +66,7 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
 // Factor is the type that the operands are rounded to as they are copied: Real itself or bfloat16, kernels/factors.h.
 
 namespace product {
+
 // The register block. 32 vector registers hold 12 x 2 sums, 2 vectors of b and a broadcast; 16 hold half as many.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MR = 12;
@@ -118,6 +119,7 @@ inline void pair_up(Unit<Factor>* to, const Sum<Factor>* x, const Sum<Factor>* y
 template <class Factor>
 constexpr bool tiles_possible = std::is_same_v<Factor, bfloat16>&& vector_bytes == 64;
 
+// Units that b (K, N) takes when it is packed.
 template <class Factor>
 size_t packed_size(int K, int N) {
   const int whole = tiles_possible<Factor> ? amx::side : 1;  // for either way of packing

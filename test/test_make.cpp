@@ -233,13 +233,13 @@ TEST_CASE("make runs as many compilers as there are processors, or as memory has
   CHECK(flag("MAKEFLAGS=-j5") == 5);
   CHECK(flag("", "-j7") == 7);
 
-  // A compiler that says when it begins and when it ends.
-  write_script(root + "/c++", "echo begins; sleep 0.3; echo ends");
-  const std::string two = " CXX=" + root + "/c++ NVCC= " + root + "/host/flags.o " + root + "/host/plot.o";
+  // Two compilers: one that waits for a second one to begin, and one that says so if it is not alone.
+  const std::string files = " NVCC= " + root + "/host/flags.o " + root + "/host/plot.o CXX=" + root;
   write_file(root + "/openmp", "");
-  const Run both = make(root, "-j64 JOBS=2" + two), in_turn = make(root, "-j64 JOBS=1" + two);
-  INFO(both.out << in_turn.out);
-  CHECK(contains(both.out, "begins\nbegins\n"));
-  CHECK(contains(in_turn.out, "ends\n"));
-  CHECK_FALSE(contains(in_turn.out, "begins\nbegins\n"));
+  write_script(root + "/waits",
+               "cd " + root + " && echo >>begun\n" +
+                   "for _ in $(seq 200); do [ $(wc -l <begun) -ge 2 ] && exit; sleep 0.1; done; exit 1");
+  write_script(root + "/looks", "mkdir " + root + "/busy || exit 1; sleep 0.2; rmdir " + root + "/busy");
+  CHECK(make(root, "-j64 JOBS=2" + files + "/waits").code == 0);
+  CHECK(make(root, "-j64 JOBS=1" + files + "/looks").code == 0);
 }

@@ -213,7 +213,8 @@ ifeq ($(DEVICE),cuda)
 test: $(CUDA_BUILD)/test/run_tests
 	$<
 else
-test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty ladder/ladder)
+TEST_PROGRAMS ?= train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty ladder/ladder
+test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,$(TEST_PROGRAMS))
 	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
 endif
 

@@ -7,7 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if defined(__AMX_BF16__) && defined(__linux__)
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__)  // clang++ up to 14 says the latter
 #define MICROGPT_AMX
 #include <sys/syscall.h>
 #include <unistd.h>

@@ -413,9 +413,10 @@ TEST_CASE("A long run keeps its memory and its open files", "[reliability]") {
   if (!fs::exists("/proc/self/statm")) return skip("needs /proc");
   const int steps = 200'000;
   const std::string folder = prepared(), out = folder + "/out";
-  Process process(train_gpt + " --preset=lecture --n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=1" +
-                  " --eval_interval=100 --eval_iters=1 --log_interval=100 --checkpoint_secs=0.01 --threads=1" +
-                  " --max_iters=" + std::to_string(steps) + " --data " + folder + "/data --out_dir " + out);
+  Process process(
+      train_gpt + " --preset=lecture --n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --batch_size=1" +
+      " --eval_interval=100 --eval_iters=1 --log_interval=100 --checkpoint_secs=0.01 --threads=1 --dtype=float32" +
+      " --max_iters=" + std::to_string(steps) + " --data " + folder + "/data --out_dir " + out);
   const std::string proc = "/proc/" + std::to_string(process.id());
   process.wait_for("step " + std::to_string(steps / 10) + ":");
   const auto look = [&](double& megabytes, int& files) {

@@ -4,7 +4,8 @@
 //   bench step [dtype] [sizes]    the step alone
 //   bench point [dtype] [sizes]   the same as a line of numbers, with the memory it took: dev/bench_scaling.sh asks
 //   bench products [dtype]        answers lines of stdin, "forward 2048 384 1152", with the time of that product
-// dtype: float32 or bfloat16; none: those that this processor has (point: float32).
+// dtype: float32 or bfloat16. Without one, `point` and `products` take float32, and the others run every type that this
+// processor has.
 // sizes: T=256 C=384 L=6 V=65 B=8 threads=2, any of them. A head has 64 channels.
 // Each figure is the median of several runs after a warm-up, with the fastest and the slowest: machines are noisy, and
 // a share is only as good as the peak that was measured beside it.
@@ -326,17 +327,13 @@ void time_product(Stopwatch& watch, const std::string& which, int rows, int C, i
     return numbers;
   };
   std::vector<float> x = noise(size_t(rows) * C, 1), y = noise(size_t(rows) * OC, 2), w = noise(size_t(OC) * C, 3);
-  const size_t row = size_t(C);
-  const product::View<float> dout = {y.data(), 1, size_t(OC)}, inp = {x.data(), row, 1};
   const auto work = [&] {
     if (which == "forward")
       matmul_forward<float, Factor>(y.data(), x.data(), w.data(), nullptr, rows, C, OC);
     else if (which == "dX")
-      product::multiply<Factor>(x.data(), {}, {y.data(), size_t(OC), 1}, {w.data(), row, 1}, rows, C, OC);
-    else if (which == "dW" && C < OC)  // as matmul_backward decides
-      product::multiply<Factor>(w.data(), {w.data(), row}, dout, inp, OC, C, rows);
+      matmul_backward_input<float, Factor>(x.data(), y.data(), w.data(), rows, C, OC);
     else if (which == "dW")
-      product::multiply_by_columns<Factor>(w.data(), dout, inp, OC, C, rows, nullptr);
+      matmul_backward_weight<float, Factor>(w.data(), nullptr, y.data(), x.data(), rows, C, OC);
     else
       fail("no such product: ", which);
   };

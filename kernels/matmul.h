@@ -1,7 +1,8 @@
 // Linear layer: out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC), and its gradients.
 // Nine tenths of a training step are these three products, so they are blocked for registers and caches; the plain
 // loops that say what is computed stand first. doc/cpu-matmul.md explains the blocking, with a picture.
-// defines: Weight, pack_weight, matmul_forward, matmul_backward, their reference:: loops, and product::, which attention uses as well
+// defines: Weight, pack_weight, matmul_forward, matmul_backward, their reference:: loops, and product::, which attention
+// uses as well
 #pragma once
 #include <omp.h>
 
@@ -58,7 +59,7 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
 //         MR x NR sums stay in registers while k runs: per k, NV vectors of b are loaded and MR numbers of a
 //         broadcast, for MR * NV fused multiply-adds                                                          (tile)
 //
-// `multiply` does this; `multiply_by_columns` the same with a and b in each other's place, for an a that is the smaller.
+// `multiply` does this. `multiply_by_columns` swaps the roles of a and b, for an `a` that is the smaller of the two.
 //
 // Every element of c is one chain of multiply-adds over k = 0, 1, ..., K-1. Which tile, task or thread it falls to does
 // not enter, so the result is bit-identical for any number of threads, and a row of it for any number of other rows.
@@ -132,8 +133,8 @@ size_t packed_size(int K, int N) {
 // are a line, one tile after the other. Four tiles of c, 32 x 32 sums, stay in registers while k runs: per 32 k, two tiles
 // of a and two of b are loaded, and four products added.
 //
-// An element of c is a chain over blocks of 32 k, and within a block the sum of the even k and that of the odd ones: another
-// rounding than the vectors', but again one that depends on nothing else.
+// The processor adds 32 terms to an element of c at a time: it sums those with even k and those with odd k apart, and then
+// adds both. So results differ from the vectors' in their rounding. They still do not depend on threads, tasks or rows.
 
 constexpr int tiled_units(int K) { return (units<bfloat16>(K) + amx::side - 1) / amx::side * amx::side; }
 
@@ -147,7 +148,7 @@ bool tiles_taken() {
 }
 
 // to (16, 16): a tile of 16 of a's rows or b's columns, "lines", `line` numbers apart, and 32 k, `k` numbers apart. What is
-// missing of the lines and of K is filled up with zeros. sums (lines) += the lines added up, to be had if line is 1.
+// missing of the lines and of K is filled up with zeros. If line is 1: sums (lines) += the sum of each line.
 template <bool rows_are_lines>
 void pack_tile(uint32_t* to, const float* data, size_t line, size_t k, int lines, int K, float* sums) {
   constexpr int side = amx::side;
@@ -288,15 +289,15 @@ struct PackedA {
   size_t row, column, tile;
 };
 
-// With room behind the last tile, where the copy of its last unit ends: it writes whole vectors.
+// Units that a (M, K) takes when it is packed. The copy writes whole vectors, so it needs some room behind the last tile.
 template <class Factor>
 size_t packed_a_size(int M, int K) {
   const size_t vectors = size_t(M + MR - 1) / MR * MR * units<Factor>(K) + lanes<Sum<Factor>>;
   return tiles_possible<Factor> ? std::max(vectors, size_t(M + 31) / 32 * 32 * tiled_units(K)) : vectors;
 }
 
-// packed = a view by rows, copied by squares of W rows and W units, which are transposed in registers. MR rows need not be
-// whole squares: what a store writes behind a unit's MR numbers, the next one overwrites.
+// Copies a view by rows to packed, in squares of W rows and W units that are transposed in registers. A square may have more
+// rows than the MR of a tile: the next store overwrites what this one writes too far.
 template <class Factor>
 void pack_a_by_rows(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K) {
   using F = Factors<Factor>;
@@ -322,7 +323,8 @@ void pack_a_by_rows(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int
   }
 }
 
-// packed = a view by columns, copied; sums (M) += a's rows added up in the order of k; none wanted: nullptr.
+// Copies a view by columns to packed. Also adds up each row of `a`, in the order of k: sums (M) += the row's sum. Pass nullptr
+// if you do not need the sums.
 template <class Factor>
 void pack_a_by_columns(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums) {
   constexpr int terms = Factors<Factor>::terms, W = lanes<Sum<Factor>>, full = task_rows(true);
@@ -358,7 +360,7 @@ void pack_a_by_columns(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
     for (int j = 0; j < full / W; j++) store(sums + j * W, total[j]);
 }
 
-// packed (packed_a_size) = a (M, K), copied, and sums (M) as above: they are to be had for views by columns alone.
+// Copies a (M, K) to packed (packed_a_size). Only a view by columns can give the sums.
 template <class Factor>
 PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums = nullptr) {
   if constexpr (tiles_possible<Factor>)
@@ -630,16 +632,28 @@ void matmul_forward(Real* out, const Real* inp, const std::type_identity_t<Weigh
                             nullptr, weight.packed);
 }
 
-// dinp (rows, C) = dout (rows, OC) @ weight (OC, C), then after(first, count) for its elements;  dweight (OC, C) +=
-// dout^T @ inp;  dbias (OC) += column sums of dout. No gradient wanted of the bias: nullptr.
+// dinp (rows, C) = dout (rows, OC) @ weight (OC, C), then after(first, count) for its elements
 template <class Real, class Factor = Real, class After = product::Nothing>
-void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* weight,
-                     int rows, int C, int OC, const After& after = {}) {
+void matmul_backward_input(Real* dinp, const Real* dout, const Real* weight, int rows, int C, int OC,
+                           const After& after = {}) {
+  product::multiply<Factor>(dinp, {}, {dout, size_t(OC), 1}, {weight, size_t(C), 1}, rows, C, OC, after);
+}
+
+// dweight (OC, C) += dout (rows, OC)^T @ inp (rows, C);  dbias (OC) += column sums of dout, unless it is nullptr
+template <class Real, class Factor = Real>
+void matmul_backward_weight(Real* dweight, Real* dbias, const Real* dout, const Real* inp, int rows, int C, int OC) {
   const size_t row = size_t(C);
-  product::multiply<Factor>(dinp, {}, {dout, size_t(OC), 1}, {weight, row, 1}, rows, C, OC, after);
   const product::View<Real> douts = {dout, 1, size_t(OC)}, inps = {inp, row, 1};
   if (C < OC)
     product::multiply<Factor>(dweight, {dweight, row}, douts, inps, OC, C, rows, product::Nothing{}, dbias);
   else
     product::multiply_by_columns<Factor>(dweight, douts, inps, OC, C, rows, dbias);
+}
+
+// Both: dinp =, dweight +=, dbias +=.
+template <class Real, class Factor = Real, class After = product::Nothing>
+void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* weight,
+                     int rows, int C, int OC, const After& after = {}) {
+  matmul_backward_input<Real, Factor>(dinp, dout, weight, rows, C, OC, after);
+  matmul_backward_weight<Real, Factor>(dweight, dbias, dout, inp, rows, C, OC);
 }

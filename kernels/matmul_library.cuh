@@ -154,7 +154,7 @@ class DeviceMemory {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The product that needs no library. cuBLASLt 13.1 has no float32 algorithm for some small shapes (seen on an H100: TN,
-// m 72, n 60, k 48), and a text with 72 different characters may ask for one. Slow, but the run does not end.
+// m 72, n 60, k 48), and a text with 72 different characters may ask for one. This kernel is slow, but the run goes on.
 
 // A block has tiles of 16 x 16: of d, one element a thread, and, one after the other along k, of op(a) and op(b).
 constexpr int simple_tile = 16;
@@ -262,7 +262,8 @@ class MatmulLibrary {
 
   AlgorithmTable& table() { return table_; }
 
-  // The table may forbid it, as that of a GPU does where there is no such algorithm, and a test may for all products.
+  // The plain loops can compute any product. But a table from a GPU may say that cuBLASLt had no algorithm there, and a test
+  // may say so for every product.
   bool has(const Product& p, const Operands&) {
     const std::string* known = table_.find(p.text());
     return known ? *known != "unfused" : !std::getenv("CUDA_ON_CPU_NO_ALGORITHMS");

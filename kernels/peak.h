@@ -51,7 +51,7 @@ template <class Factor>
   return all;
 }
 
-// The operations of `rounds` rounds of the loop that is the innermost one of Factor's products here, which it runs.
+// Runs `rounds` rounds of the innermost loop of Factor's products, and returns how many operations that is.
 template <class Factor>
 double multiply_at_the_peak(int rounds, float seed, float& result) {
   if constexpr (product::tiles_possible<Factor>)
@@ -88,10 +88,9 @@ inline Rates measure_rates() {
   return best;
 }
 
-// bfloat16 must be clearly faster. Its instruction does twice the work of float32's: Zen 4 and 5 execute as many of them,
-// so the ratio of the rates is 2; Emerald Rapids a quarter as many, and it is 0.5, or 15 where its matrix registers may be
-// used. 1.4 is far from all: noise does not
-// decide, so that every run on a machine takes the same type and has the same result.
+// bfloat16 must be clearly faster. The ratio of the rates is 2 on Zen 4 and 5, whose bfloat16 instruction does twice the work
+// of float32's; 0.5 on Emerald Rapids, which executes a quarter as many of them; and 14 there in matrix registers. 1.4 is far
+// from all three, so noise does not decide: every run on a machine takes the same type and has the same result.
 inline std::string faster_dtype(const Rates& rates) {
   return rates.bfloat16 > 1.4 * rates.float32 ? "bfloat16" : "float32";
 }

@@ -210,7 +210,8 @@ TEST_CASE("make runs as many compilers as there are processors, or as memory has
   put("/proc/meminfo", "MemFree: 99000000000 kB\nMemAvailable: 1048576 kB");
   CHECK(jobs() == 1);
   put("/proc/meminfo", "MemAvailable: 99000000 kB");
-  // The limit is a container's, our group's, or that of a group above it; one of either version of control groups.
+  // A limit counts wherever it is set: on our container, on our control group or on a group above it. Control groups come in
+  // two versions, which keep it in different files.
   put("/proc/self/cgroup", "9:memory:/a/b\n8:cpu,cpuacct:/c\n0::/d/e:f");
   for (const std::string limit : {"/memory.max", "/d/memory.max", "/d/e:f/memory.max", "/memory/memory.limit_in_bytes",
                                   "/memory/a/memory.limit_in_bytes", "/memory/a/b/memory.limit_in_bytes"}) {

@@ -6,7 +6,7 @@
 //   bench products [dtype]        answers lines of stdin, "forward 2048 384 1152", with the time of that product
 // dtype: float32 or bfloat16. Without one, `point` and `products` take float32, and the others run every type that this
 // processor has.
-// sizes: T=256 C=384 L=6 V=65 B=8 threads=2, any of them. A head has 64 channels.
+// sizes: T=256 C=384 L=6 V=65 B=8 threads=2, any of them; or small, the preset's. A head has 64 channels, small's 32.
 // Each figure is the median of several runs after a warm-up, with the fastest and the slowest: machines are noisy, and
 // a share is only as good as the peak that was measured beside it.
 #define MICROGPT_NO_MAIN
@@ -120,9 +120,11 @@ struct Sizes {
   double dropout = 0.2;
   std::string name = "lecture";
 };
+const Sizes small_preset = {{65, 128, 128, 4, 4}, 16, 0, "small"};
 
-// Reads T=256 and the like.
+// Reads T=256 and the like, or small.
 void set_size(Sizes& sizes, const std::string& word) {
+  if (word == "small") return void(sizes = small_preset);
   const size_t equals = word.find('=');
   const std::string name = word.substr(0, equals);
   const int value = equals == std::string::npos ? 0 : std::atoi(word.c_str() + equals + 1);
@@ -285,7 +287,7 @@ void bench(const char* dtype, const std::string& what, const Sizes& sizes) {
   if (sum > 0) std::printf("  of which its layers, measured alone, %.2f ms, %.1f %%\n", sum * 1e3, 100 * sum / step);
   if (what == "all") {
     whole_step<Factor>(watch, {.B = 64});
-    whole_step<Factor>(watch, {{65, 128, 128, 4, 4}, 16, 0, "small"});
+    whole_step<Factor>(watch, small_preset);
   }
   std::printf("peak of %s: sustained %.0f GFLOP/s, the median of %zu loops between the runs; the fastest %.0f\n", dtype,
               watch.sustained(), watch.loops(), watch.fastest());
@@ -370,7 +372,8 @@ int main(int argc, char** argv) {
       else if (word == "all" || word == "layers" || word == "step" || word == "point" || word == "products")
         what = word;
       else
-        fail("usage: bench [all|layers|step|point|products] [float32|bfloat16] [T=256 C=384 L=6 V=65 B=8 threads=2]");
+        fail("usage: bench [all|layers|step|point|products] [float32|bfloat16] [small|T=256 C=384 L=6 V=65 B=8 "
+             "threads=2]");
     }
     if (dtype == "bfloat16" && !built_for.avx512_bf16) fail("bfloat16 needs AVX512_BF16");
     if (what == "point")

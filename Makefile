@@ -102,11 +102,11 @@ help:
 	@echo 'make test DEVICE=cuda  the tests of kernels and GPU trainer on a GPU'
 	@echo 'make test-race      kernels under ThreadSanitizer, and with their threads in shuffled order'
 	@echo 'make test-memcheck  a short run of the CPU programs under Valgrind; make test-threads: under ThreadSanitizer (clang++)'
-	@echo 'make test-pytorch   the exported model against PyTorch (PYTHON=python3, which needs torch)'
+	@echo 'make test-pytorch   the exported model against PyTorch (PYTHON=python3, which needs torch and numpy)'
 	@echo "make bench          each layer's time and share of the peak that the machine sustains"
 	@echo 'make bench-scaling  how the CPU step grows with T, C, L, B, V and threads: doc/cpu_scaling.csv and .png (SIZES=T)'
 	@echo 'make bench-gpu      the same on a GPU: what it can do, kernel by kernel, and whole steps of every type'
-	@echo 'make bench-pytorch  the same step and products by PyTorch, in turn with ours (PYTHON=python3, which needs torch;'
+	@echo 'make bench-pytorch  the same step and products by PyTorch, in turn with ours (PYTHON=python3, which needs torch and numpy;'
 	@echo '                    DEVICE=cuda: on a GPU, the step)'
 	@echo 'make profile        one step under NVIDIA'"'"'s profilers (KERNEL=name, the one shown in detail)'
 	@echo 'make kernel-stats   registers, spills and shared memory of every kernel (ARCH=90 or all)'

@@ -65,7 +65,7 @@ set border 11 lc rgb '#404040'
 set grid y lc rgb '#E8E8E8' lt 1 lw 1
 set tics nomirror out scale 0.6 font ',12'
 set yrange [0:100]; set ytics 20 textcolor rgb '#0072B2'
-set logscale y2; set y2range [100:100000]; set y2tics 10 textcolor rgb '#D55E00'; set format y2 '%.0s%c'
+set logscale y2; set y2range [100:1000000]; set y2tics 10 textcolor rgb '#D55E00'; set format y2 '%.0s%c'
 set autoscale xfix; set format x '%.0f'
 unset key
 array name[6] = ['T', 'C', 'L', 'B', 'V', 'threads']

@@ -10,7 +10,7 @@
 #include <cstddef>
 
 #include "dropout.h"
-#include "matmul.h"
+#include "product.h"
 #include "simd.h"
 
 namespace reference {
@@ -81,7 +81,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
 }  // namespace reference
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The blocked version. A thread takes one head of one batch row, packs its keys and values once (kernels/matmul.h), and
+// The blocked version. A thread takes one head of one batch row, packs its keys and values once (product.h), and
 // goes through the queries in blocks; keys beyond a tile's last query are never touched. Factor is the type of the
 // products' operands, kernels/factors.h; the softmax is computed in Real.
 

@@ -9,60 +9,19 @@
 #pragma once
 #include <type_traits>
 
+#include "attention_float.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "masks.h"
 
 namespace attention {
 
-constexpr int warps = 4, threads = 32 * warps;
 // Of the thread blocks among which a multiprocessor's registers are divided: Turing's code needs more of them.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int fewer_blocks = 1;
 #else
 constexpr int fewer_blocks = 0;
 #endif
-constexpr float log2_e = 1.44269504f;  // exp(x) = exp2(x log2_e): the factor is in the scores' scale
-
-__device__ inline int lane() { return threadIdx.x % 32; }
-// After the shuffle the compiler knows that all lanes have the same, and keeps what depends on it once for the warp.
-__device__ inline int warp_index() { return __shfl_sync(all_lanes, int(threadIdx.x / 32), 0); }
-
-template <int HS>
-__device__ inline float softmax_scale() {
-  return 1 / sqrtf(float(HS));
-}
-
-// The head and the batch row of a thread block; the third dimension of grids are tiles of queries or keys.
-struct Head {
-  size_t bh;        // its number in arrays (B, NH, ...)
-  uint64_t masks;   // the same, counted over the whole batch
-  size_t qkv, out;  // where its first row begins in arrays (B, T, 3, NH, HS) and (B, T, NH, HS)
-  __device__ Head(const Dropout& drop, int T, int NH, int HS)
-      : bh(size_t(blockIdx.y) * NH + blockIdx.x),
-        masks(uint64_t(drop.first_row + blockIdx.y) * NH + blockIdx.x),
-        qkv((size_t(blockIdx.y) * T * 3 * NH + blockIdx.x) * HS),
-        out((size_t(blockIdx.y) * T * NH + blockIdx.x) * HS) {}
-};
-
-// 2^x. A weight that will be rounded to 16 bits can do without the last bits: exp2f takes five times as many instructions.
-template <class Real>
-__device__ inline float power_of_two(float x) {
-  if constexpr (std::is_same_v<Real, float>)
-    return exp2f(x);
-  else
-    return exp2_approx(x);
-}
-
-// What backward makes of a score: the weight after dropout, without dropout's scale `kept`, and in place of the
-// weight's gradient that of the score, without the softmax's scale. lse is in powers of two.
-template <class Real>
-__device__ inline void backward_weight(float& score, float& gradient, float scale, float lse, float D, bool keep,
-                                       float kept) {
-  const float P = power_of_two<Real>(fmaf(score, scale, -lse));
-  score = keep ? P : 0.0f;
-  gradient = P * ((keep ? kept * gradient : 0.0f) - D);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Tensor cores: matrices are made of blocks of 16 x 16, of which a lane holds eight elements (see mma_16x8x16). Element
@@ -97,11 +56,11 @@ template <int HS>
 constexpr int query_blocks = HS <= 64 ? 2 : 1;
 
 // Where eight elements of a row begin in shared memory. 128 bytes are eight chunks of 16; ldmatrix reads one chunk of
-// eight rows at a time, and the exclusive or puts them into eight different places. at(row + 8, chunk) is 8 HS further,
-// and at(row, chunk ^ x) is at(row, chunk) ^ 8 x: written so, addresses cost a register for each lane's place, not for
+// eight rows at a time, and the exclusive or puts them into eight different places. chunk_offset(row + 8, chunk) is 8 HS further,
+// and chunk_offset(row, chunk ^ x) is chunk_offset(row, chunk) ^ 8 x: written so, addresses cost a register for each lane's place, not for
 // each fragment.
 template <int HS>
-__device__ inline int at(int row, int chunk) {
+__device__ inline int chunk_offset(int row, int chunk) {
   constexpr int chunks = HS < 64 ? HS / 8 : 8;
   return row * HS + (chunk ^ row / (8 / chunks) % chunks) * 8;
 }
@@ -111,7 +70,7 @@ template <int ROWS, int HS, class Real>
 __device__ inline void copy_rows(Real* smem, int to, const Real* from, int stride, int first, int T) {
   constexpr int at_once = threads / (HS / 8);  // rows that the block copies at once
   static_assert(at_once % 8 == 0 && ROWS % at_once == 0);
-  const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), mine = at<HS>(to + row, chunk);
+  const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), mine = chunk_offset<HS>(to + row, chunk);
   from += size_t(first + row) * stride + chunk * 8;
   for (int i = 0; i < ROWS; i += at_once) copy_async_16(smem + mine + i * HS, from + i * stride, first + row + i < T);
 }
@@ -120,7 +79,7 @@ __device__ inline void copy_rows(Real* smem, int to, const Real* from, int strid
 template <int HS, class Real>
 __device__ inline void store_rows(Real* to, int stride, int rows, Real* smem, int smem_row, const Block (&x)[HS / 16],
                                   const float (&factor)[2]) {
-  const int mine = at<HS>(smem_row + lane() / 4, 0);
+  const int mine = chunk_offset<HS>(smem_row + lane() / 4, 0);
   for (int n = 0; n < HS / 16; n++)
     for (int i = 0; i < 8; i += 2)
       *reinterpret_cast<uint32_t*>(smem + (mine ^ (n * 16 + i / 4 * 8)) + i / 2 % 2 * 8 * HS + lane() % 4 * 2) =
@@ -130,13 +89,13 @@ __device__ inline void store_rows(Real* to, int stride, int rows, Real* smem, in
     const int row = i / (HS / 8), chunk = i % (HS / 8);
     if (row < rows)
       *reinterpret_cast<uint4*>(to + row * stride + chunk * 8) =
-          *reinterpret_cast<const uint4*>(smem + at<HS>(smem_row + row, chunk));
+          *reinterpret_cast<const uint4*>(smem + chunk_offset<HS>(smem_row + row, chunk));
   }
 }
 
 // Rows 0 ... end - 1 of two matrices, keys and values or queries and dout, on their way through shared memory.
 template <class Real, int HS>
-struct Stream {
+struct TilePairs {
   Real* smem;
   const Real *x, *y;
   int x_stride, y_stride, end;
@@ -160,7 +119,7 @@ struct Stream {
 // 16 R rows in shared memory as left sides of products
 template <int HS, int R, class Real>
 __device__ inline void load_a(uint32_t (&a)[R][HS / 16][4], const Real* smem, int row) {
-  const int mine = at<HS>(row + lane() % 16, lane() / 16);
+  const int mine = chunk_offset<HS>(row + lane() % 16, lane() / 16);
   for (int r = 0; r < R; r++)
     for (int k = 0; k < HS / 16; k++) ldmatrix_x4(a[r][k], smem + r * 16 * HS + (mine ^ (16 * k)));
 }
@@ -175,7 +134,7 @@ __device__ inline void multiply(Block& d, const uint32_t (&a)[4], const uint32_t
 template <class Real, int HS, int R, int N>
 __device__ inline void multiply_transposed(Block (&s)[R][N], const uint32_t (&a)[R][HS / 16][4], const Real* smem,
                                            int row) {
-  const int mine = at<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+  const int mine = chunk_offset<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     for (int r = 0; r < R; r++) s[r][n] = {};
@@ -189,7 +148,7 @@ __device__ inline void multiply_transposed(Block (&s)[R][N], const uint32_t (&a)
 // sum (16 R, HS) += p (16 R, 16 N), rounded to Real, @ rows (16 N, HS)
 template <class Real, int HS, int R, int N>
 __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R][N], const Real* smem, int row) {
-  const int mine = at<HS>(row + lane() % 16, lane() / 16);
+  const int mine = chunk_offset<HS>(row + lane() % 16, lane() / 16);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     uint32_t a[R][4];
@@ -256,8 +215,8 @@ __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)
 
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
-    attention_forward_kernel(Real* out, float* lse, const Real* qkv, Dropout drop, const int* step, float kept, int T,
-                             int NH) {
+    attention_forward_kernel(Real* out, float* lse, const Real* qkv, Dropout drop, const int* step, float keep_scale,
+                             int T, int NH) {
   using namespace attention;
   constexpr int R = query_blocks<HS>, N = step_keys / 16, rows = warps * 16 * R;
   if (DROPOUT) drop.step = uint32_t(*step);
@@ -270,9 +229,9 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 
   Real* smem = dynamic_smem<Real>();
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
-  const Stream<Real, HS> stream{smem, K, V, int(row), int(row), keys_of_block};
+  const TilePairs<Real, HS> tiles{smem, K, V, int(row), int(row), keys_of_block};
   copy_rows<rows, HS>(smem, own_row<HS>, Q, row, first_of_block, T);
-  stream.copy(0);
+  tiles.copy(0);
   copy_async_wait<0>();
   __syncthreads();
   const int own = own_row<HS> + warp * 16 * R;
@@ -280,20 +239,20 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   load_a<HS>(q, smem, own);
 
   const float scale = softmax_scale<HS>() * log2_e;
-  Block sums[R][HS / 16] = {};
+  Block o[R][HS / 16] = {};
   float max[R][2], sum[R][2] = {};
   for (int r = 0; r < R; r++) max[r][0] = max[r][1] = -INFINITY;
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
-    if (k0 % stream.tile == 0) stream.advance(k0);
+    if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
     Block s[R][N];
-    multiply_transposed<Real, HS>(s, q, smem, stream.x_row(k0));
+    multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
     hide_later_keys<false>(s, first, k0);
 #pragma unroll
     for (int r = 0; r < R; r++) {
       float shrink[2];
       softmax_step<Real>(s[r], max[r], sum[r], shrink, scale);
-      for (int i = 0; i < HS / 2; i++) sums[r][i / 8][i % 8] *= shrink[i / 2 % 2];
+      for (int i = 0; i < HS / 2; i++) o[r][i / 8][i % 8] *= shrink[i / 2 % 2];
       if constexpr (DROPOUT) {  // after the sum: the denominator knows nothing of it
 #pragma unroll
         for (int n = 0; n < N; n++) {
@@ -303,7 +262,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
         }
       }
     }
-    multiply_add<Real, HS>(sums, s, smem, stream.y_row(k0));
+    multiply_add<Real, HS>(o, s, smem, tiles.y_row(k0));
   }
 
   __syncthreads();  // nobody needs the tiles: their memory takes the outputs
@@ -315,9 +274,9 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
       const float total = lane_sum<4>(sum[r][i]);
       const int query = first_of_r + row_of(2 * i);
       if (lse && lane() % 4 == 0 && query < T) lse[head.bh * T + query] = max[r][i] * softmax_scale<HS>() + logf(total);
-      factor[i] = kept / total;
+      factor[i] = keep_scale / total;
     }
-    store_rows<HS>(out + head.out + first_of_r * out_row, out_row, T - first_of_r, smem, own + r * 16, sums[r], factor);
+    store_rows<HS>(out + head.out + first_of_r * out_row, out_row, T - first_of_r, smem, own + r * 16, o[r], factor);
   }
 }
 
@@ -327,7 +286,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::fewer_blocks : 2)
     attention_backward_queries_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
-                                      const float* lse, Dropout drop, const int* step, float kept, int T, int NH) {
+                                      const float* lse, Dropout drop, const int* step, float keep_scale, int T,
+                                      int NH) {
   using namespace attention;
   constexpr int N = step_keys / 16, rows = warps * 16, chunks = HS / 8;
   if (DROPOUT) drop.step = uint32_t(*step);
@@ -339,10 +299,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
 
   Real* smem = dynamic_smem<Real>();
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out, *O = out + head.out;
-  const Stream<Real, HS> stream{smem, K, V, int(row), int(row), keys_of_block};
+  const TilePairs<Real, HS> tiles{smem, K, V, int(row), int(row), keys_of_block};
   copy_rows<rows, HS>(smem, own_row<HS>, Q, row, first_of_block, T);
   copy_rows<rows, HS>(smem, own_row<HS> + rows, dO, out_row, first_of_block, T);
-  stream.copy(0);
+  tiles.copy(0);
   for (int i = lane(); i < 16 * chunks; i += 32) {
     const int query = first + i / chunks;
     float dot = 0;
@@ -369,21 +329,21 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
   const float scale = softmax_scale<HS>() * log2_e;
   Block dq[1][HS / 16] = {};
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
-    if (k0 % stream.tile == 0) stream.advance(k0);
+    if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
     Block s[1][N], ds[1][N];
-    multiply_transposed<Real, HS>(s, q, smem, stream.x_row(k0));
+    multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
     hide_later_keys<false>(s, first, k0);
-    multiply_transposed<Real, HS>(ds, dO_of_q, smem, stream.y_row(k0));
+    multiply_transposed<Real, HS>(ds, dO_of_q, smem, tiles.y_row(k0));
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
       if constexpr (DROPOUT) mask<false>(keep, drop, head.masks, first, k0 + n * 16, T);
       for (int i = 0; i < 8; i++)
         backward_weight<Real>(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2],
-                              !DROPOUT || keep[i], kept);
+                              !DROPOUT || keep[i], keep_scale);
     }
-    multiply_add<Real, HS>(dq, ds, smem, stream.x_row(k0));
+    multiply_add<Real, HS>(dq, ds, smem, tiles.x_row(k0));
   }
 
   __syncthreads();
@@ -396,7 +356,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_backward_keys_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
-                                   Dropout drop, const int* step, float kept, int T, int NH) {
+                                   Dropout drop, const int* step, float keep_scale, int T, int NH) {
   using namespace attention;
   constexpr int N = step_queries<HS> / 16, rows = warps * 16;
   if (DROPOUT) drop.step = uint32_t(*step);
@@ -409,18 +369,18 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   float2* lse_and_D =
       reinterpret_cast<float2*>(smem + smem_rows<HS, 2 * rows> * HS);  // of two tiles' queries, by turns
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out;
-  const Stream<Real, HS> stream{smem,         Q + first_of_block * row, dO + first_of_block * out_row, int(row),
-                                int(out_row), T - first_of_block};
+  const TilePairs<Real, HS> tiles{smem,         Q + first_of_block * row, dO + first_of_block * out_row, int(row),
+                                  int(out_row), T - first_of_block};
   copy_rows<rows, HS>(smem, own_row<HS>, K, row, first_of_block, T);
   copy_rows<rows, HS>(smem, own_row<HS> + rows, V, row, first_of_block, T);
-  stream.copy(0);
+  tiles.copy(0);
   copy_async_wait<0>();
   __syncthreads();
   const int own = own_row<HS> + warp * 16;
   uint32_t k[1][HS / 16][4], v[1][HS / 16][4];
   load_a<HS>(k, smem, own);
   load_a<HS>(v, smem, own + rows);
-  static_assert(2 * stream.tile <= threads);
+  static_assert(2 * tiles.tile <= threads);
   const auto load_lse_or_D = [&](int query) {
     if (threadIdx.x % 2 == 0) return query < T ? lse[head.bh * T + query] * log2_e : INFINITY;  // weights 0 from T on
     return query < T ? D[head.bh * T + query] : 0.0f;
@@ -429,175 +389,35 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   const float scale = softmax_scale<HS>() * log2_e;
   Block dk[1][HS / 16] = {}, dv[1][HS / 16] = {};
   float next = load_lse_or_D(first_of_block + threadIdx.x / 2);
-  for (int i = 0; i < stream.end; i += step_queries<HS>) {  // queries, counted from first_of_block
+  for (int i = 0; i < tiles.end; i += step_queries<HS>) {  // queries, counted from first_of_block
     const int q0 = first_of_block + i;
-    if (i % stream.tile == 0) {
-      if (threadIdx.x < 2 * stream.tile)
-        reinterpret_cast<float*>(lse_and_D + i % (2 * stream.tile))[threadIdx.x] = next;
-      stream.advance(i);
-      next = load_lse_or_D(q0 + stream.tile + threadIdx.x / 2);
+    if (i % tiles.tile == 0) {
+      if (threadIdx.x < 2 * tiles.tile) reinterpret_cast<float*>(lse_and_D + i % (2 * tiles.tile))[threadIdx.x] = next;
+      tiles.advance(i);
+      next = load_lse_or_D(q0 + tiles.tile + threadIdx.x / 2);
     }
     if (q0 + step_queries<HS> <= first) continue;  // they do not see the warp's keys
     Block p[1][N], ds[1][N];
-    multiply_transposed<Real, HS>(p, k, smem, stream.x_row(i));
+    multiply_transposed<Real, HS>(p, k, smem, tiles.x_row(i));
     hide_later_keys<true>(p, first, q0);
-    multiply_transposed<Real, HS>(ds, v, smem, stream.y_row(i));
+    multiply_transposed<Real, HS>(ds, v, smem, tiles.y_row(i));
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
       if constexpr (DROPOUT) mask<true>(keep, drop, head.masks, q0 + n * 16, first, T);
       for (int j = 0; j < 8; j++) {
-        const float2 of_q = lse_and_D[i % (2 * stream.tile) + n * 16 + column_of(j)];
-        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], kept);
+        const float2 of_q = lse_and_D[i % (2 * tiles.tile) + n * 16 + column_of(j)];
+        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], keep_scale);
       }
     }
-    multiply_add<Real, HS>(dv, p, smem, stream.y_row(i));
-    multiply_add<Real, HS>(dk, ds, smem, stream.x_row(i));
+    multiply_add<Real, HS>(dv, p, smem, tiles.y_row(i));
+    multiply_add<Real, HS>(dk, ds, smem, tiles.x_row(i));
   }
 
   __syncthreads();
   Real *dK = dqkv + head.qkv + out_row + first * row, *dV = dK + out_row;
   store_rows<HS>(dK, row, T - first, smem, own, dk[0], {softmax_scale<HS>(), softmax_scale<HS>()});
-  store_rows<HS>(dV, row, T - first, smem, own + rows, dv[0], {kept, kept});
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
-// float, without tensor cores: a warp has one query or one key and takes 32 rows of the other kind at a time, of which
-// each lane makes one weight. A row's channels are spread over the lanes, four to each, several rows side by side.
-
-namespace attention {
-
-template <int HS>
-constexpr int row_lanes = HS / 4;
-template <int HS>
-constexpr int rows_at_once = 32 / row_lanes<HS>;
-
-template <int HS>
-__device__ inline float4 load4(const float* row) {
-  return *reinterpret_cast<const float4*>(row + lane() % row_lanes<HS> * 4);
-}
-__device__ inline float dot4(const float4& a, const float4& b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
-__device__ inline float4 fma4(float f, const float4& a, const float4& b) {
-  return {fmaf(f, a.x, b.x), fmaf(f, a.y, b.y), fmaf(f, a.z, b.z), fmaf(f, a.w, b.w)};
-}
-
-// x . row, for each lane's own row of `count` (at most 32)
-template <int HS>
-__device__ inline float dot_with_rows(const float4& x, const float* rows, int stride, int count) {
-  float mine = 0;
-  for (int j = 0; j < count; j += rows_at_once<HS>) {
-    const int r = j + lane() / row_lanes<HS>;
-    const float dot = lane_sum<row_lanes<HS>>(r < count ? dot4(x, load4<HS>(rows + r * stride)) : 0.0f);
-    const float moved = __shfl_sync(all_lanes, dot, lane() % rows_at_once<HS> * row_lanes<HS>);
-    if (lane() / rows_at_once<HS> * rows_at_once<HS> == j) mine = moved;
-  }
-  return mine;
-}
-
-// sum += weight * row, for each lane's own row; the sums of rows side by side stay apart until store4.
-template <int HS>
-__device__ inline void add_rows(float4& sum, float weight, const float* rows, int stride, int count) {
-  for (int j = 0; j < count; j += rows_at_once<HS>) {
-    const int r = j + lane() / row_lanes<HS>;
-    const float w = __shfl_sync(all_lanes, weight, r);
-    if (r < count) sum = fma4(w, load4<HS>(rows + r * stride), sum);
-  }
-}
-template <int HS>
-__device__ inline void store4(float* row, float4 sum, float factor) {
-  for (int d = row_lanes<HS>; d < 32; d *= 2) {
-    sum.x += __shfl_xor_sync(all_lanes, sum.x, d), sum.y += __shfl_xor_sync(all_lanes, sum.y, d);
-    sum.z += __shfl_xor_sync(all_lanes, sum.z, d), sum.w += __shfl_xor_sync(all_lanes, sum.w, d);
-  }
-  if (lane() < row_lanes<HS>) *reinterpret_cast<float4*>(row + lane() * 4) = fma4(factor, sum, {0, 0, 0, 0});
-}
-
-}  // namespace attention
-
-template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, 5)
-    attention_forward_float_kernel(float* out, float* lse, const float* qkv, Dropout drop, const int* step, float kept,
-                                   int T, int NH) {
-  using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
-  const Head head(drop, T, NH, HS);
-  const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
-  if (q >= T) return;  // the whole warp, and no barrier follows
-  const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
-  const float4 query = load4<HS>(Q + q * row);
-  const float scale = softmax_scale<HS>() * log2_e;
-  float max = -INFINITY, sum = 0;
-  float4 sums = {0, 0, 0, 0};
-  for (int k0 = 0; k0 <= q; k0 += 32) {
-    const int count = min(32, q + 1 - k0);
-    const float dot = dot_with_rows<HS>(query, K + k0 * row, row, count);
-    const float score = lane() < count ? dot * scale : -INFINITY, before = max;
-    max = fmaxf(max, lane_max(score));
-    float weight = exp2f(score - max);
-    sum = sum * exp2f(before - max) + lane_sum(weight);
-    if (DROPOUT && attention_draw(drop, head.masks, q, k0 + lane(), T) >= drop.threshold) weight = 0;
-    sums = fma4(exp2f(before - max), sums, {0, 0, 0, 0});
-    add_rows<HS>(sums, weight, V + k0 * row, row, count);
-  }
-  if (lse && lane() == 0) lse[head.bh * T + q] = max / log2_e + logf(sum);
-  store4<HS>(out + head.out + q * out_row, sums, kept / sum);
-}
-
-template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, 5)
-    attention_backward_queries_float_kernel(float* dqkv, float* D, const float* dout, const float* qkv,
-                                            const float* out, const float* lse, Dropout drop, const int* step,
-                                            float kept, int T, int NH) {
-  using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
-  const Head head(drop, T, NH, HS);
-  const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
-  if (q >= T) return;
-  const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
-  const float4 query = load4<HS>(Q + q * row), dO = load4<HS>(dout + head.out + q * out_row);
-  const float D_of_q = lane_sum<row_lanes<HS>>(dot4(dO, load4<HS>(out + head.out + q * out_row)));
-  if (lane() == 0) D[head.bh * T + q] = D_of_q;
-  const float scale = softmax_scale<HS>() * log2_e, lse_of_q = lse[head.bh * T + q] * log2_e;
-  float4 dq = {0, 0, 0, 0};
-  for (int k0 = 0; k0 <= q; k0 += 32) {
-    const int count = min(32, q + 1 - k0);
-    float score = dot_with_rows<HS>(query, K + k0 * row, row, count);
-    float ds = dot_with_rows<HS>(dO, V + k0 * row, row, count);
-    const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, k0 + lane(), T) < drop.threshold;
-    backward_weight<float>(score, ds, scale, lse_of_q, D_of_q, keep, kept);
-    add_rows<HS>(dq, ds, K + k0 * row, row, count);
-  }
-  store4<HS>(dqkv + head.qkv + q * row, dq, softmax_scale<HS>());
-}
-
-template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, 5)
-    attention_backward_keys_float_kernel(float* dqkv, const float* D, const float* dout, const float* qkv,
-                                         const float* lse, Dropout drop, const int* step, float kept, int T, int NH) {
-  using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
-  const Head head(drop, T, NH, HS);
-  const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int kv = int(blockIdx.z) * warps + warp_index();
-  if (kv >= T) return;
-  const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out;
-  const float4 key = load4<HS>(K + kv * row), value = load4<HS>(V + kv * row);
-  const float scale = softmax_scale<HS>() * log2_e;
-  float4 dk = {0, 0, 0, 0}, dv = {0, 0, 0, 0};
-  for (int q0 = kv; q0 < T; q0 += 32) {
-    const int count = min(32, T - q0), q = min(q0 + lane(), T - 1);
-    float weight = dot_with_rows<HS>(key, Q + q0 * row, row, count);
-    float ds = dot_with_rows<HS>(value, dO + q0 * out_row, out_row, count);
-    const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, kv, T) < drop.threshold;
-    backward_weight<float>(weight, ds, scale, lse[head.bh * T + q] * log2_e, D[head.bh * T + q], keep, kept);
-    add_rows<HS>(dv, weight, dO + q0 * out_row, out_row, count);
-    add_rows<HS>(dk, ds, Q + q0 * row, row, count);
-  }
-  float* dK = dqkv + head.qkv + out_row + kv * row;
-  store4<HS>(dK, dk, softmax_scale<HS>());
-  store4<HS>(dK + out_row, dv, kept);
+  store_rows<HS>(dV, row, T - first, smem, own + rows, dv[0], {keep_scale, keep_scale});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -643,17 +463,17 @@ void attention_forward(Real* out, float* lse, const Real* qkv, const Dropout& dr
                        int C, int NH, cudaStream_t stream) {
   using namespace attention;
   check("attention_forward", drop, step, B, T, C, NH);
-  const float kept = float(dropout_scale(drop.threshold));
+  const float keep_scale = float(dropout_scale(drop.threshold));
   specialize("attention_forward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
       launch(attention_forward_float_kernel<HS, dropout>, {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream}, out,
-             lse, qkv, drop, step, kept, T, NH);
+             lse, qkv, drop, step, keep_scale, T, NH);
     } else {
       constexpr int rows = warps * 16 * query_blocks<HS>;
       launch(attention_forward_kernel<Real, HS, dropout>,
              {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, qkv, drop, step,
-             kept, T, NH);
+             keep_scale, T, NH);
     }
   });
 }
@@ -664,23 +484,23 @@ void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv,
                         const Dropout& drop, const int* step, int B, int T, int C, int NH, cudaStream_t stream) {
   using namespace attention;
   check("attention_backward", drop, step, B, T, C, NH);
-  const float kept = float(dropout_scale(drop.threshold));
+  const float keep_scale = float(dropout_scale(drop.threshold));
   specialize("attention_backward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
       const LaunchConfig config = {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream};
       launch(attention_backward_queries_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, out, lse, drop, step,
-             kept, T, NH);
-      launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, step, kept, T,
-             NH);
+             keep_scale, T, NH);
+      launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, step, keep_scale,
+             T, NH);
     } else {
       const dim3 grid(NH, B, ceil_div(T, warps * 16));
       launch(attention_backward_queries_kernel<Real, HS, dropout>,
              {grid, threads, smem_bytes<Real, HS, warps * 32>(), stream}, dqkv, D, dout, qkv, out, lse, drop, step,
-             kept, T, NH);
+             keep_scale, T, NH);
       launch(attention_backward_keys_kernel<Real, HS, dropout>,
              {grid, threads, smem_bytes<Real, HS, warps * 32>(2 * tile_rows<HS> * sizeof(float2)), stream}, dqkv, D,
-             dout, qkv, lse, drop, step, kept, T, NH);
+             dout, qkv, lse, drop, step, keep_scale, T, NH);
     }
   });
 }

@@ -42,8 +42,8 @@ void matmul_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, c
 
 }  // namespace reference
 
-// A weight (OC, C) and, if you have made one with pack_weight, its packed copy. A product of few rows spends most of its
-// time on packing the weight, so sampling packs each weight once and uses the copy for all tokens.
+// A weight (OC, C) and, if you have made one with pack_weight, its packed copy. A product of few rows spends most of
+// its time on packing the weight, so sampling packs each weight once and uses the copy for all tokens.
 template <class Real, class Factor = Real>
 struct Weight {
   const Real* data;

@@ -26,8 +26,8 @@
 //
 // `multiply_by_columns` does the same with a and b in each other's place, where a is the smaller one.
 //
-// Every element of c is one chain of multiply-adds over k = 0, 1, ..., K - 1, whichever tile, task or thread computes it.
-// So the result has the same bits for any number of threads, and a row of it for any number of other rows.
+// Every element of c is one chain of multiply-adds over k = 0, 1, ..., K - 1, whichever tile, task or thread computes
+// it. So the result has the same bits for any number of threads, and a row of it for any number of other rows.
 //
 // Factor is the type that the operands are rounded to as they are copied: Real itself or bfloat16 (factors.h).
 // defines, in namespace product: View, Start, Nothing, multiply, multiply_by_columns, pack_blocks, for layers; pack_a,
@@ -46,8 +46,8 @@
 
 namespace product {
 
-// The tile: MR rows by NR columns, a row of which is NV vectors. 32 vector registers hold 12 x 2 vectors of sums, 2 vectors
-// of b and a broadcast number of a; 16 registers hold half as many sums.
+// The tile: MR rows by NR columns, a row of which is NV vectors. 32 vector registers hold 12 x 2 vectors of sums, 2
+// vectors of b and a broadcast number of a; 16 registers hold half as many sums.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int MR = 12;
 #else
@@ -58,25 +58,25 @@ template <class Factor>
 constexpr int NR = lanes<Sum<Factor>>* NV;
 
 // Units of k in a block. Blocks are long, because between two of them the sums wait in c. A tile that begins by loading
-// sums from memory stands still until they are there, while a panel is read in order and so is fetched ahead. Where `a` is
-// by columns, K is the number of rows of a batch and c a weight's gradient. Shorter blocks, whose panels stay in a nearer
-// cache, are faster there.
+// sums from memory stands still until they are there, while a panel is read in order and so is fetched ahead. Where `a`
+// is by columns, K is the number of rows of a batch and c a weight's gradient. Shorter blocks, whose panels stay in a
+// nearer cache, are faster there.
 constexpr int KC = 2048, KC_COLUMNS = 768;
 
 // Rows of a task, a multiple of MR. They are few: each row of c that a task walks along is a stream of its own, and the
 // processor fetches only so many streams ahead. For an `a` by columns they are three whole cache lines of it.
 constexpr int task_rows(bool a_by_columns) { return a_by_columns ? 48 : 24; }
 
-// A matrix that somebody else owns, by its strides: element (i, j) is data[i * row + j * column]. One of the strides is 1:
-// we call the matrix "by rows" if column is 1, and "by columns" if row is 1.
+// A matrix that somebody else owns, by its strides: element (i, j) is data[i * row + j * column]. We call it "by rows"
+// if column is 1, and "by columns" if row is 1; one of both holds.
 template <class Real>
 struct View {
   const Real* data;
   size_t row, column;
 };
 
-// What the sums begin with: 0 (data is nullptr), a bias (N) that all rows share (row = 0), or a matrix (M, N) whose rows
-// are `row` numbers apart, such as c itself.
+// What the sums begin with: 0 (data is nullptr), a bias (N) that all rows share (row = 0), or a matrix (M, N) whose
+// rows are `row` numbers apart, such as c itself.
 template <class Real>
 struct Start {
   const Real* data = nullptr;
@@ -90,8 +90,8 @@ constexpr int units(int K) {
   return (K + Factors<Factor>::terms - 1) / Factors<Factor>::terms;
 }
 
-// to (count) = units of x (count) and y (count), which are rows k and k + 1 of an operand. Interleaves them as pairs; if a
-// unit is one number, copies x. y is nullptr if x is the last row.
+// to (count) = units of x (count) and y (count), which are rows k and k + 1 of an operand. Interleaves them as pairs;
+// if a unit is one number, copies x. y is nullptr if x is the last row.
 template <class Factor>
 inline void pair_up(Unit<Factor>* to, const Sum<Factor>* x, const Sum<Factor>* y, int count) {
   if constexpr (Factors<Factor>::terms == 1)
@@ -115,25 +115,28 @@ size_t packed_size(int K, int N) {
 // ---------------------------------------------------------------------------------------------------------------------
 // The same with matrix registers (amx.h), of which each holds a tile of 16 x 16 units.
 //
-//                                  line of b: 16 columns, all k
-//                                        |  |
-//   line of a:   +----+----+--           +--+--+    a's tiles have rows of c as rows, b's have units of k as rows. All
-//   16 rows,     |tile|tile|  ...        |  |  |    tiles along k, for 16 rows of a or 16 columns of b, are a "line".
-//   all k        +----+----+--           +--+--+    A line is contiguous in the copy, tile after tile.
-//                |    |    |  ...        |  |  |
-//                +----+----+--           +--+--+    Four tiles of c, 32 x 32 sums, stay in registers while k runs: for
-//                 k = 0..31, 32..63       .. ..     each 32 k, two tiles of a and two of b are loaded, and four products
-//                                                   are added.
+//                       b: K x 32
+//                      +----+----+      A tile of a is 16 rows by 16 units of k, a tile of b 16 units of k by 16 columns.
+//                      |tile|tile|      All tiles of the same 16 rows or columns are a "line". It is contiguous in the
+//                      +----+----+      copy, tile after tile along k.
+//                      |tile|tile|
+//                      +----+----+
+//     a: 32 x K          :    :         Four tiles of c, 32 x 32 sums, stay in registers while k runs: for each 32 k, two
+//   +----+----+--      +----+----+      tiles of a and two of b are loaded, and four products are added.
+//   |tile|tile| ..     |  0 |  1 |
+//   +----+----+--      +----+----+
+//   |tile|tile| ..     |  2 |  3 |
+//   +----+----+--      +----+----+ c
 //
-// The processor adds 32 terms to an element of c at a time: it sums the terms with even k and those with odd k apart, and
-// then adds both. So results differ from the vectors' in their rounding. They still do not depend on threads, tasks or
-// rows.
+// The processor adds 32 terms to an element of c at a time: it sums the terms with even k and those with odd k apart,
+// and then adds both. So results differ from the vectors' in their rounding. They still do not depend on threads, tasks
+// or rows.
 
 // Units of a line: K numbers in whole tiles.
 constexpr int tiled_units(int K) { return (units<bfloat16>(K) + amx::side - 1) / amx::side * amx::side; }
 
-// A thread that multiplies has one of these on its stack meanwhile. It reserves the thread's matrix registers, or nothing
-// where the type cannot use them.
+// A thread that multiplies has one of these on its stack meanwhile. It reserves the thread's matrix registers, or
+// nothing where the type cannot use them.
 template <class Factor>
 using Registers = std::conditional_t<tiles_possible<Factor>, amx::Tiles, char>;
 
@@ -143,9 +146,9 @@ bool tiles_taken() {
   return tiles_possible<Factor> && amx::enabled;
 }
 
-// Copies one tile. data points to its first number; the rows of a or columns of b that it holds are `line` numbers apart,
-// and neighbours in k are `k` numbers apart. There are `lines` of them, and K numbers along k; where that is less than
-// 16 and 32, the rest of the tile is 0.
+// Copies one tile. data points to its first number; the rows of a or columns of b that it holds are `line` numbers
+// apart, and neighbours in k are `k` numbers apart. There are `lines` of them, and K numbers along k; where that is
+// less than 16 and 32, the rest of the tile is 0.
 // to (16, 16) units: a's rows by k (rows_are_lines), or k by b's columns
 // sums (lines), only with line == 1 and possibly nullptr: sums[i] += the numbers of row or column i
 template <bool rows_are_lines>
@@ -191,9 +194,9 @@ constexpr int tile_steps(int K) { return tiled_units(K) / amx::side; }  // tiles
 // Lines of so many rows or columns: an even number, since four_tiles takes two at a time.
 constexpr int tile_lines(int lines) { return (lines + 2 * amx::side - 1) / (2 * amx::side) * 2; }
 
-// packed (tile_lines(lines), tile_steps(K)) tiles = data, with strides as in pack_tile. It reads memory in order: the outer
-// loop goes along k if line is 1, else from line to line. Threads share the outer loop's tile_passes: this call does
-// begin ... end - 1.
+// packed (tile_lines(lines), tile_steps(K)) tiles = data, with strides as in pack_tile. It reads memory in order: the
+// outer loop goes along k if line is 1, else from line to line. Threads share the outer loop's tile_passes: this call
+// does begin ... end - 1.
 inline int tile_passes(size_t line, int lines, int K) { return line == 1 ? tile_steps(K) : tile_lines(lines); }
 template <bool rows_are_lines>
 void pack_tiles(uint32_t* packed, const float* data, size_t line, size_t k, int lines, int K, float* sums, int begin,
@@ -248,8 +251,8 @@ inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const ui
 // Copies with vectors: a panel of b, then rows of a.
 
 // panel (units(K), NR) = columns n ... n + NR - 1 of b (K, N)
-// Columns from N on become 0. What is computed with them is thrown away, but numbers that happened to lie there could be
-// denormal, and slow.
+// Columns from N on become 0. What is computed with them is thrown away, but numbers that happened to lie there could
+// be denormal, and slow.
 template <class Factor>
 void pack_panel(Unit<Factor>* panel, const View<Sum<Factor>>& b, int K, int n, int N) {
   using F = Factors<Factor>;
@@ -299,15 +302,16 @@ void pack_b(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
 }
 
 // a (M, K) as `tile` reads it, MR rows at a time. Rows m ... m + MR - 1 begin at data + m / MR * tile, and their unit
-// (i, u) is i * row + u * column further. In a copy the MR rows' units lie side by side (row = 1, column = MR); a matrix
-// that is read in place has its own strides.
+// (i, u) is i * row + u * column further. In a copy the MR rows' units lie side by side (row = 1, column = MR); a
+// matrix that is read in place has its own strides.
 template <class Factor>
 struct PackedA {
   const Unit<Factor>* data;
   size_t row, column, tile;
 };
 
-// How many units a (M, K) takes when it is packed. The copy writes whole vectors, so it needs room behind the last MR rows.
+// How many units a (M, K) takes when it is packed. The copy writes whole vectors, so it needs room behind the last MR
+// rows.
 template <class Factor>
 size_t packed_a_size(int M, int K) {
   const size_t vectors = size_t(M + MR - 1) / MR * MR * units<Factor>(K) + lanes<Sum<Factor>>;
@@ -345,8 +349,8 @@ void pack_a_by_rows(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int
 }
 
 // packed (M / MR rounded up, units(K), MR) = a (M, K), which is by columns: its rows' units lie side by side already.
-// sums (M), or nullptr: sums[i] += row i of a, added up in the order of k. For the gradient of a weight, a is dout^T, every
-// number of which passes here, and these sums are the gradient of the bias.
+// sums (M), or nullptr: sums[i] += row i of a, added up in the order of k. For the gradient of a weight, a is dout^T,
+// every number of which passes here, and these sums are the gradient of the bias.
 template <class Factor>
 void pack_a_by_columns(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, int K, Sum<Factor>* sums) {
   constexpr int terms = Factors<Factor>::terms, W = lanes<Sum<Factor>>, full = task_rows(true);
@@ -359,7 +363,8 @@ void pack_a_by_columns(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
     for (int j = 0; j < full / W; j++) total[j] = load(sums + j * W);
   for (int u = 0; u < count; u++) {
     const Sum<Factor>*x = a.data + size_t(u) * terms * a.column, *y = u < whole ? x + (terms - 1) * a.column : nullptr;
-    // 2. Ask for a column of `a` 24 k ahead. Each lies on a page of its own, and the processor does not fetch ahead there.
+    // 2. Ask for a column of `a` 24 k ahead. Each lies on a page of its own, and the processor does not fetch ahead
+    //    there.
     for (int t = 0; t < terms; t++)
       for (int j = 0; j < M; j += 64 / int(sizeof *x)) __builtin_prefetch(x + (24 + t) * a.column + j);
     // 3. Copy unit u of all rows, MR rows at a time: each MR go to a tile of their own.
@@ -403,9 +408,10 @@ PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
   return {packed, 1, MR, size_t(units<Factor>(K)) * MR};
 }
 
-// Where a tile's rows of `a` are: in the matrix itself, a_row numbers apart; in a copy; or in a copy that the loop asks for
-// some steps ahead, and for the panel as well. Asking ahead pays where both come from L2 or L3 and what the processor
-// fetches by itself comes too late. In attention everything is near, and the requests would only take the loads' slots.
+// Where a tile's rows of `a` are: in the matrix itself, a_row numbers apart; in a copy; or in a copy that the loop asks
+// for some steps ahead, and for the panel as well. Asking ahead pays where both come from L2 or L3 and what the
+// processor fetches by itself comes too late. In attention everything is near, and the requests would only take the
+// loads' slots.
 enum class A { in_place, packed, packed_ahead };
 
 // The innermost loop. c (ROWS, NR), rows ldc apart, = start (ROWS, NR) + a (ROWS, n_units) @ panel (n_units, NR)
@@ -446,8 +452,8 @@ inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, co
   });
 }
 
-// The same for `rows` up to ROWS, and for the last columns of a matrix: c (rows, columns). A tile of fewer than NR columns
-// is computed in a padded buffer.
+// The same for `rows` up to ROWS, and for the last columns of a matrix: c (rows, columns). A tile of fewer than NR
+// columns is computed in a padded buffer.
 template <int ROWS, class Factor, A where>
 void edge_tile(int rows, int columns, Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start,
                const Unit<Factor>* a, size_t a_row, const Unit<Factor>* panel, int n_units) {
@@ -500,7 +506,8 @@ inline void multiply_tiles(float* c, size_t ldc, const Start<float>& start, cons
 }
 
 // c (M, N), rows ldc apart, = start (M, N) + a (M, K) @ b (K, N), by the thread that calls
-// packed_b: b's panels, `panel_size` units apart, from pack_b or pack_block. copy: how the tiles read an `a` that is a copy.
+// packed_b: b's panels, `panel_size` units apart, from pack_b or pack_block. copy: how the tiles read an `a` that is a
+// copy.
 template <class Factor, A copy = A::packed>
 void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const PackedA<Factor>& a,
                      const Unit<Factor>* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only = {}) {
@@ -527,8 +534,8 @@ void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start
   }
 }
 
-// packed (packed_size(K, N)) = a block of b (K, N), panel after panel. All threads of a parallel region call it, share the
-// panels, and meet at the end.
+// packed (packed_size(K, N)) = a block of b (K, N), panel after panel. All threads of a parallel region call it, share
+// the panels, and meet at the end.
 template <class Factor>
 void pack_block(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
   if constexpr (tiles_possible<Factor>)
@@ -557,14 +564,14 @@ struct Tasks {
   int column(int task) const { return task / row_tasks * columns; }
 };
 
-// The default for `after`. Yours would work on the elements first ... first + count - 1 of c, counted from its first row,
-// which have just been written and are still in the cache.
+// The default for `after`. Yours would work on the elements first ... first + count - 1 of c, counted from its first
+// row, which have just been written and are still in the cache.
 struct Nothing {
   void operator()(size_t, size_t) const {}
 };
 
-// packed (packed_size(K, N)) = all of b (K, N) as `multiply` wants it, block after block of k, by all threads. It is for a b
-// that is used again and again.
+// packed (packed_size(K, N)) = all of b (K, N) as `multiply` wants it, block after block of k, by all threads. It is
+// for a b that is used again and again.
 template <class Factor>
 void pack_blocks(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
   constexpr int block = KC * Factors<Factor>::terms;
@@ -621,8 +628,8 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
   }
 }
 
-// c (M, N) += a (M, K) @ b (K, N), for an `a` by columns that is no larger than b, M <= N. All threads copy all of a once,
-// and a task is some columns of b, which its thread copies.
+// c (M, N) += a (M, K) @ b (K, N), for an `a` by columns that is no larger than b, M <= N. All threads copy all of a
+// once, and a task is some columns of b, which its thread copies.
 // sums (M), or nullptr: sums[m] += row m of a, added up
 template <class Factor>
 void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int M, int N, int K,

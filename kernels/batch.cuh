@@ -1,5 +1,5 @@
-// Batches: windows of a text whose tokens lie on the device. Which windows is a function of seed, step and row, the one
-// of host/batch.h, and the step is read on the device: no batch ever travels from the host.
+// Batches: windows of a text whose tokens lie on the device. Seed, step and row decide which windows, by the same
+// function as in host/batch.h. The step is read on the device, so no batch ever travels from the host.
 // defines: gather_random, gather_windows
 #pragma once
 #include "../host/random.h"
@@ -8,7 +8,7 @@
 
 constexpr int gather_threads = 256;
 
-// A block for each window.
+// Launched with B blocks of 256 threads: a block has one window, whose start is one draw.
 static __global__ void __launch_bounds__(gather_threads)
     gather_random_kernel(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
                          uint32_t site, uint64_t first_row, int T) {
@@ -21,9 +21,9 @@ static __global__ void __launch_bounds__(gather_threads)
   }
 }
 
-// x (B, T) = windows of T of the tokens (count), whose starts are uniform in [0, count - T); y (B, T) = each token's
-// successor. `first_row` is the number of the first window: gradient accumulation, and the batches of one evaluation,
-// go on counting.
+// x (B, T) = windows of T tokens of tokens (count), whose starts are uniform in [0, count - T); y (B, T) = each token's
+// successor. `first_row` is the number of the first window in the whole batch: gradient accumulation goes on counting,
+// and so do the batches of one evaluation.
 inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
                           uint32_t site, uint64_t first_row, int B, int T, cudaStream_t stream) {
   require(B > 0 && T > 0 && count > uint64_t(T), "gather_random: B = ", B, " windows of T = ", T,
@@ -32,6 +32,7 @@ inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count
          first_row, T);
 }
 
+// A thread has one token.
 static __global__ void __launch_bounds__(gather_threads)
     gather_windows_kernel(int* x, int* y, const uint16_t* tokens, uint64_t first, uint64_t stride, int count, int T) {
   const int i = blockIdx.x * gather_threads + threadIdx.x;
@@ -41,8 +42,8 @@ static __global__ void __launch_bounds__(gather_threads)
   y[i] = token[1];
 }
 
-// x (B, T) = windows of T of the tokens, which begin at first, first + stride, ...; y (B, T) = each token's successor.
-// There are first + (B - 1) * stride + T + 1 tokens or more.
+// x (B, T) = windows of T tokens, which begin at first, first + stride, ...; y (B, T) = each token's successor.
+// tokens has at least first + (B - 1) * stride + T + 1 elements.
 inline void gather_windows(int* x, int* y, const uint16_t* tokens, uint64_t first, uint64_t stride, int B, int T,
                            cudaStream_t stream) {
   require(B > 0 && T > 0, "gather_windows: B = ", B, " windows of T = ", T);

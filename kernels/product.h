@@ -116,13 +116,13 @@ size_t packed_size(int K, int N) {
 // The same with matrix registers (amx.h), of which each holds a tile of 16 x 16 units.
 //
 //                       b: K x 32
-//                      +----+----+      A tile of a is 16 rows by 16 units of k, a tile of b 16 units of k by 16 columns.
+//                      +----+----+      A tile of a is 16 rows by 16 units of k, of b 16 units of k by 16 columns.
 //                      |tile|tile|      All tiles of the same 16 rows or columns are a "line". It is contiguous in the
 //                      +----+----+      copy, tile after tile along k.
 //                      |tile|tile|
 //                      +----+----+
-//     a: 32 x K          :    :         Four tiles of c, 32 x 32 sums, stay in registers while k runs: for each 32 k, two
-//   +----+----+--      +----+----+      tiles of a and two of b are loaded, and four products are added.
+//     a: 32 x K          :    :         Four tiles of c, 32 x 32 sums, stay in registers while k runs: for each 32 k,
+//   +----+----+--      +----+----+      two tiles of a and two of b are loaded, and four products are added.
 //   |tile|tile| ..     |  0 |  1 |
 //   +----+----+--      +----+----+
 //   |tile|tile| ..     |  2 |  3 |

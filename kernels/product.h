@@ -468,10 +468,17 @@ void edge_tile(int rows, int columns, Sum<Factor>* c, size_t ldc, const Start<Su
   for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Factor>, columns * sizeof *padded);
 }
 
-// The part of a product that a triangular matrix leaves. Attention's causal mask makes one operand or the result a
-// triangle; a tile that lies outside of it is skipped, a tile on its edge is computed as a whole. Row m of c has
-//   columns  n < n_end + m,  the others are not wanted
-//   terms    k_begin + m <= k < k_end + m,  the others are zero
+// The part (#) of a product that a triangular matrix leaves: attention's causal mask makes the result or an operand a
+// triangle. Tiles that lie outside of it are skipped, tiles on its edge are computed as a whole.
+//
+//            columns n                  terms k                   terms k
+//          +--------------+           +--------------+          +--------------+
+//   rows m |##\           |    rows m |##\           |   rows m |\#############|
+//   of c   |####\  not    |    of a   |####\    0    |   of a   |  \###########|
+//          |######\ wanted|           |######\       |          | 0  \#########|
+//          +--------------+           +--------------+          +--------------+
+//            n < n_end + m              k < k_end + m             k >= k_begin + m
+//            scores = q @ k^T           out = P @ v               dk = dS^T @ q
 struct Triangle {
   static constexpr int none = 1 << 30;
   int n_end = none, k_end = none, k_begin = -none;

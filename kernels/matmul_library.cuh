@@ -2,7 +2,7 @@
 // dimension are in float, whatever the type of the operands. Which algorithm of cuBLASLt is the fastest depends on the
 // card and the shapes, and is found by trying them; the choice can be kept, and then a later run repeats this one. For a
 // product that cuBLASLt has no algorithm for there is a simple kernel of our own.
-// defines: Product, Operands, AlgorithmTable, DeviceMemory, MatmulLibrary
+// defines: Product, Operands, AlgorithmTable, MatmulLibrary
 #pragma once
 #include <dlfcn.h>
 #ifndef CUDA_ON_CPU
@@ -26,6 +26,7 @@
 #include "device.cuh"
 #include "launch.cuh"
 #include "masks.h"
+#include "runtime.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the library is asked for. It stores matrices by columns.
@@ -137,20 +138,6 @@ inline void* load_library(const std::string& name) {
          "LD_LIBRARY_PATH");
   return library;
 }
-
-class DeviceMemory {
- public:
-  explicit DeviceMemory(size_t bytes) { CUDA_CHECK(cudaMalloc(&memory_, bytes)); }
-  ~DeviceMemory() { cudaFree(memory_); }
-  DeviceMemory(const DeviceMemory&) = delete;
-  template <class Element>
-  Element* as() const {
-    return reinterpret_cast<Element*>(memory_);
-  }
-
- private:
-  unsigned char* memory_ = nullptr;
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The product that needs no library. cuBLASLt 13.1 has no float32 algorithm for some small shapes (seen on an H100: TN,
@@ -639,19 +626,11 @@ class MatmulLibrary {
   // Of one of several calls in a row. The first, which may load kernels or make plans, is not counted.
   template <class Work>
   float milliseconds(Work work, int calls = 4) {
-    struct Event {
-      cudaEvent_t event;
-      Event() { CUDA_CHECK(cudaEventCreate(&event)); }
-      ~Event() { cudaEventDestroy(event); }
-    } start, stop;
-    float out;
     work();
-    CUDA_CHECK(cudaEventRecord(start.event, stream_));
-    for (int i = 0; i < calls; i++) work();
-    CUDA_CHECK(cudaEventRecord(stop.event, stream_));
-    CUDA_CHECK(cudaEventSynchronize(stop.event));
-    CUDA_CHECK(cudaEventElapsedTime(&out, start.event, stop.event));
-    return out / float(calls);
+    const float total = device_milliseconds(stream_, [&] {
+      for (int i = 0; i < calls; i++) work();
+    });
+    return total / float(calls);
   }
 
   cudaStream_t stream_;

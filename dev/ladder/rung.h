@@ -34,7 +34,7 @@ Data open_text(const Config& config, int T);
 void require_memory(const Config& config, const Layout& params, const Layout& acts, int V, int T);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A network, as the model below sees it. Tables of tensors as in train_gpt_cpu.cpp give its layouts and pointers.
+// A network, as the model below sees it. Its tensors are structs with a function `place`, as in train_gpt_cpu.cpp.
 //   static constexpr bool every_position   forward predicts what follows each of the T tokens of a row; else only what
 //                                          follows the last one
 //   Layout param_layout, act_layout        what is learned, and everything else that forward and backward write
@@ -48,9 +48,6 @@ struct Mode {
   bool training = false;
   Dropout drop = {};
 };
-
-#define ADD_ONE(name, ...) layout.add(#name, 1, {__VA_ARGS__});
-#define ADD_EACH_LAYER(name, ...) layout.add(#name, L, {__VA_ARGS__});
 
 // tensor (count) = N(0, std); its numbers depend on the seed and its own number alone
 template <class Real>

@@ -10,7 +10,7 @@
 #include <cstddef>
 
 #include "dropout.h"
-#include "matmul.h"
+#include "product.h"
 #include "simd.h"
 
 namespace reference {
@@ -19,7 +19,7 @@ namespace reference {
 template <class Real>
 void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& drop, int B, int T, int C, int NH) {
   const int HS = C / NH;
-  const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
+  const Real scale = 1 / std::sqrt(Real(HS)), keep_scale = Real(dropout_scale(drop.threshold));
   std::unique_ptr<Real[]> weights(new Real[T]);
   for (int b = 0; b < B; b++)
     for (int h = 0; h < NH; h++)
@@ -38,7 +38,7 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
         std::fill(row, row + HS, Real(0));
         for (int kv = 0; kv <= q; kv++) {
           if (attention_draw(drop, uint64_t(drop.first_row + b) * NH + h, q, kv, T) >= drop.threshold) continue;
-          for (int i = 0; i < HS; i++) row[i] += weights[kv] / sum * kept * values[size_t(kv) * 3 * C + i];
+          for (int i = 0; i < HS; i++) row[i] += weights[kv] / sum * keep_scale * values[size_t(kv) * 3 * C + i];
         }
         lse[size_t(b * NH + h) * T + q] = max + std::log(sum);
       }
@@ -51,7 +51,7 @@ template <class Real>
 void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const Real* lse,
                         const Dropout& drop, int B, int T, int C, int NH) {
   const int HS = C / NH;
-  const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
+  const Real scale = 1 / std::sqrt(Real(HS)), keep_scale = Real(dropout_scale(drop.threshold));
   std::fill(dqkv, dqkv + size_t(B) * T * 3 * C, Real(0));
   for (int b = 0; b < B; b++)
     for (int h = 0; h < NH; h++)
@@ -67,7 +67,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
             dP += dout[row + i] * qkv[at_value + i];
           }
           const bool keep = attention_draw(drop, uint64_t(drop.first_row + b) * NH + h, q, kv, T) < drop.threshold;
-          const Real mask = keep ? kept : Real(0), P = std::exp(dot * scale - lse[size_t(b * NH + h) * T + q]);
+          const Real mask = keep ? keep_scale : Real(0), P = std::exp(dot * scale - lse[size_t(b * NH + h) * T + q]);
           const Real dS = P * (mask * dP - D) * scale;
           for (int i = 0; i < HS; i++) {
             dqkv[at_value + i] += mask * P * dout[row + i];
@@ -81,7 +81,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
 }  // namespace reference
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The blocked version. A thread takes one head of one batch row, packs its keys and values once (kernels/matmul.h), and
+// The blocked version. A thread takes one head of one batch row, packs its keys and values once (product.h), and
 // goes through the queries in blocks; keys beyond a tile's last query are never touched. Factor is the type of the
 // products' operands, kernels/factors.h; the softmax is computed in Real.
 
@@ -112,7 +112,7 @@ inline void block_draws(uint16_t* draws, const Dropout& drop, uint64_t bh, int q
 
 // A vector of x where the draw is below the threshold, else 0.
 template <class Real>
-inline Vec<Real> kept(const Vec<Real>& x, const uint16_t* draws, uint32_t threshold) {
+inline Vec<Real> zero_dropped(const Vec<Real>& x, const uint16_t* draws, uint32_t threshold) {
   typedef uint16_t Draws __attribute__((vector_size(vector_bytes / sizeof(Real) * 2)));
   Draws drawn;
   std::memcpy(&drawn, draws, sizeof drawn);
@@ -121,7 +121,7 @@ inline Vec<Real> kept(const Vec<Real>& x, const uint16_t* draws, uint32_t thresh
 
 // The rows of x (M, K), `row` apart, as a product's left operand: where they are, or rounded to Factor in memory.
 template <class Factor>
-product::PackedA<Factor> left(Unit<Factor>* memory, const Sum<Factor>* x, size_t row, int M, int K) {
+product::PackedA<Factor> left_operand(Unit<Factor>* memory, const Sum<Factor>* x, size_t row, int M, int K) {
   if constexpr (std::is_same_v<Unit<Factor>, Sum<Factor>>)
     return {x, row, 1, product::MR * row};
   else
@@ -141,7 +141,8 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
   constexpr int W = lanes<Real>;
   const int HS = C / NH, ld = padded<Factor>(T) + W;
   const size_t by_channel = packed_size<Factor>(HS, NR<Factor>), by_key = packed_size<Factor>(T, NR<Factor>);
-  const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
+  const Real scale = 1 / std::sqrt(Real(HS)),
+             keep_scale = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     [[maybe_unused]] const Registers<Factor> registers{};
@@ -162,8 +163,8 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
     pack_b<Factor>(v_packed, {V, row, 1}, T, HS);
     for (int q0 = first; q0 < T; q0 += QB) {
       const int rows = std::min(QB, T - q0), keys = q0 + rows;
-      multiply_packed<Factor>(P, ld, {}, left<Factor>(a, Q + q0 * row, row, rows, HS), k_packed, by_channel, rows,
-                              padded<Factor>(keys), HS, {.n_end = q0 + 1});
+      multiply_packed<Factor>(P, ld, {}, left_operand<Factor>(a, Q + q0 * row, row, rows, HS), k_packed, by_channel,
+                              rows, padded<Factor>(keys), HS, {.n_end = q0 + 1});
       if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
       Real tops[QB], norm[QB];  // loops of their own: the rows do not wait for each other
       for (int i = 0; i < rows; i++) {
@@ -185,15 +186,15 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
         for (int kv = 0; kv < visible; kv += W) {
           const Vec<Real> e = exp_vec(load(p + kv) * scale - top);
           sums += e;
-          store(p + kv, drop.active() ? kept<Real>(e, draws + i * draws_row(T) + kv, drop.threshold) : e);
+          store(p + kv, drop.active() ? zero_dropped<Real>(e, draws + i * draws_row(T) + kv, drop.threshold) : e);
         }
         const Real sum = horizontal_sum<Real>(sums);
         lse[size_t(bh) * T + q0 + i] = top + std::log(sum);
-        norm[i] = dropout / sum;
+        norm[i] = keep_scale / sum;
         std::fill(p + visible, p + keys, Real(0));
       }
       Real* o = out + (size_t(b) * (T - first) + q0 - first) * C + h * HS;
-      multiply_packed<Factor>(o, C, {}, left<Factor>(a, P, ld, rows, keys), v_packed, by_key, rows, HS, keys,
+      multiply_packed<Factor>(o, C, {}, left_operand<Factor>(a, P, ld, rows, keys), v_packed, by_key, rows, HS, keys,
                               {.k_end = q0 + 1});
       for (int i = 0; i < rows; i++)
         for (int c = 0; c < HS; c++) o[size_t(i) * C + c] *= norm[i];
@@ -211,7 +212,8 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
   const int HS = C / NH, ld = padded<Factor>(T) + W;
   const size_t row = size_t(3) * C;
   const size_t by_channel = packed_size<Factor>(HS, NR<Factor>), by_key = packed_size<Factor>(T, NR<Factor>);
-  const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
+  const Real scale = 1 / std::sqrt(Real(HS)),
+             keep_scale = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     [[maybe_unused]] const Registers<Factor> registers{};
@@ -244,10 +246,10 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
     for (int q0 = (T - 1) / QB * QB; q0 >= 0; q0 -= QB) {
       const int rows = std::min(QB, T - q0), keys = q0 + rows, columns = padded<Factor>(keys);
       const Real *Qb = Q + q0 * row, *dOb = dO + size_t(q0) * C, *Ob = O + size_t(q0) * C;
-      multiply_packed<Factor>(P, ld, {}, left<Factor>(a, Qb, row, rows, HS), kt_packed, by_channel, rows, columns, HS,
-                              {.n_end = q0 + 1});
-      multiply_packed<Factor>(dP, ld, {}, left<Factor>(a, dOb, C, rows, HS), vt_packed, by_channel, rows, columns, HS,
-                              {.n_end = q0 + 1});
+      multiply_packed<Factor>(P, ld, {}, left_operand<Factor>(a, Qb, row, rows, HS), kt_packed, by_channel, rows,
+                              columns, HS, {.n_end = q0 + 1});
+      multiply_packed<Factor>(dP, ld, {}, left_operand<Factor>(a, dOb, C, rows, HS), vt_packed, by_channel, rows,
+                              columns, HS, {.n_end = q0 + 1});
       if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
       Real dots[QB];
       for (int i = 0; i < rows; i++) {
@@ -262,11 +264,11 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
         const Real log_sum = lse[size_t(bh) * T + q0 + i], D = dots[i];
         for (int kv = 0; kv < visible; kv += W) {
           const Vec<Real> weight = exp_vec(load(p + kv) * scale - log_sum);
-          Vec<Real> dweight = load(dp + kv) * dropout, dropped = weight * dropout;
+          Vec<Real> dweight = load(dp + kv) * keep_scale, dropped = weight * keep_scale;
           if (drop.active()) {
             const uint16_t* draw = draws + i * draws_row(T) + kv;
-            dweight = kept<Real>(dweight, draw, drop.threshold);
-            dropped = kept<Real>(dropped, draw, drop.threshold);
+            dweight = zero_dropped<Real>(dweight, draw, drop.threshold);
+            dropped = zero_dropped<Real>(dropped, draw, drop.threshold);
           }
           store(dp + kv, weight * (dweight - D) * scale);
           store(p + kv, dropped);
@@ -274,8 +276,8 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
         std::fill(p + visible, p + keys, Real(0));
         std::fill(dp + visible, dp + keys, Real(0));
       }
-      multiply_packed<Factor>(dQ + q0 * row, row, {}, left<Factor>(a, dP, ld, rows, keys), k_packed, by_key, rows, HS,
-                              keys, {.k_end = q0 + 1});
+      multiply_packed<Factor>(dQ + q0 * row, row, {}, left_operand<Factor>(a, dP, ld, rows, keys), k_packed, by_key,
+                              rows, HS, keys, {.k_end = q0 + 1});
       const size_t panel = packed_size<Factor>(rows, NR<Factor>);
       const auto add = [&](Real* to) { return keys < T ? Start<Real>{to, row} : Start<Real>{}; };
       pack_b<Factor>(block_packed, {Qb, row, 1}, rows, HS);

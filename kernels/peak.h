@@ -1,4 +1,4 @@
-// How fast this processor multiplies in each type: the product's innermost loop (kernels/matmul.h, tile) on numbers
+// How fast this processor multiplies in each type: the innermost loop of products (tile in product.h), on numbers
 // that stay in registers. `--dtype auto` takes the faster type, and the benchmark's shares are shares of this rate.
 // defines: multiply_at_the_peak, Rates, measure_rates, faster_dtype
 #pragma once
@@ -6,7 +6,7 @@
 #include <chrono>
 #include <string>
 
-#include "matmul.h"
+#include "product.h"
 
 // As many independent sums as the tile has, each of them one multiply-add longer with every round. Returns the sum of
 // all, so that the compiler must compute them; they begin with different numbers, so that it computes each. seed: any

@@ -1,5 +1,5 @@
-// Rectified linear unit, in place: after forward the tensor itself says which elements passed. Products call it for each
-// block that they have written, kernels/matmul.h.
+// Rectified linear unit, in place: after forward the tensor itself says which elements passed. matmul_forward and
+// matmul_backward_input call it for each block that they have just written (matmul.h).
 // defines: relu_forward, apply_relu, relu_backward, apply_relu_backward
 #pragma once
 #include <cstddef>

@@ -12,7 +12,7 @@ ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=
 # All processors, unless make is told how many, or memory has no room for as many compilers. Where it has room for one
 # only, there is one, even with make -j64. Some versions of make do not show the environment's -j in MAKEFLAGS, and let
 # ours replace it.
-JOBS := $(shell dev/jobs.sh)
+JOBS := $(shell dev/setup/jobs.sh)
 ifeq ($(filter -j%,$(MAKEFLAGS) $(shell echo "$$MAKEFLAGS")),)
   MAKEFLAGS += -j$(JOBS)
 endif
@@ -53,7 +53,7 @@ endif
 
 HOST_OBJECTS := $(patsubst host/%.cpp,%.o,$(wildcard host/*.cpp))
 TESTS        := $(patsubst test/%.cpp,%.o,$(filter-out test/faults.cpp,$(wildcard test/*.cpp)))
-CUDA_TESTS   := $(patsubst test/%.cu,%.o,$(wildcard test/*.cu))
+CUDA_TESTS   := $(patsubst %.cu,%.o,$(notdir $(wildcard test/*.cu dev/cuda_on_cpu/*.cu)))
 
 # CUDA. Without nvcc, train_gpt is the CPU program. nvcc is looked for on the path, in the usual folders, and among the
 # packages of Python. The code is made for the card at hand; without one, as PTX for two generations, from which the
@@ -118,7 +118,7 @@ help:
 	@echo 'ARCH=90, ARCH=all, NVCC=path (or empty: no CUDA): for which GPUs train_gpt is built; now: $(if $(NVCC),$(ARCH),no nvcc)'
 
 deps:
-	@dev/install_deps.sh
+	@dev/setup/install_deps.sh
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs
@@ -143,7 +143,7 @@ $(CUDA_BUILD)/%.o: %.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
 # nvcc is tried once, with a message that helps. The file says where the linker finds CUDA's libraries.
 $(CUDA_BUILD)/libraries: | $(AFTER_DEPS)
 	@mkdir -p $(@D)
-	@dev/check_nvcc.sh $@ "$(NVCC)" $(filter-out -M%,$(NVCC_FLAGS)) $(GENCODE)
+	@dev/setup/check_nvcc.sh $@ "$(NVCC)" $(filter-out -M%,$(NVCC_FLAGS)) $(GENCODE)
 
 $(BUILD)/train_gpt_fallback.o: train_gpt_cpu.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
@@ -198,7 +198,7 @@ data: data/vocab.json
 ifeq ($(wildcard data/vocab.json),)
 data/input.txt: | $(AFTER_DEPS)
 	@mkdir -p data
-	@dev/get_text.sh $@
+	@dev/setup/get_text.sh $@
 data/vocab.json: data/input.txt | data_prep
 	./data_prep data/input.txt
 else
@@ -226,9 +226,14 @@ $(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) cuda_
 # CUDA on the CPU: the kernels' tests, and through them the whole GPU trainer, by the C++ compiler (dev/cuda_on_cpu).
 # Kernels read memory as vectors, hence no strict aliasing; -Wa: the assembler dislikes the sections of shared memory.
 CUDA_ON_CPU := -Idev/cuda_on_cpu -O2 -fno-strict-aliasing -Wno-unknown-pragmas -Wa,--no-warn
-$(BUILD)/test/%.o: test/%.cu $(BUILD)/openmp | $(AFTER_DEPS)
+define test_of_cuda
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(CUDA_ON_CPU) $(OPENMP) -DCANARIES -x c++ -c $< -o $@
+endef
+$(BUILD)/test/%.o: test/%.cu $(BUILD)/openmp | $(AFTER_DEPS)
+	$(test_of_cuda)
+$(BUILD)/test/%.o: dev/cuda_on_cpu/%.cu $(BUILD)/openmp | $(AFTER_DEPS)
+	$(test_of_cuda)
 $(BUILD)/test/cuda_on_cpu.o: dev/cuda_on_cpu/engine.cpp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(filter-out -fsanitize=% -fno-sanitize-recover=%,$(COMMON)) -O2 \
@@ -264,9 +269,14 @@ $(BUILD)/test/faults.o: test/faults.cpp | $(AFTER_DEPS)
 # The same tests on a GPU.
 $(CUDA_BUILD)/test/run_tests: $(addprefix $(CUDA_BUILD)/test/,$(CUDA_TESTS)) $(BUILD)/test/main.o $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
-$(CUDA_BUILD)/test/%.o: test/%.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
+define gpu_test_of_cuda
 	@mkdir -p $(@D)
 	"$(NVCC)" $(NVCC_FLAGS) $(GENCODE) -DCANARIES -c $< -o $@
+endef
+$(CUDA_BUILD)/test/%.o: test/%.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
+	$(gpu_test_of_cuda)
+$(CUDA_BUILD)/test/%.o: dev/cuda_on_cpu/%.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
+	$(gpu_test_of_cuda)
 
 $(BUILD)/test/host/%.o: host/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
@@ -290,25 +300,25 @@ $(addprefix $(BUILD)/test/test_,layers.o model.o fixture.o random.o ladder.o): T
 # ThreadSanitizer, of a size that is worth threads: by clang, whose OpenMP tells it of its barriers through Archer.
 test-memcheck:
 	$(MAKE) MARCH=x86-64-v3 build/$(notdir $(COMPILER))-x86-64-v3/train_gpt_cpu build/$(notdir $(COMPILER))-x86-64-v3/data_prep
-	dev/short_run.sh build/$(notdir $(COMPILER))-x86-64-v3 valgrind -q --error-exitcode=9 --leak-check=full \
+	dev/check/short_run.sh build/$(notdir $(COMPILER))-x86-64-v3 valgrind -q --error-exitcode=9 --leak-check=full \
 	  --show-leak-kinds=definite --errors-for-leak-kinds=definite
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 test-threads:
 	$(MAKE) CXX=clang++ SANITIZE=thread build/clang++-thread/train_gpt_cpu build/clang++-thread/data_prep
 	SHAPE='--n_layer=2 --n_head=4 --n_embd=128 --block_size=64 --batch_size=8' OMP_TOOL_LIBRARIES=$(ARCHER) \
 	  TSAN_OPTIONS='ignore_noninstrumented_modules=1 exitcode=9' \
-	  dev/short_run.sh build/clang++-thread env
+	  dev/check/short_run.sh build/clang++-thread env
 
 PYTHON ?= python3
 test-pytorch: train_gpt_cpu data_prep
-	$(PYTHON) dev/test_pytorch.py
+	$(PYTHON) dev/check/test_pytorch.py
 
 # ----------------------------------------------------------------------------------------------------------------------
 
 bench: $(BUILD)/bench
 	$(BUILD)/bench
 
-BENCH_GPU := $(CUDA_BUILD)/dev/bench_gpu
+BENCH_GPU := $(CUDA_BUILD)/dev/bench/bench_gpu
 bench-gpu: $(BENCH_GPU)
 	$(BENCH_GPU) ceilings
 	$(BENCH_GPU) kernels
@@ -316,30 +326,30 @@ bench-gpu: $(BENCH_GPU)
 
 ifeq ($(DEVICE),cuda)
 bench-pytorch: $(BENCH_GPU)
-	$(PYTHON) dev/bench_pytorch.py --device cuda $(BENCH_GPU)
+	$(PYTHON) dev/bench/bench_pytorch.py --device cuda $(BENCH_GPU)
 else
 bench-pytorch: $(BUILD)/bench
-	$(PYTHON) dev/bench_pytorch.py $(BUILD)/bench
+	$(PYTHON) dev/bench/bench_pytorch.py $(BUILD)/bench
 endif
 
 # SIZES='T V' measures these anew; the other rows of the table stay.
 bench-scaling: $(BUILD)/bench
-	dev/bench_scaling.sh $(BUILD)/bench $(SIZES)
+	dev/bench/bench_scaling.sh $(BUILD)/bench $(SIZES)
 
 KERNEL ?= attention_forward_kernel
 profile: $(BENCH_GPU)
-	dev/profile.sh $(BENCH_GPU) '$(KERNEL)'
+	dev/bench/profile.sh $(BENCH_GPU) '$(KERNEL)'
 
 $(BENCH_GPU): %: %.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
 
 kernel-stats:
-	NVCC='$(NVCC)' dev/kernel_stats.sh $(if $(filter all,$(ARCH)),$(ALL_ARCHS),$(filter-out native ptx,$(ARCH)))
+	NVCC='$(NVCC)' dev/bench/kernel_stats.sh $(if $(filter all,$(ARCH)),$(ALL_ARCHS),$(filter-out native ptx,$(ARCH)))
 
 $(BUILD)/bench: $(BUILD)/bench.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -o $@
 
-$(BUILD)/bench.o: dev/bench.cpp $(BUILD)/openmp | $(AFTER_DEPS)
+$(BUILD)/bench.o: dev/bench/bench.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)
 	$(CXX) $(COMMON) $(KERNEL_FLAGS) $(OPENMP) -c $< -o $@
 
@@ -357,7 +367,7 @@ $(BUILD)/ladder/%.o: dev/ladder/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 
 # Fuzzing with clang's libFuzzer: every target for FUZZ_SECONDS, from seeds that our own writers make; what was found to
 # be of interest is kept in build/fuzz/corpus, and an input that fails is left in the folder build/fuzz.
-FUZZ_TARGETS := $(filter-out seeds,$(patsubst dev/fuzz/%.cpp,%,$(wildcard dev/fuzz/*.cpp)))
+FUZZ_TARGETS := $(filter-out seeds,$(patsubst dev/check/fuzz/%.cpp,%,$(wildcard dev/check/fuzz/*.cpp)))
 FUZZ_SECONDS ?= 60
 FUZZ_FLAGS   := -std=c++20 -g -O2 -MMD -MP $(WARNINGS) -Wno-unknown-pragmas -fsanitize=fuzzer-no-link,address,undefined \
                 -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
@@ -371,7 +381,7 @@ build/fuzz/seeds: build/fuzz/seeds.o $(addprefix build/fuzz/host/,$(HOST_OBJECTS
 	clang++ -fsanitize=address,undefined -fopenmp $^ -lzip -o $@
 $(addprefix build/fuzz/,$(FUZZ_TARGETS)): %: %.o $(addprefix build/fuzz/host/,$(HOST_OBJECTS))
 	clang++ -fsanitize=fuzzer,address,undefined -fopenmp $^ -lzip -o $@
-build/fuzz/%.o: dev/fuzz/%.cpp
+build/fuzz/%.o: dev/check/fuzz/%.cpp
 	@mkdir -p $(@D)
 	clang++ $(FUZZ_FLAGS) -c $< -o $@
 build/fuzz/host/%.o: host/%.cpp
@@ -381,4 +391,4 @@ build/fuzz/host/%.o: host/%.cpp
 clean:
 	rm -rf build train_gpt train_gpt_cpu data_prep ladder
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d build/fuzz/*.d build/fuzz/host/*.d)
+-include $(wildcard $(BUILD)/*.d $(BUILD)/*/*.d $(BUILD)/*/*/*.d $(BUILD)/*/*/*/*.d build/fuzz/*.d build/fuzz/host/*.d)

@@ -13,12 +13,14 @@ namespace fs = std::filesystem;
 
 std::string all_sources() {
   std::string all;
-  for (const char* folder : {".", "kernels", "host", "dev", "dev/ladder", "test"})
-    for (const auto& entry : fs::directory_iterator(folder)) {
-      const std::string kind = entry.path().extension().string();
-      if (kind == ".h" || kind == ".cpp" || kind == ".cu" || kind == ".cuh" || kind == ".py")
-        all += read_file(entry.path().string());
-    }
+  const auto add = [&](const auto& entry) {
+    const std::string kind = entry.path().extension().string();
+    if (kind == ".h" || kind == ".cpp" || kind == ".cu" || kind == ".cuh" || kind == ".py")
+      all += read_file(entry.path().string());
+  };
+  for (const auto& entry : fs::directory_iterator(".")) add(entry);
+  for (const char* folder : {"kernels", "host", "dev", "test"})
+    for (const auto& entry : fs::recursive_directory_iterator(folder)) add(entry);
   return all;
 }
 

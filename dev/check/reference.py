@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The model in PyTorch, to check ours against: small, plain, and with the same names in its state dict.
 
-    python dev/reference.py fixture test/fixture.safetensors
+    python dev/check/reference.py fixture test/fixture.safetensors
 
 writes weights, a batch, and what PyTorch makes of them, for tests on machines without PyTorch. Everything else here is
 imported by test_pytorch.py and bench_pytorch.py.
@@ -181,5 +181,5 @@ def fixture():
 
 if __name__ == "__main__":
     if len(sys.argv) != 3 or sys.argv[1] != "fixture":
-        sys.exit("usage: python dev/reference.py fixture FILE")
+        sys.exit("usage: python dev/check/reference.py fixture FILE")
     write_safetensors(sys.argv[2], fixture())

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# One training step under NVIDIA's profilers: dev/profile.sh BENCH_GPU [KERNEL] [FOLDER]
+# One training step under NVIDIA's profilers: dev/bench/profile.sh BENCH_GPU [KERNEL] [FOLDER]
 # Prints the command lines, so that they can be changed by hand, and runs those that can be run here: a timeline (Nsight
 # Systems), the bytes and times of every kernel, and one kernel in detail (Nsight Compute). doc/profiling.md says how to
 # read them. Ends with 0 if something was profiled, 3 if the machine refuses it, 4 if there is no profiler or no GPU.
 set -u
-bench=${1:?usage: dev/profile.sh BENCH_GPU [KERNEL] [FOLDER]}
+bench=${1:?usage: dev/bench/profile.sh BENCH_GPU [KERNEL] [FOLDER]}
 kernel=${2:-attention_forward_kernel}
 folder=${3:-out/profile}
 mkdir -p "$folder"

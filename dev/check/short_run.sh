@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A run of everything that the CPU program does, in a few seconds, under a tool: dev/short_run.sh PROGRAMS TOOL...
+# A run of everything that the CPU program does, in a few seconds, under a tool: dev/check/short_run.sh PROGRAMS TOOL...
 # PROGRAMS: the folder with train_gpt_cpu and data_prep. In the environment, SHAPE: flags of the model, DTYPES: its types.
 # `make test-memcheck` and `make test-threads` call it.
 set -eu

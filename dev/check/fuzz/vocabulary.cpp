@@ -1,5 +1,5 @@
 // vocab.json: what is accepted is written again and read again as the same vocabulary.
-#include "../../host/text.h"
+#include "../../../host/text.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

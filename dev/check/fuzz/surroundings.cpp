@@ -4,9 +4,9 @@
 #include <cmath>
 #include <map>
 
-#include "../../host/limits.h"
-#include "../../host/progress.h"
-#include "../../host/threads.h"
+#include "../../../host/limits.h"
+#include "../../../host/progress.h"
+#include "../../../host/threads.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

@@ -1,7 +1,7 @@
 // CUDA on the CPU (dev/cuda_on_cpu): right kernels give right results in every order of their threads, wrong ones are
 // reported. What only a sanitizer can see is planted in hidden test cases, which the last ones run, in builds with that
 // sanitizer, as programs of their own.
-#include "cuda.h"
+#include "../../test/cuda.h"
 
 #ifdef CUDA_ON_CPU
 #include <algorithm>

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Tries nvcc on a small program: dev/check_nvcc.sh OUT NVCC FLAGS...
+# Tries nvcc on a small program: dev/setup/check_nvcc.sh OUT NVCC FLAGS...
 # If that compiles, OUT gets the options by which the linker finds CUDA's libraries, wherever this toolkit keeps them. If
 # not, the likely reason is said in a sentence, before what the compiler said.
 set -eu

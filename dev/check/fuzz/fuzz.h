@@ -9,8 +9,8 @@
 #include <filesystem>
 #include <string>
 
-#include "../../host/error.h"
-#include "../../host/files.h"
+#include "../../../host/error.h"
+#include "../../../host/files.h"
 
 // A folder of this process in memory.
 inline const std::string& fuzz_folder() {

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Fetches a text to train on: dev/get_text.sh OUT
+# Fetches a text to train on: dev/setup/get_text.sh OUT
 # Tiny Shakespeare if its canonical address can be reached; otherwise the King James Bible from the distribution's
 # package bible-kjv, so that a machine which reaches only a package mirror has a text as well. What exists is kept.
 set -eu
 
-out=${1:?usage: dev/get_text.sh OUT}
+out=${1:?usage: dev/setup/get_text.sh OUT}
 url=https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 sha256=86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed
 last_verse=31102

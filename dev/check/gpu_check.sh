@@ -1,17 +1,18 @@
 #!/usr/bin/env bash
 # All that is to be seen on a GPU, in eight minutes and one command, the most valuable first:
-#   dev/gpu_check.sh [STAGE ...]       build products tests step kernels ceilings run sanitizer ncu peer; all, if none
-#                                      is named; after a change `tests step kernels run` are enough
-#   dev/gpu_check.sh pack FOLDER       builds everything here, without a GPU, for a machine that cannot: FOLDER then
-#                                      has programs, libraries and data; ARCH=90 MARCH=x86-64-v3, if not set
-#   PREBUILT=FOLDER dev/gpu_check.sh   the same stages with that folder's programs; needs the repository's dev/ beside it
-# Results go to $OUT, or to out/gpu_check: log.txt grows as the stages run, summary.md is written anew after each and
-# holds a section for doc/performance.md. Each stage has a time limit: LIMIT_peer=300 dev/gpu_check.sh peer changes it.
-# A stage passes, fails, is refused (the machine does not let a tool work) or is not run (no GPU, no tool). Ends with 0
-# if all passed or were refused.
+#   dev/check/gpu_check.sh [STAGE ...]   build products tests step kernels ceilings run sanitizer ncu peer; all, if none
+#                                        is named; after a change `tests step kernels run` are enough
+#   dev/check/gpu_check.sh pack FOLDER   builds everything here, without a GPU, for a machine that cannot build: FOLDER
+#                                        then has programs, libraries and data; ARCH=90 MARCH=x86-64-v3, if not set
+#   PREBUILT=FOLDER dev/check/gpu_check.sh
+#                                        the same stages with those programs; needs the repository's dev/ beside FOLDER
+# Results go to $OUT, or to out/gpu_check. log.txt grows as the stages run. summary.md is written anew after each stage
+# and holds a section for doc/performance.md. Each stage has a time limit, which LIMIT_peer=300, say, changes.
+# A stage passes, fails, is refused (the machine does not let a tool work) or is not run (no GPU, no tool). The script
+# ends with 0 if all passed or were refused.
 # shellcheck disable=SC2317  # the stages are called by name
 set -u -o pipefail
-cd "$(dirname "$0")/.." || exit 1
+cd "$(dirname "$0")/../.." || exit 1
 all_stages=(build products tests step kernels ceilings run sanitizer ncu peer)
 declare -A limit=([build]=10 [products]=42 [tests]=40 [step]=60 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=80
   [ncu]=40 [peer]=100)
@@ -41,7 +42,7 @@ else
   build=build/$(basename "$cxx")
   [ "$march" = native ] || build+=-$march
   build+=/cuda-$arch
-  train_gpt=$build/train_gpt run_tests=$build/test/run_tests bench_gpu=$build/dev/bench_gpu data=${DATA:-data}
+  train_gpt=$build/train_gpt run_tests=$build/test/run_tests bench_gpu=$build/dev/bench/bench_gpu data=${DATA:-data}
 fi
 make_programs() { make ARCH="$arch" MARCH="$march" "$train_gpt" "$run_tests" "$bench_gpu" "$@"; }
 
@@ -91,7 +92,7 @@ pack() {
   cp "$data"/*.bin "$data"/*.json "$folder/data/"
   [ ! -e "$data/input.txt" ] || cp "$data/input.txt" "$folder/data/"
   commit >"$folder/commit"
-  say "$folder: $(du -sh "$folder" | cut -f 1), for sm_$arch and $march; next: PREBUILT=$folder dev/gpu_check.sh"
+  say "$folder: $(du -sh "$folder" | cut -f 1), for sm_$arch and $march; next: PREBUILT=$folder dev/check/gpu_check.sh"
 }
 commit() {
   if [ -n "${PREBUILT:-}" ]; then cat "$PREBUILT/commit" 2>/dev/null && return; fi
@@ -179,7 +180,7 @@ stage_ceilings() {
 stage_run() {
   need_programs "$train_gpt"
   local i begin out status file worst=$passed text=no shakespeare
-  shakespeare=$(sed -n 's/^sha256=//p' dev/get_text.sh)
+  shakespeare=$(sed -n 's/^sha256=//p' dev/setup/get_text.sh)
   have sha256sum && [ "$(sha256sum "$data/input.txt" 2>/dev/null | cut -d ' ' -f 1)" = "$shakespeare" ] && text=yes
   for i in 1 2; do
     out=$work/run$i
@@ -218,14 +219,14 @@ stage_run() {
       printf "| %d | %.4f | %s to %s%s | %.4f | %s to %s%s |\n", step, train, tl[step], th[step],
         in_train ? "" : ": OUTSIDE", val, vl[step], vh[step], in_val ? "" : ": OUTSIDE"
     }
-    END { print seen + 0 outside > "/dev/stderr" }' dev/bands.txt "$work/run1/stdout" 2>"$work/bands" | page
+    END { print seen + 0 outside > "/dev/stderr" }' dev/check/bands.txt "$work/run1/stdout" 2>"$work/bands" | page
   { say; grep '^val exact' "$work/run1/stdout" | sed 's/^v/V/; s/$/, run 1/'; say; } | page
   if [ "$text" = no ]; then
-    note 'losses not compared with dev/bands.txt: the text is not Tiny Shakespeare'
+    note 'losses not compared with dev/check/bands.txt: the text is not Tiny Shakespeare'
   elif [ "$(cat "$work/bands")" = 11 ]; then
-    note 'all losses lie within the bands of dev/bands.txt'
+    note 'all losses lie within the bands of dev/check/bands.txt'
   else
-    note "losses outside of the bands of dev/bands.txt, or missing: compared, outside: $(cat "$work/bands")"
+    note "losses outside of the bands of dev/check/bands.txt, or missing: compared, outside: $(cat "$work/bands")"
     worst=$failed
   fi
   exit "$worst"
@@ -328,7 +329,7 @@ stage_ncu() {
     note 'the machine does not let it count'
     exit "$refused"
   fi
-  if ! "${PYTHON:-python3}" dev/ncu_table.py "$results/ncu.csv" | tee "$work/ncu.log"; then
+  if ! "${PYTHON:-python3}" dev/bench/ncu_table.py "$results/ncu.csv" | tee "$work/ncu.log"; then
     tail -n 20 "$results/ncu.csv"
     note "no table, exit code $status"
     exit "$failed"
@@ -352,7 +353,7 @@ stage_peer() {
   else
     wrapper=
   fi
-  PYTHONUNBUFFERED=1 "$python" dev/bench_pytorch.py --device cuda --fused-only --budget $((seconds - 25)) \
+  PYTHONUNBUFFERED=1 "$python" dev/bench/bench_pytorch.py --device cuda --fused-only --budget $((seconds - 25)) \
     ${wrapper:+"$wrapper"} |
     tee "$work/peer.log" || exit "$failed"
   { say '#### Beside PyTorch'; say; } | page
@@ -378,7 +379,7 @@ summary() {  # what the stages left in $work, as Markdown
 }
 
 case ${1:-} in
-  pack) pack "${2:?usage: dev/gpu_check.sh pack FOLDER}" && exit 0 ;;
+  pack) pack "${2:?usage: dev/check/gpu_check.sh pack FOLDER}" && exit 0 ;;
   stage)  # one stage, in a process that a time limit can end
     stage=$2 seconds=$3 work=$4
     "stage_$stage"

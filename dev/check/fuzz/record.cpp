@@ -1,6 +1,6 @@
 // The record of a run, metrics.jsonl, that a resumed run goes on with; and baselines.json.
-#include "../../host/metrics.h"
-#include "../../host/ngram.h"
+#include "../../../host/metrics.h"
+#include "../../../host/ngram.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

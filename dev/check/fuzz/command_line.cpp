@@ -1,8 +1,8 @@
 // Command lines, an argument a line: what is accepted can be printed, recorded, and read back as the same.
 #include <sstream>
 
-#include "../../host/config.h"
-#include "../../host/train_loop.h"
+#include "../../../host/config.h"
+#include "../../../host/train_loop.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # Cost as work grows: a float32 step of the lecture's model with one of its sizes changed at a time.
-#   dev/bench_scaling.sh BENCH [T|C|L|B|V|threads ...]      all six in 3 minutes, or those named
+#   dev/bench/bench_scaling.sh BENCH [T|C|L|B|V|threads ...]   all six in 3 minutes, or those named
 # Writes doc/cpu_scaling.csv, where the rows of a size that is not measured stay as they are, and draws
 # doc/cpu_scaling.png. Work per token is arithmetic, so the share of the peak says it all: where it falls, the cost grows
 # faster than the work. A row is a process of its own, whose memory is the most that it ever had.
 set -eu
 shopt -s inherit_errexit  # a benchmark that fails ends the script
-cd "$(dirname "$0")/.."
-bench=${1:?usage: dev/bench_scaling.sh BENCH [T|C|L|B|V|threads ...]}
+cd "$(dirname "$0")/../.."
+bench=${1:?usage: dev/bench/bench_scaling.sh BENCH [T|C|L|B|V|threads ...]}
 shift
 [ $# -gt 0 ] || set -- T C L B V threads
 csv=doc/cpu_scaling.csv picture=doc/cpu_scaling.png

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """A training step of the lecture's model and, on the CPU, its matrix products by PyTorch, in turn with our program's.
 
-    make bench-pytorch PYTHON=python3          or  python dev/bench_pytorch.py BENCH_BINARY [--threads 2] [--rounds 5]
-    make bench-pytorch DEVICE=cuda             or  python dev/bench_pytorch.py --device cuda [BENCH_GPU_BINARY]
+    make bench-pytorch PYTHON=python3    or  python dev/bench/bench_pytorch.py BENCH_BINARY [--threads 2] [--rounds 5]
+    make bench-pytorch DEVICE=cuda       or  python dev/bench/bench_pytorch.py --device cuda [BENCH_GPU_BINARY]
 
 Both train 10.8 M parameters with dropout 0.2 and AdamW, on batches of 8 x 256 tokens on the CPU and of 64 x 256 on a
 GPU. They take turns, so that what else happens on the machine falls on all of them. `BENCH_BINARY step DTYPE` is to
@@ -20,12 +20,14 @@ import statistics
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from reference import GPT
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "check"))
+from reference import GPT  # noqa: E402
 
 B, T, V, C, L, DROPOUT = 8, 256, 65, 384, 6, 0.2
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Registers, stack, spills and static shared memory of every kernel of train_gpt.cu, as ptxas reports them:
-#   dev/kernel_stats.sh [ARCH ...]        90 if none is named; needs nvcc (NVCC=path), no GPU
+#   dev/bench/kernel_stats.sh [ARCH ...]        90 if none is named; needs nvcc (NVCC=path), no GPU
 # Dynamic shared memory is set at launch and does not show here. Exits with 1, and names the kernel, if one spills that
 # is not in the list below.
 set -eu
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 
 # Kernels that may spill, and why: a regular expression of "architecture name" and the reason.
 allowed=(

@@ -1,5 +1,5 @@
 // Texts: UTF-8 decoding does not depend on how the text is cut, and what is accepted comes back byte for byte.
-#include "../../host/text.h"
+#include "../../../host/text.h"
 
 #include <algorithm>
 

@@ -1,8 +1,8 @@
 // Token shards, up to three of a split: what is accepted has only tokens of the vocabulary, and all of them can be read.
 // The input is cut into shards at the byte that its first byte names.
-#include "../../host/shards.h"
+#include "../../../host/shards.h"
 
-#include "../../host/text.h"
+#include "../../../host/text.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

@@ -2,7 +2,7 @@
 //   bench [all] [dtype]           every layer of the lecture's model, and whole steps
 //   bench layers [dtype] [sizes]  every layer, and one whole step
 //   bench step [dtype] [sizes]    the step alone
-//   bench point [dtype] [sizes]   the same as a line of numbers, with the memory it took: dev/bench_scaling.sh asks
+//   bench point [dtype] [sizes]   the same as a line of numbers, with the memory it took, for bench_scaling.sh
 //   bench products [dtype]        answers lines of stdin, "forward 2048 384 1152", with the time of that product
 // dtype: float32 or bfloat16. Without one, `point` and `products` take float32, and the others run every type that this
 // processor has.
@@ -10,7 +10,7 @@
 // Each figure is the median of several runs after a warm-up, with the fastest and the slowest: machines are noisy, and
 // a share is only as good as the peak that was measured beside it.
 #define MICROGPT_NO_MAIN
-#include "../train_gpt_cpu.cpp"
+#include "../../train_gpt_cpu.cpp"
 
 #include <sys/resource.h>
 
@@ -293,7 +293,7 @@ void bench(const char* dtype, const std::string& what, const Sizes& sizes) {
               watch.sustained(), watch.loops(), watch.fastest());
 }
 
-// A line of numbers for dev/bench_scaling.sh, which prints their names.
+// A line of numbers for dev/bench/bench_scaling.sh, which prints their names.
 template <class Factor>
 void point(const char* dtype, const Sizes& sizes) {
   Stopwatch watch(peak_loop<Factor>);

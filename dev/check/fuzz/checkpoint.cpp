@@ -1,8 +1,8 @@
 // Safetensors files and the checkpoints in them. Inputs have no checksums, which would turn nearly all of them away at
 // the door; that damage is found is tested elsewhere. What is accepted lies inside of the file.
-#include "../../host/checkpoint.h"
+#include "../../../host/checkpoint.h"
 
-#include "../../host/config.h"
+#include "../../../host/config.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

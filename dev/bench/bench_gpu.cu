@@ -10,7 +10,7 @@
 // median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
 // was measured beside it, so both stand in one output.
 #define MICROGPT_NO_MAIN
-#include "../train_gpt.cu"
+#include "../../train_gpt.cu"
 
 #include <chrono>
 #include <filesystem>

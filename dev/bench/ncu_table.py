@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What limits each kernel: a table of what `ncu --page raw --csv` printed.
 
-    python dev/ncu_table.py FILE
+    python dev/bench/ncu_table.py FILE
 
 Lines that the profiled program printed itself are skipped; a figure that ncu did not measure is left empty.
 """

@@ -87,7 +87,7 @@ TEST_CASE("Code on the page of the ladder is that of its sources") {
       CHECK(page.find("`" + entry.path().string() + "`") != std::string::npos);
 }
 
-TEST_CASE("The README's table of flags is the program's own") {
-  const std::string readme = read_file("README.md"), help = help_text("train");
-  CHECK(readme.find(help) != std::string::npos);
+TEST_CASE("The page of flags has the program's own text") {
+  const std::string page = read_file("doc/flags.md"), help = help_text("train");
+  CHECK(page.find(help) != std::string::npos);
 }

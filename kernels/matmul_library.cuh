@@ -383,8 +383,8 @@ class MatmulLibrary {
     return out;
   }
 
-  // What dev/bench_gpu.cu looks into: the algorithms that the library proposes, the one that was taken or would have
-  // been, had the other way not been faster, and a product computed by one of them. Returns false: it cannot.
+  // What dev/bench/bench_gpu.cu looks into: the algorithms that the library proposes, the one that was taken or would
+  // have been, had the other way not been faster, and a product computed by one of them. Returns false: it cannot.
   struct Algorithm {  // with a name, which the library's struct has not: nvcc 13.0 fails on a vector of those
     cublasLtMatmulAlgo_t opaque{};
 

@@ -239,7 +239,7 @@ TEST_CASE("get_text: keeps what exists, checks what comes, falls back, and leave
     fs::permissions(bin + "/" + name, fs::perms::owner_all);
   };
   const auto get_text = [&] {
-    const Run r = run("PATH=" + bin + ":$PATH sh dev/get_text.sh " + out);
+    const Run r = run("PATH=" + bin + ":$PATH sh dev/setup/get_text.sh " + out);
     CHECK_FALSE(fs::exists(out + ".part"));
     return r;
   };

@@ -7,8 +7,8 @@
 
 #include "../host/checkpoint.h"
 #include "../host/cpu_features.h"
+#include "../host/evaluation.h"
 #include "../host/safetensors.h"
-#include "../host/train_loop.h"
 #include "trainer.h"
 
 TEST_CASE("A run trains, samples, saves and says so") {

@@ -619,11 +619,11 @@ class GpuModel final : public Trainer {
   double random_losses(Split split, int iteration, int first, int count) override {
     Range range("evaluate");
     const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& text = tokens_[size_t(split)];
+    const DeviceTokens& from = tokens_[size_t(split)];
     const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     set_step(iteration);
     for (int k = first; k < first + count; k++) {
-      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
+      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
                     T, stream_);
       add_losses(k > first, B * T);
     }
@@ -662,12 +662,12 @@ class GpuModel final : public Trainer {
   // The whole of a training step, as work on the stream.
   void enqueue_step(int batches) {
     const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& text = tokens_[size_t(Split::train)];
+    const DeviceTokens& from = tokens_[size_t(Split::train)];
     const double dloss = 1.0 / (double(B) * T * batches);
     for (int k = 0; k < batches; k++) {
       const int first_row = k * B;
       const Dropout drop = {config_.seed, 0, 0, dropout_threshold(config_.dropout), first_row};
-      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site::batch,
+      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site::batch,
                     uint64_t(first_row), B, T, stream_);
       forward(gpt_, B, T, drop, true);
       backward(gpt_, B, T, float(dloss), drop, k > 0);

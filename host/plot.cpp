@@ -18,9 +18,9 @@ extern char** environ;
 
 // A gnuplot string. Within single quotes gnuplot expands nothing, neither escapes nor `commands`; an apostrophe becomes
 // the typographic one, since gnuplot does not understand a doubled one everywhere.
-std::string quoted(const std::string& text) {
+std::string quoted(const std::string& words) {
   std::string out = "'";
-  for (char c : text) {
+  for (char c : words) {
     if (static_cast<unsigned char>(c) < ' ') c = ' ';  // a line's end would end the command
     if (c == '\'')
       out += "’";

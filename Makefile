@@ -6,7 +6,7 @@ CXX      ?= g++
 COMPILER := $(lastword $(filter-out -%,$(CXX)))
 CCBIN    := $(if $(filter environment command,$(origin CXX)),-ccbin $(COMPILER))
 MARCH    ?= native
-# The kernels' instruction set. A program runs on machines that have it and says so on others (host/cpu_check.cpp).
+# The kernels' instruction set. A program runs on machines that have it and says so on others (check_cpu, host/machine.cpp).
 ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=$(MARCH))
 
 # All processors, unless make is told how many, or memory has no room for as many compilers. Where it has room for one
@@ -37,7 +37,7 @@ ifeq ($(shell uname -s),Darwin)  # Apple's clang has OpenMP, Homebrew has its li
 else
   OPENMP := -fopenmp
   # g++'s OpenMP goes into the program where the compiler brings libgomp.a: as a library it would read the environment
-  # before host/threads.cpp has completed it. It is looked for when a program is linked: `make deps` may come first.
+  # before host/machine.cpp has completed it. It is looked for when a program is linked: `make deps` may come first.
   LIBGOMP = $(if $(findstring clang,$(shell $(CXX) --version)),,$(wildcard $(shell $(CXX) -print-file-name=libgomp.a)))
   LIBS    = $(LDFLAGS) $(if $(LIBGOMP),$(LIBGOMP) -pthread -ldl,-fopenmp) -lzip
 endif
@@ -156,7 +156,7 @@ train_gpt_cpu data_prep: %: $(BUILD)/% FORCE
 $(BUILD)/train_gpt_cpu $(BUILD)/data_prep: %: %.o $(addprefix $(BUILD)/host/,$(HOST_OBJECTS))
 	$(CXX) $^ $(LIBS) -o $@
 
-# The host's code, and above all cpu_check.cpp, is built for any processor of the family; only code that holds kernels,
+# The host's code, and above all machine.cpp, is built for any processor of the family; only code that holds kernels,
 # and cpu_features.cpp, which records what they were built for, gets the instruction set.
 $(BUILD)/host/%.o: host/%.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	@mkdir -p $(@D)

@@ -14,13 +14,12 @@
 #include "host/batch.h"         // defines: random_batch
 #include "host/commands.h"      // defines: run_command, dtype_so_far, ...
 #include "host/config.h"        // defines: Config, parse_command_line
-#include "host/cpu_features.h"  // defines: built_for
 #include "host/data.h"          // defines: Data, Split
 #include "host/error.h"         // defines: fail, run_main
+#include "host/machine.h"       // defines: built_for, use_threads
 #include "host/memory.h"        // defines: Buffer, MemoryPlan
 #include "host/schedule.h"      // defines: learning_rate_at
 #include "host/tensors.h"       // defines: ModelShape, PARAMETERS, Params, Layout
-#include "host/threads.h"       // defines: use_threads
 #include "host/trainer.h"       // defines: Trainer, trainer_type
 #include "host/version.h"       // defines: version_text
 #include "kernels/adamw.h"
@@ -389,9 +388,7 @@ class CpuModel final : public Trainer {
       loss += loss_sum(gpt_, y_.data(), B, T) * dloss;
       backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
     }
-    update(gpt_,
-           {learning_rate(iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay,
-            iteration + 1, 1},
+    update(gpt_, {learning_rate(iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1},
            config_.grad_clip);
     check_all_canaries(gpt_);
     return float(loss);

@@ -7,8 +7,8 @@
 
 #include "../host/checkpoint.h"
 #include "../host/commands.h"
-#include "../host/cpu_features.h"
 #include "../host/evaluation.h"
+#include "../host/machine.h"
 #include "../host/run_files.h"
 #include "../host/safetensors.h"
 #include "trainer.h"

@@ -17,13 +17,15 @@
 #include <string>
 #include <vector>
 
+#include "host/commands.h"    // defines: run_command, dtype_so_far, ...
 #include "host/config.h"      // defines: Config, parse_command_line
 #include "host/data.h"        // defines: Data, Split
 #include "host/error.h"       // defines: fail, run_main
 #include "host/files.h"       // defines: read_file, write_file
 #include "host/memory.h"      // defines: MemoryPlan
+#include "host/schedule.h"    // defines: learning_rate_at
 #include "host/tensors.h"     // defines: ModelShape, Params, Arena, Layout
-#include "host/train_loop.h"  // defines: run_command
+#include "host/trainer.h"     // defines: Trainer, trainer_type
 #include "host/version.h"     // defines: version_text
 #include "kernels/adamw.cuh"
 #include "kernels/attention.cuh"
@@ -347,10 +349,10 @@ void check_all_canaries(GPT<Real>& m) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The model as the training loop sees it (host/train_loop.h).
+// The model as the training loop sees it (host/trainer.h).
 
 template <class Real>
-class GpuModel {
+class GpuModel final : public Trainer {
  public:
   GpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
       : config_(config),
@@ -391,18 +393,18 @@ class GpuModel {
     return {double(free), "on this GPU there are free"};
   }
 
-  const ModelShape& shape() const { return gpt_.shape; }
-  const Layout& layout() const { return gpt_.param_layout; }
-  std::string describe() const {
+  ModelShape shape() const override { return gpt_.shape; }
+  const Layout& layout() const override { return gpt_.param_layout; }
+  std::string describe() const override {
     const cudaDeviceProp card = current_card();
     return text(config_.dtype, " on ", card.name, ", ", card.totalGlobalMem / 1000000000, " GB, ",
                 card.multiProcessorCount, " multiprocessors",
                 peak_flops_ > 0 ? text(", measured peak ", std::round(peak_flops_ / 1e12), " TFLOP/s") : "");
   }
-  double peak_flops() const { return peak_flops_; }
-  int chunk() const { return ring_size; }
+  double peak_flops() const override { return peak_flops_; }
+  int chunk() const override { return ring_size; }
 
-  void restore(const float* params, const float* m, const float* v) {
+  void restore(const float* params, const float* m, const float* v) override {
     upload(gpt_.params_memory.data(), params);
     if (m) upload(gpt_.m_memory.data(), m);
     if (v) upload(gpt_.v_memory.data(), v);
@@ -411,13 +413,13 @@ class GpuModel {
       copy_to_device(gpt_.working_memory.data(), working.data(), working.size());
     }
   }
-  void snapshot(float* params, float* m, float* v) const {
+  void snapshot(float* params, float* m, float* v) const override {
     download(params, gpt_.params_memory.data());
     if (m) download(m, gpt_.m_memory.data());
     if (v) download(v, gpt_.v_memory.data());
   }
 
-  std::string first_not_finite() const {
+  std::string first_not_finite() const override {
     const auto look = [](const auto* buffer, const Layout& of, Order order) {
       std::vector<std::decay_t<decltype(*buffer)>> copy;
       std::vector<float> values;
@@ -435,7 +437,7 @@ class GpuModel {
     return name.empty() ? name : "the gradient of " + name;
   }
 
-  std::map<std::string, std::string> state() const {
+  std::map<std::string, std::string> state() const override {
     const TrainState state = read_state();
     std::map<std::string, std::string> out = {{"matmul", algorithms_}};
     if (loss_scaling) {
@@ -444,7 +446,7 @@ class GpuModel {
     }
     return out;
   }
-  void set_state(const std::map<std::string, std::string>& saved) {
+  void set_state(const std::map<std::string, std::string>& saved) override {
     TrainState state = initial_state(loss_scaling);
     if (saved.count("loss_scale") && loss_scaling) {
       try {
@@ -462,12 +464,12 @@ class GpuModel {
   }
 
   // At most chunk() steps: for so many the device has learning rates and keeps losses.
-  std::vector<float> train_steps(int iteration, int count) {
+  std::vector<float> train_steps(int iteration, int count) override {
     require(count <= ring_size, "train_steps: ", count, " at once");
     const Config& c = config_;
     std::vector<AdamWStep> adamw(ring_size);
     for (int i = iteration; i < iteration + count; i++)
-      adamw[size_t(i % ring_size)] = adamw_step(learning_rate_at(c, i), c.beta1, c.beta2, c.weight_decay, i + 1);
+      adamw[size_t(i % ring_size)] = adamw_step(learning_rate(i), c.beta1, c.beta2, c.weight_decay, i + 1);
     copy_to_device(adamw_ring_.data(), adamw.data(), ring_size);
     set_step(iteration);
     for (int i = 0; i < count; i++) {
@@ -485,15 +487,16 @@ class GpuModel {
     check_all_canaries(gpt_);
     return losses;
   }
+  double learning_rate(int iteration) const override { return learning_rate_at(config_, iteration); }
 
-  double random_losses(Split split, int iteration, int first, int count) {
+  double random_losses(Split split, int iteration, int first, int count) override {
     Range range("evaluate");
     const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& text = tokens_[size_t(split)];
+    const DeviceTokens& from = tokens_[size_t(split)];
     const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     set_step(iteration);
     for (int k = first; k < first + count; k++) {
-      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
+      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
                     T, stream_);
       add_losses(k > first, B * T);
     }
@@ -502,14 +505,14 @@ class GpuModel {
 
   // Always computes a whole batch, whose shapes the matrix products are prepared for: behind B windows of n tokens lie
   // those of an earlier batch, which no loss is taken of and which causality keeps from having any influence.
-  double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) {
+  double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) override {
     gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, stride ? stride : n, B, n, stream_);
     add_losses(false, B * n);
     return read_losses();
   }
 
   // For the same reason one window of T tokens, whatever n is.
-  int next_token(const int* context, int n, int, const Choice& choice) {
+  int next_token(const int* context, int n, int, const Choice& choice) override {
     int token = 0;
     CUDA_CHECK(cudaMemcpyAsync(gpt_.x, context, size_t(n) * sizeof(int), cudaMemcpyHostToDevice, stream_));
     forward(gpt_, 1, shape().T, {}, false);
@@ -532,12 +535,12 @@ class GpuModel {
   // The whole of a training step, as work on the stream.
   void enqueue_step(int batches) {
     const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& text = tokens_[size_t(Split::train)];
+    const DeviceTokens& from = tokens_[size_t(Split::train)];
     const double dloss = 1.0 / (double(B) * T * batches);
     for (int k = 0; k < batches; k++) {
       const int first_row = k * B;
       const Dropout drop = {config_.seed, 0, 0, dropout_threshold(config_.dropout), first_row};
-      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site::batch,
+      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site::batch,
                     uint64_t(first_row), B, T, stream_);
       forward(gpt_, B, T, drop, true);
       backward(gpt_, B, T, float(dloss), drop, k > 0);
@@ -657,9 +660,9 @@ inline int run_on_gpu(Config config) {
          " arithmetic (compute capability 8.0 has); --dtype float16 or float32");
   if (config.command == "train") apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
   config.device = "cuda";
-  if (config.dtype == "bfloat16") return run_command<GpuModel<bf16>>(config);
-  if (config.dtype == "float16") return run_command<GpuModel<fp16>>(config);
-  return run_command<GpuModel<float>>(config);
+  if (config.dtype == "bfloat16") return run_command(trainer_type<GpuModel<bf16>>(), config);
+  if (config.dtype == "float16") return run_command(trainer_type<GpuModel<fp16>>(), config);
+  return run_command(trainer_type<GpuModel<float>>(), config);
 }
 
 #ifndef MICROGPT_NO_MAIN

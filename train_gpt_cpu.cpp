@@ -12,14 +12,15 @@
 #include <vector>
 
 #include "host/batch.h"         // defines: random_batch
+#include "host/commands.h"      // defines: run_command, dtype_so_far, ...
 #include "host/config.h"        // defines: Config, parse_command_line
-#include "host/cpu_features.h"  // defines: built_for
 #include "host/data.h"          // defines: Data, Split
 #include "host/error.h"         // defines: fail, run_main
+#include "host/machine.h"       // defines: built_for, use_threads
 #include "host/memory.h"        // defines: Buffer, MemoryPlan
+#include "host/schedule.h"      // defines: learning_rate_at
 #include "host/tensors.h"       // defines: ModelShape, Params, Arena, Layout
-#include "host/threads.h"       // defines: use_threads
-#include "host/train_loop.h"    // defines: run_command
+#include "host/trainer.h"       // defines: Trainer, trainer_type
 #include "host/version.h"       // defines: version_text
 #include "kernels/adamw.h"
 #include "kernels/amx.h"
@@ -265,11 +266,11 @@ void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The model as the training loop sees it (host/train_loop.h).
+// The model as the training loop sees it (host/trainer.h).
 
 // Factor: what the products' operands are rounded to, kernels/factors.h
 template <class Factor>
-class CpuModel {
+class CpuModel final : public Trainer {
  public:
   CpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
       : config_(config),
@@ -295,45 +296,46 @@ class CpuModel {
   }
   static AvailableMemory memory() { return {usable_memory(), "this machine has"}; }
 
-  const ModelShape& shape() const { return gpt_.shape; }
-  const Layout& layout() const { return gpt_.param_layout; }
-  std::string describe() const {
+  ModelShape shape() const override { return gpt_.shape; }
+  const Layout& layout() const override { return gpt_.param_layout; }
+  std::string describe() const override {
     const int threads = omp_get_max_threads();
     return text(config_.dtype, ", ", threads, threads == 1 ? " thread" : " threads");
   }
-  double peak_flops() const { return 0; }
-  int chunk() const { return 1; }
+  double peak_flops() const override { return 0; }
+  int chunk() const override { return 1; }
   GPT<float, Factor>& gpt() { return gpt_; }
 
-  void restore(const float* params, const float* m, const float* v) {
+  void restore(const float* params, const float* m, const float* v) override {
     const size_t n = layout().size();
     std::copy(params, params + n, gpt_.params_memory.data());
     gpt_.packed = {};
     if (m) std::copy(m, m + n, gpt_.m_memory.data());
     if (v) std::copy(v, v + n, gpt_.v_memory.data());
   }
-  void snapshot(float* params, float* m, float* v) const {
+  void snapshot(float* params, float* m, float* v) const override {
     const size_t n = layout().size();
     std::copy(gpt_.params_memory.data(), gpt_.params_memory.data() + n, params);
     if (m) std::copy(gpt_.m_memory.data(), gpt_.m_memory.data() + n, m);
     if (v) std::copy(gpt_.v_memory.data(), gpt_.v_memory.data() + n, v);
   }
-  std::string first_not_finite() const {
+  std::string first_not_finite() const override {
     std::string name = ::first_not_finite(gpt_.acts_memory.data(), gpt_.act_layout, Order::forward);
     if (!name.empty()) return name;
     name = ::first_not_finite(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
     return name.empty() ? name : "the gradient of " + name;
   }
-  std::map<std::string, std::string> state() const { return {}; }
-  void set_state(const std::map<std::string, std::string>&) {}
+  std::map<std::string, std::string> state() const override { return {}; }
+  void set_state(const std::map<std::string, std::string>&) override {}
 
-  std::vector<float> train_steps(int iteration, int count) {
+  std::vector<float> train_steps(int iteration, int count) override {
     std::vector<float> losses;
     for (int i = 0; i < count; i++) losses.push_back(train_step(iteration + i));
     return losses;
   }
+  double learning_rate(int iteration) const override { return learning_rate_at(config_, iteration); }
 
-  double random_losses(Split split, int iteration, int first, int count) {
+  double random_losses(Split split, int iteration, int first, int count) override {
     const int B = config_.batch_size, T = shape().T;
     const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     double sum = 0;
@@ -345,7 +347,7 @@ class CpuModel {
     return sum;
   }
 
-  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) {
+  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) override {
     for (int b = 0; b < B; b++) {
       const uint64_t first = at + b * (stride ? stride : n);
       (*data_)[split].copy(first, n, x_.data() + size_t(b) * n);
@@ -355,7 +357,7 @@ class CpuModel {
     return loss_sum(gpt_, y_.data(), B, n);
   }
 
-  int next_token(const int* context, int n, int known, const Choice& choice) {
+  int next_token(const int* context, int n, int known, const Choice& choice) override {
     if (!gpt_.packed.headw) pack_weights(gpt_);
     const float* logits = forward(gpt_, context + known, 1, n, {}, known, true);
     return choose_token(logits, shape().V, choice.temperature, choice.top_k, choice.uniform);
@@ -376,9 +378,7 @@ class CpuModel {
       loss += loss_sum(gpt_, y_.data(), B, T) * dloss;
       backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
     }
-    update(gpt_,
-           {learning_rate_at(config_, iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay,
-            iteration + 1, 1},
+    update(gpt_, {learning_rate(iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1},
            config_.grad_clip);
     check_all_canaries(gpt_);
     return float(loss);
@@ -431,8 +431,8 @@ inline std::string auto_dtype(const Config& config) {
     apply_preset(config, config.preset == "auto" ? "small" : config.preset);
   }
   config.device = "cpu";
-  if (config.dtype == "bfloat16") return run_command<CpuModel<bfloat16>>(config);
-  return run_command<CpuModel<float>>(config);
+  if (config.dtype == "bfloat16") return run_command(trainer_type<CpuModel<bfloat16>>(), config);
+  return run_command(trainer_type<CpuModel<float>>(), config);
 }
 
 }  // namespace cpu

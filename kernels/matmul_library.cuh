@@ -23,6 +23,8 @@
 #include <vector>
 
 #include "../host/error.h"
+#include "../host/files.h"
+#include "../host/text.h"
 #include "device.cuh"
 #include "launch.cuh"
 #include "masks.h"
@@ -116,13 +118,7 @@ class AlgorithmTable {
  private:
   std::string head() const { return "algorithms of matrix products, version 1\n" + machine_ + "\n"; }
   static std::string line(const std::string& key, const std::string& value) { return key + ": " + value + "\n"; }
-  static std::string digest(const std::string& text) {  // FNV-1a
-    uint64_t hash = 0xcbf29ce484222325;
-    for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(hash));
-    return hex;
-  }
+  static std::string digest(const std::string& words) { return hash_text(fnv1a(words.data(), words.size())); }
 
   std::string machine_;
   std::map<std::string, std::string> algorithms_;

@@ -1,5 +1,6 @@
 // The whole model: its gradient by finite differences with dropout on, and what must be exactly equal.
 #define MICROGPT_NO_MAIN
+#include "../host/run.h"
 #include "../train_gpt_cpu.cpp"
 
 #include <functional>

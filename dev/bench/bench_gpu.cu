@@ -10,6 +10,7 @@
 // median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
 // was measured beside it, so both stand in one output.
 #define MICROGPT_NO_MAIN
+#include "../../host/run.h"  // defines: flops_per_token, flops_text
 #include "../../train_gpt.cu"
 
 #include <chrono>

@@ -1,5 +1,5 @@
 // Prompts, from the command line and from a file: what is accepted becomes its own characters again.
-#include "../../../host/train_loop.h"
+#include "../../../host/commands.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

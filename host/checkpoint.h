@@ -4,7 +4,7 @@
 //               adamw.m.<name> and adamw.v.<name>
 //   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...), iteration,
 //               best_fixed_loss, best_iteration, data (fingerprint of the tokens), state.<name> of the trainer, checksums
-// defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views, Snapshot, CheckpointWriter
+// defines: CheckpointInfo, recorded_dtype, save_checkpoint, Checkpoint, export_views, Snapshot, CheckpointWriter
 #pragma once
 #include <atomic>
 #include <exception>
@@ -29,6 +29,9 @@ struct CheckpointInfo {
   std::string data;                          // fingerprint of the training and validation tokens
   std::map<std::string, std::string> state;  // what else a trainer needs to go on exactly, by name
 };
+
+// The type of arithmetic of the trainer that wrote it; empty: it is not recorded, or not one that we know.
+std::string recorded_dtype(const CheckpointInfo& info);
 
 // The parameters in a buffer of this layout, as the tensors of a state dict.
 std::vector<TensorView> export_views(const ModelShape& shape, const Layout& layout, const float* params,

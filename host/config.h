@@ -47,7 +47,7 @@ struct Config {
 
   std::string device = "auto";
   std::string dtype = "auto";
-  int threads = 0;  // 0: see use_threads, host/threads.h
+  int threads = 0;  // 0: see use_threads, host/machine.h
   uint64_t seed = 1337;
 
   std::string start = "\n";

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 // Raises "could not <doing>: <what errno says> (<what to do about it>)".
 [[noreturn]] void fail_errno(const std::string& doing);
@@ -69,8 +70,13 @@ class Lock {
   int file_;
 };
 
-// FNV-1a with 64 bits: Fowler, Noll, Vo. A state that is passed on continues a hash over several pieces.
-uint64_t fnv1a(const void* data, size_t bytes, uint64_t state = 14695981039346656037ull);
+// FNV-1a with 64 bits (Fowler, Noll, Vo) of bytes, or of the 16 bits of a token at a time. A state that is passed on
+// continues a hash over several pieces.
+template <class Unit>
+uint64_t fnv1a(const Unit* units, size_t count, uint64_t state = 14695981039346656037ull) {
+  for (size_t i = 0; i < count; i++) state = (state ^ std::make_unsigned_t<Unit>(units[i])) * 1099511628211ull;
+  return state;
+}
 
 // A checksum at memory speed, for large data. Any single changed byte changes it, for certain; other damage escapes
 // with a probability of about 2^-64. Against accidents, not against forgery. Part of the checkpoints' format: it must

@@ -25,10 +25,12 @@ void set_flag(const Flag& flag, const std::string& value);  // raises an Error t
 std::string flag_value(const Flag& flag);
 
 // Reads `--flag value` and `--flag=value`, the last of several counts, and returns the names of those that were given. If
-// --help (-h) or --version is among the arguments, it returns that name alone and sets nothing. Other arguments:
-// unknown(name) or, without --, an Error.
+// --help (-h) or --version is among the arguments, it returns that name alone and sets nothing. It calls unknown(name) for
+// each flag that is not in the table, and other(word) for each word that is neither a flag nor a value; without `other`,
+// such a word is an Error.
 std::set<std::string> parse_flags(std::vector<std::string> arguments, const std::vector<Flag>& flags,
-                                  const std::function<void(const std::string& name)>& unknown);
+                                  const std::function<void(const std::string& name)>& unknown,
+                                  const std::function<void(const std::string& word)>& other = nullptr);
 
 // The most similar of these words.
 std::string nearest(const std::string& word, const std::vector<std::string>& words);

@@ -25,7 +25,7 @@ bool draw_plot(const std::string& png_path, const PlotData& data);
 bool draw_picture(const std::string& png_path, int width, int height, const std::string& commands);
 
 // A text as gnuplot's commands quote it.
-std::string quoted(const std::string& text);
+std::string quoted(const std::string& words);
 
 // Colours of Okabe and Ito (2008), which colour-blind people tell apart.
 constexpr const char *train_colour = "#0072B2", *val_colour = "#D55E00", *third_colour = "#009E73",

@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <map>
 #include <string>
+#include <string_view>
 #include <vector>
 
 #include "files.h"
@@ -45,6 +46,8 @@ class SafetensorsFile {
   const TensorView* maybe(const std::string& name) const;              // nullptr if it is absent
 
  private:
+  void verify_checksums(std::string_view header, Verify what);
+
   std::string path_;
   MappedFile file_;
   Metadata metadata_;

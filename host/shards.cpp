@@ -187,9 +187,8 @@ void Tokens::copy(uint64_t first, size_t count, int* out) const {
 }
 
 uint64_t Tokens::fingerprint() const {
-  uint64_t state = 14695981039346656037ull;  // FNV-1a over tokens instead of bytes
-  for (const Shard& shard : shards_)
-    for (uint64_t i = 0; i < shard.count; i++) state = (state ^ shard.tokens[i]) * 1099511628211ull;
+  uint64_t state = fnv1a<uint16_t>(nullptr, 0);
+  for (const Shard& shard : shards_) state = fnv1a(shard.tokens, shard.count, state);
   return state;
 }
 

@@ -1,10 +1,33 @@
 // Batches: windows of a text whose tokens lie on the device. Seed, step and row decide which windows, by the same
 // function as in host/batch.h. The step is read on the device, so no batch ever travels from the host.
-// defines: gather_random, gather_windows
+// defines: DeviceTokens, gather_random, gather_windows
 #pragma once
+#include <algorithm>
+#include <vector>
+
 #include "../host/random.h"
+#include "../host/shards.h"
 #include "device.cuh"
 #include "launch.cuh"
+#include "runtime.cuh"
+
+// The text, on the device.
+struct DeviceTokens {
+  uint64_t count = 0;
+  DeviceBuffer<uint16_t> tokens;
+
+  explicit DeviceTokens(const Tokens& from) : count(from.size()), tokens(from.size(), "the text") {
+    constexpr uint64_t piece = 1 << 20;
+    std::vector<int> wide(piece);
+    std::vector<uint16_t> narrow(piece);
+    for (uint64_t at = 0; at < count; at += piece) {
+      const size_t n = size_t(std::min(piece, count - at));
+      from.copy(at, n, wide.data());
+      std::copy(wide.begin(), wide.begin() + long(n), narrow.begin());
+      copy_to_device(tokens.data() + at, narrow.data(), n);
+    }
+  }
+};
 
 constexpr int gather_threads = 256;
 

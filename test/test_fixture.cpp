@@ -1,5 +1,5 @@
 // The whole model against PyTorch: test/fixture.safetensors holds weights, a batch, and the logits, loss, gradients and
-// losses of ten AdamW steps that dev/reference.py got for them in double precision.
+// losses of ten AdamW steps that dev/check/reference.py got for them in double precision.
 #define MICROGPT_NO_MAIN
 #include "../train_gpt_cpu.cpp"
 

@@ -71,7 +71,7 @@ TEST_CASE("A CUDA Toolkit that cannot build the GPU trainer stops make, which sa
   const Run r = make(folder, "NVCC=/no/nvcc " + folder + "/cuda-ptx/train_gpt.o");
   CHECK(r.code == 2);
   CHECK(contains(r.err, "error: /no/nvcc does not run"));
-  CHECK(contains(make(folder, "NVCC= " + folder + "/cuda-ptx/dev/bench_gpu").err, "error: nvcc was not found"));
+  CHECK(contains(make(folder, "NVCC= " + folder + "/cuda-ptx/dev/bench/bench_gpu").err, "error: nvcc was not found"));
 }
 
 TEST_CASE("CUDA's libraries are found wherever a toolkit keeps them, in folders of any name") {
@@ -202,7 +202,7 @@ TEST_CASE("make runs as many compilers as there are processors, or as memory has
     fs::create_directories(fs::path(root + path).parent_path());
     write_file(root + path, content + "\n");
   };
-  const auto jobs = [&] { return std::stoi(run("dev/jobs.sh " + root).out); };
+  const auto jobs = [&] { return std::stoi(run("dev/setup/jobs.sh " + root).out); };
   const int processors = std::stoi(run("getconf _NPROCESSORS_ONLN").out);
   CHECK(jobs() == processors);  // nothing is known of memory
   put("/proc/meminfo", "MemFree: 9 kB\nMemAvailable: 99000000000 kB");

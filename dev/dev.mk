@@ -1,0 +1,145 @@
+# What you measure, check and learn with. The Makefile, which includes this file, has the programs and the tests.
+
+.PHONY: help test-race run-shuffled test-memcheck test-threads test-pytorch fuzz \
+        bench bench-gpu bench-pytorch bench-scaling profile kernel-stats ladder
+
+define HELP
+run      make deps            install the packages (apt or Homebrew); does nothing when all are there
+         make train_gpt       the trainer, and the text and its tokens in data/
+         make train_gpt_cpu   the CPU trainer alone
+         make data            data/input.txt and its tokens: the file that is there, or Tiny Shakespeare
+         make data_prep       the program that turns a text into tokens
+         make clean           remove what was built; data/ and out/ stay
+
+test     make test            all tests, CUDA kernels on the CPU; SANITIZE=address,undefined checks every access
+         make test DEVICE=cuda  the tests of the kernels and of the GPU trainer, on a GPU
+         make test-race       kernels under ThreadSanitizer, and with their threads in shuffled order
+         make test-memcheck   a short run of the CPU programs under Valgrind
+         make test-threads    the same under ThreadSanitizer (clang++)
+         make test-pytorch    the exported model against PyTorch (PYTHON=python3, which needs torch and numpy)
+         make fuzz            bytes of all kinds for every reader of files and flags (clang++; FUZZ_SECONDS=60 each)
+
+measure  make bench           each layer's time, as a share of the peak that the machine sustains
+         make bench-scaling   how a CPU step grows with T, C, L, B, V, threads: doc/cpu_scaling.csv and .png (SIZES=T)
+         make bench-pytorch   the same step and products by PyTorch, in turn with ours (PYTHON=python3; DEVICE=cuda: the
+                              step on a GPU)
+         make bench-gpu       what the GPU can do, kernel by kernel, and whole steps of every type
+         make profile         a step under NVIDIA's profilers (KERNEL=name: the one shown in detail)
+         make kernel-stats    registers, spills and shared memory of every kernel (ARCH=90 or all)
+
+learn    make ladder          the models before the transformer, and a report (RUNG=wavenet: one of them; doc/ladder.md)
+
+variables  CXX=clang++        another compiler, for nvcc too      MARCH=x86-64-v3  another instruction set
+           ARCH=90, ARCH=all  for which GPUs; now: $(if $(NVCC),$(ARCH),no nvcc)
+           NVCC=path          another nvcc; NVCC= does without CUDA
+           CPPFLAGS, CXXFLAGS, LDFLAGS  go before our own flags, so -O, -std and -march are ours
+endef
+help: ; @: $(info $(HELP))
+
+PYTHON ?= python3
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Check
+
+# The kernels' tests alone, with their threads in other orders, and under ThreadSanitizer, to which everything is a race
+# that no barrier orders. One OpenMP thread, since ThreadSanitizer does not understand the barriers of libgomp.
+SEEDS := 1 2 3 4 5
+test-race:
+	$(MAKE) run-shuffled
+	$(MAKE) SANITIZE=thread run-shuffled SEEDS='0 1'
+run-shuffled: $(BUILD)/test/run_cuda_tests
+	for seed in $(SEEDS); do echo "seed $$seed"; CUDA_ON_CPU_SEED=$$seed OMP_NUM_THREADS=1 $< || exit 1; done
+
+# A short run under Valgrind, which also sees what was read before it was written; it knows no AVX-512.
+MEMCHECK := build/$(notdir $(COMPILER))-x86-64-v3
+test-memcheck:
+	$(MAKE) MARCH=x86-64-v3 $(MEMCHECK)/train_gpt_cpu $(MEMCHECK)/data_prep
+	dev/check/short_run.sh $(MEMCHECK) valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite \
+	  --errors-for-leak-kinds=definite
+
+# And one under ThreadSanitizer, of a size that is worth threads. clang's OpenMP tells it of barriers through Archer.
+ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
+test-threads:
+	$(MAKE) CXX=clang++ SANITIZE=thread build/clang++-thread/train_gpt_cpu build/clang++-thread/data_prep
+	SHAPE='--n_layer=2 --n_head=4 --n_embd=128 --block_size=64 --batch_size=8' OMP_TOOL_LIBRARIES=$(ARCHER) \
+	  TSAN_OPTIONS='ignore_noninstrumented_modules=1 exitcode=9' \
+	  dev/check/short_run.sh build/clang++-thread env
+
+test-pytorch: train_gpt_cpu data_prep
+	$(PYTHON) dev/check/test_pytorch.py
+
+# Fuzzing with clang's libFuzzer: every target for FUZZ_SECONDS, from seeds that our own writers make. Inputs of
+# interest are kept in build/fuzz/corpus, and an input that fails is left in the folder build/fuzz.
+FUZZ_TARGETS := $(filter-out seeds,$(patsubst dev/check/fuzz/%.cpp,%,$(wildcard dev/check/fuzz/*.cpp)))
+FUZZ_SECONDS ?= 60
+FUZZ_FLAGS   := -std=c++20 -g -O2 -MMD -MP $(WARNINGS) -Wno-unknown-pragmas \
+                -fsanitize=fuzzer-no-link,address,undefined -fno-sanitize-recover=undefined -D_GLIBCXX_ASSERTIONS
+FUZZ_HOST    := $(patsubst %.cpp,build/fuzz/%.o,$(wildcard host/*.cpp))
+define compile_fuzz
+@mkdir -p $(@D)
+clang++ $(FUZZ_FLAGS) -c $< -o $@
+endef
+fuzz: $(addprefix run-fuzz-,$(FUZZ_TARGETS))
+run-fuzz-%: build/fuzz/% build/fuzz/corpus
+	cd build/fuzz && ./$* -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1024 -malloc_limit_mb=256 \
+	  -timeout=10 -print_final_stats=1 -close_fd_mask=1 -artifact_prefix=$*- corpus/$* 2>&1 | tail -n 12
+build/fuzz/corpus: build/fuzz/seeds
+	$< $@
+build/fuzz/seeds: build/fuzz/seeds.o $(FUZZ_HOST)
+	clang++ -fsanitize=address,undefined -fopenmp $^ -lzip -o $@
+$(addprefix build/fuzz/,$(FUZZ_TARGETS)): %: %.o $(FUZZ_HOST)
+	clang++ -fsanitize=fuzzer,address,undefined -fopenmp $^ -lzip -o $@
+build/fuzz/%.o: dev/check/fuzz/%.cpp
+	$(compile_fuzz)
+build/fuzz/host/%.o: host/%.cpp
+	$(compile_fuzz)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Measure
+
+bench: $(BUILD)/bench
+	$(BUILD)/bench
+$(BUILD)/bench: $(BUILD)/dev/bench/bench.o $(HOST)
+	$(CXX) $^ $(LIBS) -o $@
+$(BUILD)/dev/bench/bench.o: FLAGS = $(KERNEL_FLAGS)
+
+# SIZES='T V' measures these anew; the other rows of the table stay.
+bench-scaling: $(BUILD)/bench
+	dev/bench/bench_scaling.sh $(BUILD)/bench $(SIZES)
+
+BENCH_GPU := $(CUDA_BUILD)/dev/bench/bench_gpu
+bench-gpu: $(BENCH_GPU)
+	$(BENCH_GPU) ceilings
+	$(BENCH_GPU) kernels
+	$(BENCH_GPU) step
+$(BENCH_GPU): %: %.o $(HOST)
+	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
+
+ifeq ($(DEVICE),cuda)
+bench-pytorch: $(BENCH_GPU)
+	$(PYTHON) dev/bench/bench_pytorch.py --device cuda $(BENCH_GPU)
+else
+bench-pytorch: $(BUILD)/bench
+	$(PYTHON) dev/bench/bench_pytorch.py $(BUILD)/bench
+endif
+
+KERNEL ?= attention_forward_kernel
+profile: $(BENCH_GPU)
+	dev/bench/profile.sh $(BENCH_GPU) '$(KERNEL)'
+
+kernel-stats:
+	NVCC='$(NVCC)' dev/bench/kernel_stats.sh $(if $(filter all,$(ARCH)),$(ALL_ARCHS),$(filter-out native ptx,$(ARCH)))
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Learn
+
+# The ladder: the course's earlier models, all of them, or RUNG=wavenet alone.
+RUNG ?= all
+ladder: $(BUILD)/ladder/ladder train_gpt
+	@cmp -s $< $@ || cp -f $< $@
+	./$@ $(RUNG)
+$(BUILD)/ladder/ladder: $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard dev/ladder/*.cpp)) $(HOST)
+	@mkdir -p $(@D)
+	$(CXX) $^ $(LIBS) -o $@
+$(BUILD)/dev/ladder/%.o: FLAGS = $(KERNEL_FLAGS)
+$(BUILD)/dev/ladder/%.o: DEFINES = -DMICROGPT_NO_MAIN

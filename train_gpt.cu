@@ -503,15 +503,15 @@ class GpuModel final : public Trainer {
     return read_losses() / (double(B) * T);
   }
 
-  // Always computes a whole batch, whose shapes the matrix products are prepared for: behind B windows of n tokens lie
-  // those of an earlier batch, which no loss is taken of and which causality keeps from having any influence.
+  // Rows past B * n still hold an older batch. We compute them and ignore them (causality keeps them from changing
+  // anything): the shapes stay the ones that cuBLASLt was prepared for.
   double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) override {
     gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, stride ? stride : n, B, n, stream_);
     add_losses(false, B * n);
     return read_losses();
   }
 
-  // For the same reason one window of T tokens, whatever n is.
+  // For the same reason this computes T tokens, whatever n is.
   int next_token(const int* context, int n, int, const Choice& choice) override {
     int token = 0;
     CUDA_CHECK(cudaMemcpyAsync(gpt_.x, context, size_t(n) * sizeof(int), cudaMemcpyHostToDevice, stream_));
@@ -570,8 +570,9 @@ class GpuModel final : public Trainer {
     set_state({});
   }
 
-  // Has the products of a hidden layer, forward and backward, timed in either way of computing its ReLU. The layers take
-  // turns, so that most of what a product reads comes from memory, as in a step.
+  // The library times the products of a hidden layer, forward and backward, with the ReLU computed in either of two
+  // ways, and takes the faster one. The layers take turns, so that most of what a product reads comes from memory, as
+  // in a step.
   void choose_relu() {
     GPT<Real>& m = gpt_;
     const int C = shape().C, rows = gpt_.B * shape().T;

@@ -17,8 +17,8 @@
 double flops_per_token(const ModelShape& shape);    // of a training step: 3 x forward, attention causal
 std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
 
-// A run of the command train, from its settings to its last file. What it prints, and when, is in doc/reliability.md and
-// in the README.
+// A run of the command train, from its settings to its last file. What it prints, and when, is in doc/reliability.md
+// and in the README.
 class TrainingRun {
  public:
   // Opens what is there (the text and, to go on, the checkpoint), refuses what cannot work, and makes the trainer.

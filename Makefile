@@ -64,7 +64,7 @@ $(CUDA_BUILD)/%.o: %.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
 $(CUDA_BUILD)/test/%.o: %.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
 	$(compile_cuda)
 
-# The host's code, and above all cpu_check.cpp, is built for any processor of the family. Only code that holds kernels
+# The host's code, and above all machine.cpp, is built for any processor of the family. Only code that holds kernels
 # gets the instruction set, and cpu_features.cpp, which records what they were built for.
 FLAGS   = $(HOST_FLAGS)
 DEFINES =

@@ -12,6 +12,7 @@
 
 #include "host/error.h"  // defines: fail, run_main
 #include "host/files.h"  // defines: AtomicFile, Lock, fail_errno, flush_folder, looks_like, make_folder, move_file, refuse_other
+#include "host/flags.h"     // defines: Flag, help_line, parse_flags
 #include "host/ngram.h"     // defines: compute_baselines, save_baselines
 #include "host/progress.h"  // defines: ProgressBar
 #include "host/shards.h"    // defines: ShardWriter, Tokens, move_shards, shard_path
@@ -20,67 +21,48 @@
 
 namespace fs = std::filesystem;
 
-constexpr const char* usage =
-    R"(usage: ./data_prep [TEXT] [--out DIR] [--shard_tokens N]
-
-Turns a UTF-8 text into what the trainers read: the first nine tenths of its characters to train on, the rest to
-validate, the vocabulary, and the losses of n-gram models to compare with. Line ends are kept as they are.
-
-  TEXT              any UTF-8 text, /dev/stdin too (default: data/input.txt)
-  --out DIR         where the files go (default: data)
-  --shard_tokens N  characters in one file at most, 1 to 2147483647 (default: 100000000)
-  --help            this text
-  --version         the commit that this was built from, and the compiler
-)";
-
 struct Options {
   std::string text = "data/input.txt", out = "data";
-  uint64_t shard_tokens = default_shard_tokens;
+  int shard_tokens = int(default_shard_tokens);
   bool help = false, version = false;
 };
 
-static uint64_t parse_shard_tokens(const std::string& value) {
-  const bool number =
-      !value.empty() && value.size() <= 10 && value.find_first_not_of("0123456789") == std::string::npos;
-  const uint64_t n = number ? std::stoull(value) : 0;
-  if (n < 1 || n > max_shard_tokens)
-    fail("--shard_tokens ", value, ": a number from 1 to ", max_shard_tokens, " is needed");
-  return n;
+static std::vector<Flag> flags(Options& options) {
+  return {
+      {"out", &options.out, 0, 0, {}, "folder that the files go into"},
+      {"shard_tokens", &options.shard_tokens, 1, double(max_shard_tokens), {}, "characters in one file at most"},
+  };
+}
+
+static std::string help_text() {
+  Options defaults;
+  std::string help = R"(usage: ./data_prep [TEXT] [--flag value | --flag=value ...]
+
+Turns a UTF-8 text into what the trainers read: the first nine tenths of its characters to train on, the rest to
+validate, the vocabulary, and the losses of n-gram models to compare with. Line ends are kept as they are. TEXT is any
+file or pipe, /dev/stdin too; without it, data/input.txt.
+
+flags, with their defaults:
+)";
+  for (const Flag& flag : flags(defaults)) help += help_line(flag);
+  return help + "\n  --version says which commit this was built from, and by which compiler\n";
 }
 
 static Options parse(int argc, char** argv) {
   Options options;
   bool text_given = false;
-  for (int i = 1; i < argc; i++) {
-    std::string flag = argv[i], value;
-    if (flag == "--help" || flag == "-h") {
-      options.help = true;
-      continue;
-    }
-    if (flag == "--version") {
-      options.version = true;
-      continue;
-    }
-    if (!flag.starts_with("-")) {
-      if (text_given) fail("two texts are given, ", options.text, " and ", flag, ": one at a time (see --help)");
-      options.text = flag;
-      text_given = true;
-      continue;
-    }
-    const size_t equals = flag.find('=');
-    const std::string name = flag.substr(0, equals);
-    if (name != "--out" && name != "--shard_tokens")
-      fail("unknown flag ", name, ": there are --out, --shard_tokens, --help and --version");
-    if (equals != std::string::npos)
-      value = flag.substr(equals + 1);
-    else if (++i < argc)
-      value = argv[i];
-    if (value.empty()) fail(name, " needs a value (see --help)");
-    if (name == "--out")
-      options.out = value;
-    else
-      options.shard_tokens = parse_shard_tokens(value);
-  }
+  const auto unknown = [](const std::string& name) {
+    fail("unknown flag --", name, ": there are --out, --shard_tokens, --help and --version");
+  };
+  const auto take_text = [&](const std::string& path) {
+    if (text_given) fail("two texts are given, ", options.text, " and ", path, ": one at a time (see --help)");
+    options.text = path;
+    text_given = true;
+  };
+  const auto given = parse_flags({argv + std::min(argc, 1), argv + argc}, flags(options), unknown, take_text);
+  if (options.out.empty()) fail("--out is a folder, not '' (see --help)");
+  options.help = given.count("help");
+  options.version = given.count("version");
   return options;
 }
 
@@ -165,7 +147,7 @@ static void report(const Options& options, const Vocabulary& vocabulary, uint64_
   std::printf("vocabulary: %s characters: %s\n", with_commas(uint64_t(vocabulary.size())).c_str(), list.c_str());
   for (const char* split : {"train", "val"}) {
     const uint64_t size = split == std::string("train") ? train_size : val_size;
-    const uint64_t more = (size - 1) / options.shard_tokens;
+    const uint64_t more = (size - 1) / uint64_t(options.shard_tokens);
     std::printf("%s: %s tokens in %s%s\n", split, with_commas(size).c_str(), shard_path(options.out, split, 0).c_str(),
                 more > 0 ? text(" and ", more, " more").c_str() : "");
   }
@@ -174,51 +156,56 @@ static void report(const Options& options, const Vocabulary& vocabulary, uint64_
   std::printf("\n");
 }
 
-static int prepare(const Options& options) {
-  Source source(options.text);
-  const Workshop workshop(options.out);
-  if (!source.regular()) source.spool(workshop.path + "/text");
-  ProgressBar progress("data_prep", 2 * source.size(), "B");
-  uint64_t bytes_read = 0;
+// What the first pass finds out about a text.
+struct Survey {
+  Vocabulary vocabulary;
+  uint64_t characters = 0, bytes = 0;
+  bool html = false, dropped_bom = false;
+};
 
-  // First pass: what the text is, which characters there are, and how many.
-  bool html = false;
+// First pass: what the text is, which characters there are, and how many.
+static Survey survey(Source& source, const std::string& name, ProgressBar& progress) {
+  Survey found;
   std::vector<bool> seen(0x110000, false);
-  uint64_t characters = 0;
-  Utf8Decoder counter(options.text);
+  Utf8Decoder decoder(name);
   source.read([&](std::string_view bytes) {
-    if (bytes_read == 0) {
+    if (found.bytes == 0) {
       const std::string what = looks_like(bytes);
-      html = what == "an HTML page";
-      if (!html && what != "JSON") refuse_other(options.text, bytes, "text", "a text in UTF-8 is needed");
+      found.html = what == "an HTML page";
+      if (!found.html && what != "JSON") refuse_other(name, bytes, "text", "a text in UTF-8 is needed");
     }
-    counter.feed(bytes, [&](char32_t c) {
+    decoder.feed(bytes, [&](char32_t c) {
       seen[c] = true;
-      characters++;
+      found.characters++;
     });
-    progress.update(bytes_read += bytes.size());
+    progress.update(found.bytes += bytes.size());
   });
-  counter.finish();
-  const uint64_t text_bytes = bytes_read;
+  decoder.finish();
+  found.dropped_bom = decoder.dropped_bom();
   std::vector<char32_t> distinct;
   for (char32_t c = 0; c < seen.size(); c++)
     if (seen[c]) distinct.push_back(c);
-  if (distinct.empty()) fail(options.text, " is empty: a text is needed");
+  if (distinct.empty()) fail(name, " is empty: a text is needed");
   if (distinct.size() == 1)
-    fail(options.text, " has only one character, '", shown(distinct[0]), "': there is nothing to predict");
-  const Vocabulary vocabulary(std::move(distinct));
+    fail(name, " has only one character, '", shown(distinct[0]), "': there is nothing to predict");
+  found.vocabulary = Vocabulary(std::move(distinct));
+  return found;
+}
 
-  // Second pass: their ids, the first nine tenths to train, the rest to validate.
-  const uint64_t train_size = characters * 9 / 10, val_size = characters - train_size;
-  ShardWriter train_writer(workshop.path, "train", train_size, vocabulary, options.shard_tokens);
-  ShardWriter val_writer(workshop.path, "val", val_size, vocabulary, options.shard_tokens);
-  Utf8Decoder encoder(options.text);
+// Second pass: the characters' ids, the first nine tenths to train, the rest to validate.
+static void write_tokens(Source& source, const Survey& found, const std::string& folder, const Options& options,
+                         ProgressBar& progress) {
+  const uint64_t characters = found.characters, train_size = characters * 9 / 10, val_size = characters - train_size;
+  const uint64_t shard_tokens = uint64_t(options.shard_tokens);
+  ShardWriter train_writer(folder, "train", train_size, found.vocabulary, shard_tokens);
+  ShardWriter val_writer(folder, "val", val_size, found.vocabulary, shard_tokens);
+  Utf8Decoder decoder(options.text);
   std::vector<uint16_t> tokens;
-  uint64_t written = 0;
+  uint64_t written = 0, bytes_read = found.bytes;
   source.read([&](std::string_view bytes) {
     tokens.clear();
-    encoder.feed(bytes, [&](char32_t c) {
-      const int id = vocabulary.find(c);
+    decoder.feed(bytes, [&](char32_t c) {
+      const int id = found.vocabulary.find(c);
       if (id < 0) fail(options.text, " changed while it was read");
       tokens.push_back(uint16_t(id));
     });
@@ -232,28 +219,41 @@ static int prepare(const Options& options) {
   if (written < characters) fail(options.text, " changed while it was read");
   train_writer.finish();
   val_writer.finish();
+}
+
+// Puts the new files in the place of the old ones. No vocabulary stands beside a mixture of old and new files: it goes
+// first and comes last, and without one the trainers refuse the folder.
+static void replace_files(const std::string& from, const std::string& to) {
+  fs::remove(to + "/vocab.json");
+  flush_folder(to);
+  move_shards(from, to, "train");
+  move_shards(from, to, "val");
+  flush_folder(to);
+  for (const char* name : {"/baselines.json", "/vocab.json"}) move_file(from + name, to + name);
+  flush_folder(to);
+}
+
+static int prepare(const Options& options) {
+  Source source(options.text);
+  const Workshop workshop(options.out);
+  if (!source.regular()) source.spool(workshop.path + "/text");
+  ProgressBar progress("data_prep", 2 * source.size(), "B");
+  const Survey found = survey(source, options.text, progress);
+  write_tokens(source, found, workshop.path, options, progress);
   progress.finish();
 
+  const Vocabulary& vocabulary = found.vocabulary;
   const Tokens train(workshop.path, "train", vocabulary), val(workshop.path, "val", vocabulary);
   const std::vector<Baseline> baselines = compute_baselines(train, val, vocabulary.size());
   save_baselines(workshop.path + "/baselines.json", baselines);
   vocabulary.save(workshop.path + "/vocab.json");
+  replace_files(workshop.path, options.out);
 
-  // No vocabulary stands beside a mixture of old and new files: it goes first and comes last, and without one the
-  // trainers refuse the folder.
-  fs::remove(options.out + "/vocab.json");
-  flush_folder(options.out);
-  move_shards(workshop.path, options.out, "train");
-  move_shards(workshop.path, options.out, "val");
-  flush_folder(options.out);
-  for (const char* name : {"/baselines.json", "/vocab.json"}) move_file(workshop.path + name, options.out + name);
-  flush_folder(options.out);
-
-  std::printf("%s: %s characters, %s bytes%s\n", options.text.c_str(), with_commas(characters).c_str(),
-              with_commas(text_bytes).c_str(),
-              counter.dropped_bom() ? ", a byte order mark at the start left out" : "");
-  report(options, vocabulary, train_size, val_size, baselines);
-  if (html) std::fprintf(stderr, "%s begins like an HTML page, and its tags count as text\n", options.text.c_str());
+  std::printf("%s: %s characters, %s bytes%s\n", options.text.c_str(), with_commas(found.characters).c_str(),
+              with_commas(found.bytes).c_str(), found.dropped_bom ? ", a byte order mark at the start left out" : "");
+  report(options, vocabulary, train.size(), val.size(), baselines);
+  if (found.html)
+    std::fprintf(stderr, "%s begins like an HTML page, and its tags count as text\n", options.text.c_str());
   if (vocabulary.find('\r') >= 0)
     std::fprintf(
         stderr, "\\r is a character of this vocabulary: the text has line ends of %s\n",
@@ -265,7 +265,7 @@ int main(int argc, char** argv) {
   return run_main([&] {
     const Options options = parse(argc, argv);
     if (!options.help && !options.version) return prepare(options);
-    std::fputs(options.help ? usage : version_text().c_str(), stdout);
+    std::fputs((options.help ? help_text() : version_text()).c_str(), stdout);
     return 0;
   });
 }

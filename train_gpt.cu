@@ -17,13 +17,15 @@
 #include <string>
 #include <vector>
 
+#include "host/commands.h"    // defines: run_command, dtype_so_far, ...
 #include "host/config.h"      // defines: Config, parse_command_line
 #include "host/data.h"        // defines: Data, Split
 #include "host/error.h"       // defines: fail, run_main
 #include "host/files.h"       // defines: read_file, write_file
 #include "host/memory.h"      // defines: MemoryPlan
-#include "host/tensors.h"     // defines: ModelShape, PARAMETERS, Params, Layout
-#include "host/train_loop.h"  // defines: run_command
+#include "host/schedule.h"    // defines: learning_rate_at
+#include "host/tensors.h"     // defines: ModelShape, Params, Arena, Layout
+#include "host/trainer.h"     // defines: Trainer, trainer_type
 #include "host/version.h"     // defines: version_text
 #include "kernels/adamw.cuh"
 #include "kernels/attention.cuh"
@@ -34,6 +36,7 @@
 #include "kernels/embedding.cuh"
 #include "kernels/layernorm.cuh"
 #include "kernels/matmul.cuh"
+#include "kernels/runtime.cuh"
 #include "kernels/sampler.cuh"
 
 namespace cpu {
@@ -42,214 +45,160 @@ std::string kernels_text();
 }  // namespace cpu
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tensors. PARAMETERS, the table of what is learned, is in host/tensors.h: both trainers and all files share it.
-// Gradients, and AdamW's m and v, are buffers of the same layout, and so is the working copy: the parameters, rounded
-// to Real, as the products read them.
+// The tensors. Params, what is learned, is in host/tensors.h: both trainers and all files share it. Gradients, and AdamW's
+// m and v, are buffers of the same layout, and so is the working copy: the parameters, rounded to Real, as the products
+// read them.
 
-// One buffer holds all activations: first those of type Real, then the statistics, which are float.
-// C channels, rows = B * T. What a layer leaves behind for backward has a slice for each layer; gradients of
-// activations and scratch live no longer than their layer, so one of each serves all.
-// clang-format off
-#define ACTIVATIONS(ONE, EACH_LAYER)                                                          \
-  EACH_LAYER(inp,      rows, C)      /* the residual stream where it enters the layer */      \
-  EACH_LAYER(ln1,      rows, C)                                                               \
-  EACH_LAYER(qkv,      rows, 3 * C)  /* queries, keys, values */                              \
-  EACH_LAYER(att,      rows, C)      /* the heads' outputs, side by side */                   \
-  EACH_LAYER(mid,      rows, C)      /* the stream between attention and feed-forward */      \
-  EACH_LAYER(ln2,      rows, C)                                                               \
-  EACH_LAYER(fc,       rows, 4 * C)  /* the hidden layer, after ReLU */                       \
-  ONE(out,             rows, C)      /* the stream behind the last layer */                   \
-  ONE(lnf,             rows, C)                                                               \
-  ONE(logits,          rows, Vp)     /* and then, in their place, their gradient */           \
-  ONE(branch,          rows, C)      /* what a branch adds, before its bias and dropout */
-
-#define ACTIVATION_GRADS(ONE, EACH_LAYER)                                                     \
-  ONE(dstream,         rows, C)                                                               \
-  ONE(dbranch,         rows, C)                                                               \
-  ONE(dnorm,           rows, C)                                                               \
-  ONE(datt,            rows, C)                                                               \
-  ONE(dqkv,            rows, 3 * C)                                                           \
-  ONE(dfc,             rows, 4 * C)
-
-#define STATISTICS(ONE, EACH_LAYER)                                                           \
-  EACH_LAYER(ln1_mean, rows)                                                                  \
-  EACH_LAYER(ln1_rstd, rows)                                                                  \
-  EACH_LAYER(lse,      rows, NH)     /* (B, NH, T): log of the softmax's denominator */       \
-  EACH_LAYER(ln2_mean, rows)                                                                  \
-  EACH_LAYER(ln2_rstd, rows)                                                                  \
-  EACH_LAYER(fc_mask,  mask_floats)  /* a bit for each hidden unit: did it pass ReLU? */      \
-  ONE(lnf_mean,        rows)                                                                  \
-  ONE(lnf_rstd,        rows)                                                                  \
-  ONE(losses,          rows)
-
-#define GRAD_STATISTICS(ONE, EACH_LAYER)                                                      \
-  ONE(datt_out,        rows, NH)     /* attention_backward's D */                             \
-  EACH_LAYER(ln1_sums, layernorm_partials(int(rows), int(C)))                                 \
-  EACH_LAYER(ln2_sums, layernorm_partials(int(rows), int(C)))                                 \
-  ONE(lnf_sums,        layernorm_partials(int(rows), int(C)))                                 \
-  EACH_LAYER(fc_sums,  partials_size(int(rows), 4 * int(C)))                                  \
-  ONE(head_sums,       partials_size(int(rows), s.V))                                         \
-  ONE(embedding_sums,  embedding_partials(B, s.T, int(C), s.V))
-// clang-format on
-
-DEFINE_POINTERS(Activations, ACTIVATIONS)
-DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
-DEFINE_POINTERS(Statistics, STATISTICS)
-DEFINE_POINTERS(GradStatistics, GRAD_STATISTICS)
-
-// How many rows of the head the products use. With 16-bit types we include the rows of zeros after row V: cuBLASLt's kernels
-// for 65 rows take three times as long as those for 72. With floats we don't: for 72 rows it sometimes has no kernel at all
-// (seen with cuBLASLt 13.1 on an H100).
+// What forward leaves behind for backward. L: a slice for each layer; or, without backward, one that all layers share.
 template <class Real>
-constexpr int head_rows(int V) {
-  return sizeof(Real) == 2 ? padded_vocabulary(V) : V;
-}
+struct Activations {
+  Slices<Real> inp, ln1, qkv, att, mid, ln2, fc;
+  Real *out, *lnf, *logits, *branch;
 
-// The layouts of the activation buffer's two halves, for batches of B windows.
-struct ActivationLayouts {
-  Layout of_real, of_float;
-  size_t bytes(size_t size_of_real) const { return of_real.size() * size_of_real + of_float.size() * sizeof(float); }
-};
-inline ActivationLayouts activation_layouts(const ModelShape& s, int B, bool for_backward) {
-  const size_t rows = size_t(B) * s.T, C = s.C, NH = s.NH, Vp = padded_vocabulary(s.V);
-  const size_t mask_floats = ceil_div(relu_mask_bytes(int(rows), 4 * s.C), sizeof(float));
-  const int L = for_backward ? s.L : 1;  // without backward, all layers share one slice
-  ActivationLayouts layouts;
-  Layout* layout = &layouts.of_real;
-#define ADD_ONE(name, ...) layout->add(#name, 1, {__VA_ARGS__});
-#define ADD_EACH_LAYER(name, ...) layout->add(#name, L, {__VA_ARGS__});
-  ACTIVATIONS(ADD_ONE, ADD_EACH_LAYER)
-  if (for_backward) { ACTIVATION_GRADS(ADD_ONE, ADD_EACH_LAYER) }
-  layout = &layouts.of_float;
-  STATISTICS(ADD_ONE, ADD_EACH_LAYER)
-  if (for_backward) { GRAD_STATISTICS(ADD_ONE, ADD_EACH_LAYER) }
-#undef ADD_ONE
-#undef ADD_EACH_LAYER
-#undef ACTIVATIONS
-#undef ACTIVATION_GRADS
-#undef STATISTICS
-#undef GRAD_STATISTICS
-  return layouts;
-}
-
-// One allocation on the device, zeroed.
-template <class Element>
-class DeviceBuffer {
- public:
-  DeviceBuffer() = default;
-  DeviceBuffer(size_t count, const char* what) {
-    Element* memory = nullptr;
-    if (cudaMalloc(&memory, count * sizeof(Element)) != cudaSuccess) {
-      cudaGetLastError();  // so that the error is not found again at the next launch
-      size_t free = 0, total = 0;
-      CUDA_CHECK(cudaMemGetInfo(&free, &total));
-      fail("out of GPU memory: ", count * sizeof(Element) / 1000000, " MB for ", what, " were asked for, ",
-           free / 1000000, " MB of ", total / 1000000, " MB are free; lower --batch_size (activations) or ",
-           "--n_embd, --n_layer, --block_size (all)");
-    }
-    memory_.reset(memory);
-    CUDA_CHECK(cudaMemset(memory, 0, count * sizeof(Element)));
+  void place(Arena& a, const ModelShape& s, size_t rows, size_t L) {  // rows = B * T
+    const size_t C = s.C, Vp = padded_vocabulary(s.V);
+    a(inp, "inp", {L, rows, C});  // the residual stream where it enters the layer
+    a(ln1, "ln1", {L, rows, C});
+    a(qkv, "qkv", {L, rows, 3 * C});  // queries, keys, values
+    a(att, "att", {L, rows, C});      // the heads' outputs, side by side
+    a(mid, "mid", {L, rows, C});      // the stream between attention and feed-forward
+    a(ln2, "ln2", {L, rows, C});
+    a(fc, "fc", {L, rows, 4 * C});  // the hidden layer, after ReLU
+    a(out, "out", {rows, C});       // the stream behind the last layer
+    a(lnf, "lnf", {rows, C});
+    a(logits, "logits", {rows, Vp});  // and then, in their place, their gradient
+    a(branch, "branch", {rows, C});   // what a branch adds to the stream, before its bias and dropout
   }
-  Element* data() const { return memory_.get(); }
 
- private:
-  struct Free {
-    void operator()(Element* p) const { cudaFree(p); }
-  };
-  std::unique_ptr<Element, Free> memory_;
+  // The same memory for a pass that leaves nothing behind: all layers use the first slice, and the stream stays in place.
+  Activations without_backward() const {
+    Activations shared = *this;
+    for (Slices<Real>* slices : {&shared.inp, &shared.ln1, &shared.qkv, &shared.att, &shared.ln2, &shared.fc})
+      slices->stride = 0;
+    shared.mid = shared.inp;
+    shared.out = shared.inp[0];
+    return shared;
+  }
 };
 
-// Copies to the device and waits until it has arrived: cudaMemcpy from ordinary memory may return before, and the stream
-// of the kernels does not wait for it, nor for the zeros of a new buffer.
-template <class Element>
-void copy_to_device(Element* to, const Element* from, size_t count) {
-  CUDA_CHECK(cudaMemcpy(to, from, count * sizeof(Element), cudaMemcpyHostToDevice));
-  CUDA_CHECK(cudaDeviceSynchronize());
-}
+// Gradients of activations live no longer than their layer, so one of each serves all layers.
+template <class Real>
+struct ActivationGrads {
+  Real *dstream, *dbranch, *dnorm, *datt, *dqkv, *dfc;
+
+  void place(Arena& a, const ModelShape& s, size_t rows) {
+    const size_t C = s.C;
+    a(dstream, "dstream", {rows, C});
+    a(dbranch, "dbranch", {rows, C});
+    a(dnorm, "dnorm", {rows, C});
+    a(datt, "datt", {rows, C});
+    a(dqkv, "dqkv", {rows, 3 * C});
+    a(dfc, "dfc", {rows, 4 * C});
+  }
+};
+
+// What else forward leaves behind: always float.
+struct Statistics {
+  Slices<float> ln1_mean, ln1_rstd, lse, ln2_mean, ln2_rstd, fc_mask;
+  float *lnf_mean, *lnf_rstd, *losses;
+
+  void place(Arena& a, const ModelShape& s, size_t rows, size_t L) {
+    a(ln1_mean, "ln1_mean", {L, rows});
+    a(ln1_rstd, "ln1_rstd", {L, rows});
+    a(lse, "lse", {L, rows, size_t(s.NH)});  // (L, B, NH, T): log of the softmax's denominator
+    a(ln2_mean, "ln2_mean", {L, rows});
+    a(ln2_rstd, "ln2_rstd", {L, rows});
+    a(fc_mask, "fc_mask", {L, ceil_div(relu_mask_bytes(int(rows), 4 * s.C), sizeof(float))});
+    a(lnf_mean, "lnf_mean", {rows});
+    a(lnf_rstd, "lnf_rstd", {rows});
+    a(losses, "losses", {rows});
+  }
+  unsigned char* mask(int l) const { return reinterpret_cast<unsigned char*>(fc_mask[l]); }  // a bit: did it pass ReLU?
+};
+
+// Backward's scratch in float. The partials are sums over blocks of rows, which sum_gradients adds up at the end.
+struct GradStatistics {
+  float *datt_out, *lnf_sums, *head_sums, *embedding_sums;
+  Slices<float> ln1_sums, ln2_sums, fc_sums;
+
+  void place(Arena& a, const ModelShape& s, int B) {
+    const int rows = B * s.T, C = s.C;
+    const size_t L = s.L;
+    a(datt_out, "datt_out", {size_t(rows), size_t(s.NH)});  // attention_backward's D
+    a(ln1_sums, "ln1_sums", {L, layernorm_partials(rows, C)});
+    a(ln2_sums, "ln2_sums", {L, layernorm_partials(rows, C)});
+    a(lnf_sums, "lnf_sums", {layernorm_partials(rows, C)});
+    a(fc_sums, "fc_sums", {L, partials_size(rows, 4 * C)});
+    a(head_sums, "head_sums", {partials_size(rows, s.V)});
+    a(embedding_sums, "embedding_sums", {embedding_partials(B, s.T, C, s.V)});
+  }
+};
+
+// All of them in one buffer, for batches of B windows: first the tensors of type Real, then the floats.
+template <class Real>
+struct ActivationBuffer {
+  Activations<Real> a{};
+  ActivationGrads<Real> g{};
+  Statistics s{};
+  GradStatistics gs{};
+  Layout of_real, of_float;
+
+  // Without memory it only measures.
+  ActivationBuffer(const ModelShape& shape, int B, bool training, Real* memory = nullptr) {
+    const size_t rows = size_t(B) * shape.T, L = training ? shape.L : 1;
+    Arena reals(memory);
+    a.place(reals, shape, rows, L);
+    if (training) g.place(reals, shape, rows);
+    of_real = reals.layout();
+    Arena floats(memory ? memory + of_real.size() : nullptr);
+    s.place(floats, shape, rows, L);
+    if (training) gs.place(floats, shape, B);
+    of_float = floats.layout();
+  }
+  size_t bytes() const { return of_real.size() * sizeof(Real) + of_float.size() * sizeof(float); }
+};
 
 template <class Real>
 struct GPT {
-  // float is its own working copy.
-  static constexpr bool has_working_copy = !std::is_same_v<Real, float>;
+  static constexpr bool has_working_copy = !std::is_same_v<Real, float>;  // float is its own
 
   ModelShape shape;
   int B;  // windows in a batch, each of shape.T tokens
+  bool training;
 
   Layout param_layout = parameter_layout(shape);
-  ActivationLayouts act_layouts;
-  DeviceBuffer<float> params_memory;
+  DeviceBuffer<float> params_memory{param_layout.size(), "the parameters"};
   DeviceBuffer<Real> working_memory;
   DeviceBuffer<float> grads_memory, m_memory, v_memory;  // only if the model is trained
-  DeviceBuffer<unsigned char> acts_memory;
+  DeviceBuffer<unsigned char> acts_memory{ActivationBuffer<Real>(shape, B, training).bytes(), "the activations"};
+  DeviceBuffer<int> x_memory{size_t(B) * shape.T, "a batch"}, y_memory{size_t(B) * shape.T, "a batch"};
+  DeviceBuffer<TrainState> state_memory{1, "counters"};
 
-  Params<float> p;  // the masters
-  Params<Real> w;   // the working copy
-  Params<float> dw;
-  Activations<Real> a, forward_only;  // forward_only: the same memory, without slices for backward
-  ActivationGrads<Real> g;
-  Statistics<float> s;
-  GradStatistics<float> gs;
-
-  DeviceBuffer<int> x_memory, y_memory;  // (B, T)
-  DeviceBuffer<TrainState> state_memory;
-  int *x, *y;
-  TrainState* state;
+  Params<float> p = placed<Params<float>>(params_memory.data(), shape), dw{};  // the masters, and their gradients
+  Params<Real> w{};                                                            // the working copy
+  ActivationBuffer<Real> acts{shape, B, training, reinterpret_cast<Real*>(acts_memory.data())};
+  Activations<Real> forward_only = acts.a.without_backward();
+  int *x = x_memory.data(), *y = y_memory.data();  // (B, T)
+  TrainState* state = state_memory.data();
   cudaStream_t stream;
   Matmul matmul;
 
-  GPT(const ModelShape& model_shape, int batch, bool training, bool tf32, cudaStream_t stream_)
-      : shape(model_shape),
-        B(batch),
-        act_layouts(activation_layouts(shape, B, training)),
-        params_memory(param_layout.size(), "the parameters"),
-        acts_memory(act_layouts.bytes(sizeof(Real)), "the activations"),
-        p(params_memory.data(), param_layout),
-        a(reinterpret_cast<Real*>(acts_memory.data()), act_layouts.of_real),
-        forward_only(a),
-        s(floats(), act_layouts.of_float),
-        x_memory(size_t(B) * shape.T, "a batch"),
-        y_memory(size_t(B) * shape.T, "a batch"),
-        state_memory(1, "counters"),
-        x(x_memory.data()),
-        y(y_memory.data()),
-        state(state_memory.data()),
-        stream(stream_),
-        matmul(tf32, stream_) {
+  GPT(const ModelShape& model_shape, int batch, bool train, bool tf32, cudaStream_t stream_)
+      : shape(model_shape), B(batch), training(train), stream(stream_), matmul(tf32, stream_) {
     if constexpr (has_working_copy) {
       working_memory = DeviceBuffer<Real>(param_layout.size(), "the working copy of the parameters");
-      w = Params<Real>(working_memory.data(), param_layout);
+      w = placed<Params<Real>>(working_memory.data(), shape);
     } else {
       w = p;
     }
-    for (Slices<Real>* slices : {&forward_only.inp, &forward_only.ln1, &forward_only.qkv, &forward_only.att,
-                                 &forward_only.mid, &forward_only.ln2, &forward_only.fc})
-      slices->stride = 0;
-    forward_only.mid = forward_only.inp;  // the stream is updated in place
-    forward_only.out = forward_only.inp[0];
     if (!training) return;
     grads_memory = DeviceBuffer<float>(param_layout.size(), "the gradients");
     m_memory = DeviceBuffer<float>(param_layout.size(), "AdamW's m");
     v_memory = DeviceBuffer<float>(param_layout.size(), "AdamW's v");
-    dw = Params<float>(grads_memory.data(), param_layout);
-    g = ActivationGrads<Real>(reinterpret_cast<Real*>(acts_memory.data()), act_layouts.of_real);
-    gs = GradStatistics<float>(floats(), act_layouts.of_float);
+    dw = placed<Params<float>>(grads_memory.data(), shape);
   }
-
   const int* step() const { return &state->step; }
-
- private:
-  float* floats() const {
-    return reinterpret_cast<float*>(acts_memory.data() + act_layouts.of_real.size() * sizeof(Real));
-  }
 };
-
-// The bits that say which hidden units of a layer passed ReLU; only backward asks for them.
-inline unsigned char* mask_of(const Slices<float>& masks, int l, bool for_backward) {
-  return for_backward ? reinterpret_cast<unsigned char*>(masks[l]) : nullptr;
-}
-
-// A tensor's slices from layer 1 on.
-inline Slices<float> above(const Slices<float>& slices) { return {slices[1], slices.stride}; }
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward: logits (B, T, Vp) of the tokens m.x (B, T). With for_backward it leaves behind what backward needs; without,
@@ -260,8 +209,8 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
   Range range("forward");
   const Params<Real>& w = m.w;
   const Params<float>& p = m.p;
-  const Activations<Real>& a = for_backward ? m.a : m.forward_only;
-  const Statistics<float>& s = m.s;
+  const Activations<Real>& a = for_backward ? m.acts.a : m.forward_only;
+  const Statistics& s = m.acts.s;
   const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
   const cudaStream_t stream = m.stream;
   const auto kept = [&](const Slices<float>& slices, int l) { return for_backward ? slices[l] : nullptr; };
@@ -277,7 +226,7 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
     residual_layernorm_forward(a.mid[l], a.ln2[l], kept(s.ln2_mean, l), kept(s.ln2_rstd, l), a.inp[l], a.branch,
                                p.attprojb[l], drop.at(site::proj_dropout, l), m.step(), p.ln2w[l], p.ln2b[l], B, T, C,
                                stream);
-    m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, for_backward), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+    m.matmul.forward_relu(a.fc[l], for_backward ? s.mask(l) : nullptr, a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
     m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C);
     const Dropout fc_drop = drop.at(site::fc_dropout, l);
     if (l + 1 < L)  // the branch joins the stream together with the next layer's first step
@@ -295,18 +244,22 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
 // Backward: every parameter's gradient of dloss * (sum of the losses of the targets m.y), times the loss scale; also
 // the losses. It is forward read from bottom to top. accumulate: the gradients are added to those of the batches before.
 
+// A tensor's slices from layer 1 on.
+inline Slices<float> from_layer_1(const Slices<float>& slices) { return {slices[1], slices.stride}; }
+
 // What was summed over blocks of rows on the way is now summed up: the gradients of the token embedding, of LayerNorm's
 // own parameters and of all biases. Each LayerNorm has the bias of the branch before it, which for ln1 is the branch of
 // the layer below.
 template <class Real>
 void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
   const Params<float>& dw = m.dw;
-  const GradStatistics<float>& gs = m.gs;
+  const GradStatistics& gs = m.acts.gs;
   const int V = m.shape.V, C = m.shape.C, L = m.shape.L, rows = B * T;
   const Sums sums[] = {
       embedding_sums(dw.wte, gs.embedding_sums, B, T, C, V),
       layernorm_sums(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_sums[0], rows, C),
-      layernorm_sums(above(dw.ln1w), above(dw.ln1b), dw.fcprojb, above(gs.ln1_sums), rows, C, L - 1),
+      layernorm_sums(from_layer_1(dw.ln1w), from_layer_1(dw.ln1b), dw.fcprojb, from_layer_1(gs.ln1_sums), rows, C,
+                     L - 1),
       layernorm_sums(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, rows, C, L),
       sums_of(dw.fcb, gs.fc_sums, rows, 4 * C, L),
       layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_sums, rows, C),
@@ -320,10 +273,10 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
   Range range("backward");
   const Params<Real>& w = m.w;
   const Params<float>&p = m.p, &dw = m.dw;
-  const Activations<Real>& a = m.a;
-  const ActivationGrads<Real>& g = m.g;
-  const Statistics<float>& s = m.s;
-  const GradStatistics<float>& gs = m.gs;
+  const Activations<Real>& a = m.acts.a;
+  const ActivationGrads<Real>& g = m.acts.g;
+  const Statistics& s = m.acts.s;
+  const GradStatistics& gs = m.acts.gs;
   const int V = m.shape.V, Vp = padded_vocabulary(V), C = m.shape.C, L = m.shape.L, NH = m.shape.NH, rows = B * T;
   const cudaStream_t stream = m.stream;
 
@@ -338,8 +291,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
 
   for (int l = L - 1; l >= 0; l--) {
     m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
-    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],
-                                 rows, 4 * C, C);
+    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
     m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
     residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
@@ -380,104 +332,27 @@ void update(GPT<Real>& m, const Optimizer& o) {
                m.grads_memory.data(), count, o.beta1, o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
 }
 
-// In builds with canaries the gaps between tensors hold NaN, in the gradients' buffer 0, so that clipping can sum over
-// all of it; training is slow then.
-template <class Element>
-void plant_canaries_on_device([[maybe_unused]] Element* buffer, [[maybe_unused]] const Layout& layout) {
-  if constexpr (canary_gap > 0)
-    for (const TensorSpec& spec : layout.tensors())
-      for (int l = 0; l < spec.layers; l++)
-        CUDA_CHECK(cudaMemset(buffer + spec.offset + size_t(l) * spec.stride + spec.padded, 0xff,
-                              (spec.stride - spec.padded) * sizeof(Element)));
-}
-template <class Element>
-void check_canaries_on_device([[maybe_unused]] const Element* buffer, [[maybe_unused]] const Layout& layout,
-                              [[maybe_unused]] const char* name, [[maybe_unused]] bool zero = false) {
-  if constexpr (canary_gap > 0) {
-    std::vector<Element> copy(layout.size());
-    CUDA_CHECK(cudaMemcpy(copy.data(), buffer, copy.size() * sizeof(Element), cudaMemcpyDeviceToHost));
-    std::vector<float> values(copy.begin(), copy.end());
-    for (const TensorSpec& spec : layout.tensors())
-      for (int l = 0; l < spec.layers && zero; l++)
-        for (size_t i = spec.padded; i < spec.stride; i++) {
-          float& gap = values[spec.offset + size_t(l) * spec.stride + i];
-          gap = gap == 0 ? NAN : 0;
-        }
-    check_canaries(values.data(), layout, name);
-  }
-}
 template <class Real>
 void plant_all_canaries(GPT<Real>& m) {
   plant_canaries_on_device(m.params_memory.data(), m.param_layout);
   if (m.has_working_copy) plant_canaries_on_device(m.working_memory.data(), m.param_layout);
-  plant_canaries_on_device(m.a.inp[0], m.act_layouts.of_real);
-  plant_canaries_on_device(m.s.ln1_mean[0], m.act_layouts.of_float);
+  plant_canaries_on_device(m.acts.a.inp[0], m.acts.of_real);
+  plant_canaries_on_device(m.acts.s.ln1_mean[0], m.acts.of_float);
 }
 template <class Real>
 void check_all_canaries(GPT<Real>& m) {
   check_canaries_on_device(m.params_memory.data(), m.param_layout, "params");
   if (m.has_working_copy) check_canaries_on_device(m.working_memory.data(), m.param_layout, "working copy");
   check_canaries_on_device(m.grads_memory.data(), m.param_layout, "grads", true);
-  check_canaries_on_device(m.a.inp[0], m.act_layouts.of_real, "activations");
-  check_canaries_on_device(m.s.ln1_mean[0], m.act_layouts.of_float, "statistics");
+  check_canaries_on_device(m.acts.a.inp[0], m.acts.of_real, "activations");
+  check_canaries_on_device(m.acts.s.ln1_mean[0], m.acts.of_float, "statistics");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The model as the training loop sees it (host/train_loop.h).
-
-// The text, on the device.
-struct DeviceTokens {
-  uint64_t count = 0;
-  DeviceBuffer<uint16_t> tokens;
-
-  explicit DeviceTokens(const Tokens& from) : count(from.size()), tokens(from.size(), "the text") {
-    constexpr uint64_t piece = 1 << 20;
-    std::vector<int> wide(piece);
-    std::vector<uint16_t> narrow(piece);
-    for (uint64_t at = 0; at < count; at += piece) {
-      const size_t n = size_t(std::min(piece, count - at));
-      from.copy(at, n, wide.data());
-      std::copy(wide.begin(), wide.begin() + long(n), narrow.begin());
-      copy_to_device(tokens.data() + at, narrow.data(), n);
-    }
-  }
-};
-
-class Stream {
- public:
-  Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
-  ~Stream() { cudaStreamDestroy(stream_); }
-  Stream(const Stream&) = delete;
-  operator cudaStream_t() const { return stream_; }
-
- private:
-  cudaStream_t stream_;
-};
-
-// What a stream was given between begin and end, to be launched again as a whole.
-class Graph {
- public:
-  ~Graph() {
-    if (graph_) cudaGraphExecDestroy(graph_);
-  }
-  template <class Body>
-  void capture(cudaStream_t stream, Body body) {
-    cudaGraph_t captured;
-    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-    body();
-    CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
-    CUDA_CHECK(cudaGraphInstantiate(&graph_, captured, 0));
-    CUDA_CHECK(cudaGraphDestroy(captured));
-  }
-  bool captured() const { return graph_; }
-  void launch(cudaStream_t stream) { CUDA_CHECK(cudaGraphLaunch(graph_, stream)); }
-
- private:
-  cudaGraphExec_t graph_ = nullptr;
-};
+// The model as the training loop sees it (host/trainer.h).
 
 template <class Real>
-class GpuModel {
+class GpuModel final : public Trainer {
  public:
   GpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
       : config_(config),
@@ -507,7 +382,7 @@ class GpuModel {
     if (GPT<Real>::has_working_copy) plan.add("their working copy", params * sizeof(Real) / 4);
     if (training) plan.add("their gradients", params);
     if (training) plan.add("AdamW's m and v", 2 * params);
-    plan.add("activations", double(activation_layouts(shape, config.batch_size, training).bytes(sizeof(Real))));
+    plan.add("activations", double(ActivationBuffer<Real>(shape, config.batch_size, training).bytes()));
     if (data) plan.add("the text", 2.0 * double(data->train.size() + data->val.size()));
     plan.add("cuBLASLt's workspace", double(Matmul::workspace_bytes));
     return plan;
@@ -518,18 +393,18 @@ class GpuModel {
     return {double(free), "on this GPU there are free"};
   }
 
-  const ModelShape& shape() const { return gpt_.shape; }
-  const Layout& layout() const { return gpt_.param_layout; }
-  std::string describe() const {
+  ModelShape shape() const override { return gpt_.shape; }
+  const Layout& layout() const override { return gpt_.param_layout; }
+  std::string describe() const override {
     const cudaDeviceProp card = current_card();
     return text(config_.dtype, " on ", card.name, ", ", card.totalGlobalMem / 1000000000, " GB, ",
                 card.multiProcessorCount, " multiprocessors",
                 peak_flops_ > 0 ? text(", measured peak ", std::round(peak_flops_ / 1e12), " TFLOP/s") : "");
   }
-  double peak_flops() const { return peak_flops_; }
-  int chunk() const { return ring_size; }
+  double peak_flops() const override { return peak_flops_; }
+  int chunk() const override { return ring_size; }
 
-  void restore(const float* params, const float* m, const float* v) {
+  void restore(const float* params, const float* m, const float* v) override {
     upload(gpt_.params_memory.data(), params);
     if (m) upload(gpt_.m_memory.data(), m);
     if (v) upload(gpt_.v_memory.data(), v);
@@ -538,13 +413,13 @@ class GpuModel {
       copy_to_device(gpt_.working_memory.data(), working.data(), working.size());
     }
   }
-  void snapshot(float* params, float* m, float* v) const {
+  void snapshot(float* params, float* m, float* v) const override {
     download(params, gpt_.params_memory.data());
     if (m) download(m, gpt_.m_memory.data());
     if (v) download(v, gpt_.v_memory.data());
   }
 
-  std::string first_not_finite() const {
+  std::string first_not_finite() const override {
     const auto look = [](const auto* buffer, const Layout& of, Order order) {
       std::vector<std::decay_t<decltype(*buffer)>> copy;
       std::vector<float> values;
@@ -556,13 +431,13 @@ class GpuModel {
       };
       return ::first_not_finite(slice, of, order);
     };
-    std::string name = look(gpt_.a.inp[0], gpt_.act_layouts.of_real, Order::forward);
+    std::string name = look(gpt_.acts.a.inp[0], gpt_.acts.of_real, Order::forward);
     if (!name.empty()) return name;
     name = look(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
     return name.empty() ? name : "the gradient of " + name;
   }
 
-  std::map<std::string, std::string> state() const {
+  std::map<std::string, std::string> state() const override {
     const TrainState state = read_state();
     std::map<std::string, std::string> out = {{"matmul", algorithms_}};
     if (loss_scaling) {
@@ -571,7 +446,7 @@ class GpuModel {
     }
     return out;
   }
-  void set_state(const std::map<std::string, std::string>& saved) {
+  void set_state(const std::map<std::string, std::string>& saved) override {
     TrainState state = initial_state(loss_scaling);
     if (saved.count("loss_scale") && loss_scaling) {
       try {
@@ -589,12 +464,12 @@ class GpuModel {
   }
 
   // At most chunk() steps: for so many the device has learning rates and keeps losses.
-  std::vector<float> train_steps(int iteration, int count) {
+  std::vector<float> train_steps(int iteration, int count) override {
     require(count <= ring_size, "train_steps: ", count, " at once");
     const Config& c = config_;
     std::vector<AdamWStep> adamw(ring_size);
     for (int i = iteration; i < iteration + count; i++)
-      adamw[size_t(i % ring_size)] = adamw_step(learning_rate_at(c, i), c.beta1, c.beta2, c.weight_decay, i + 1);
+      adamw[size_t(i % ring_size)] = adamw_step(learning_rate(i), c.beta1, c.beta2, c.weight_decay, i + 1);
     copy_to_device(adamw_ring_.data(), adamw.data(), ring_size);
     set_step(iteration);
     for (int i = 0; i < count; i++) {
@@ -612,31 +487,32 @@ class GpuModel {
     check_all_canaries(gpt_);
     return losses;
   }
+  double learning_rate(int iteration) const override { return learning_rate_at(config_, iteration); }
 
-  double random_losses(Split split, int iteration, int first, int count) {
+  double random_losses(Split split, int iteration, int first, int count) override {
     Range range("evaluate");
     const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& text = tokens_[size_t(split)];
+    const DeviceTokens& from = tokens_[size_t(split)];
     const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     set_step(iteration);
     for (int k = first; k < first + count; k++) {
-      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
+      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
                     T, stream_);
       add_losses(k > first, B * T);
     }
     return read_losses() / (double(B) * T);
   }
 
-  // Always computes a whole batch, whose shapes the matrix products are prepared for: behind B windows of n tokens lie
-  // those of an earlier batch, which no loss is taken of and which causality keeps from having any influence.
-  double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) {
+  // Rows past B * n still hold an older batch. We compute them and ignore them (causality keeps them from changing
+  // anything): the shapes stay the ones that cuBLASLt was prepared for.
+  double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) override {
     gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, stride ? stride : n, B, n, stream_);
     add_losses(false, B * n);
     return read_losses();
   }
 
-  // For the same reason one window of T tokens, whatever n is.
-  int next_token(const int* context, int n, int, const Choice& choice) {
+  // For the same reason this computes T tokens, whatever n is.
+  int next_token(const int* context, int n, int, const Choice& choice) override {
     int token = 0;
     CUDA_CHECK(cudaMemcpyAsync(gpt_.x, context, size_t(n) * sizeof(int), cudaMemcpyHostToDevice, stream_));
     forward(gpt_, 1, shape().T, {}, false);
@@ -659,16 +535,16 @@ class GpuModel {
   // The whole of a training step, as work on the stream.
   void enqueue_step(int batches) {
     const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& text = tokens_[size_t(Split::train)];
+    const DeviceTokens& from = tokens_[size_t(Split::train)];
     const double dloss = 1.0 / (double(B) * T * batches);
     for (int k = 0; k < batches; k++) {
       const int first_row = k * B;
       const Dropout drop = {config_.seed, 0, 0, dropout_threshold(config_.dropout), first_row};
-      gather_random(gpt_.x, gpt_.y, text.tokens.data(), text.count, config_.seed, gpt_.step(), site::batch,
+      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site::batch,
                     uint64_t(first_row), B, T, stream_);
       forward(gpt_, B, T, drop, true);
       backward(gpt_, B, T, float(dloss), drop, k > 0);
-      sum_losses(&gpt_.state->loss_sum, gpt_.s.losses, k > 0, B * T, stream_);
+      sum_losses(&gpt_.state->loss_sum, gpt_.acts.s.losses, k > 0, B * T, stream_);
     }
     update(gpt_, optimizer_);
     end_step(gpt_.state, loss_ring_.data(), ring_size, dloss, loss_scaling, stream_);
@@ -694,18 +570,19 @@ class GpuModel {
     set_state({});
   }
 
-  // Has the products of a hidden layer, forward and backward, timed in either way of computing its ReLU. The layers take
-  // turns, so that most of what a product reads comes from memory, as in a step.
+  // The library times the products of a hidden layer, forward and backward, with the ReLU computed in either of two
+  // ways, and takes the faster one. The layers take turns, so that most of what a product reads comes from memory, as
+  // in a step.
   void choose_relu() {
     GPT<Real>& m = gpt_;
     const int C = shape().C, rows = gpt_.B * shape().T;
     m.matmul.template choose_relu<Real>(rows, C, 4 * C, [&] {
       for (int l = 0; l < shape().L; l++)
-        m.matmul.forward_relu(m.a.fc[l], mask_of(m.s.fc_mask, l, true), m.a.ln2[l], m.w.fcw[l], m.w.fcb[l], rows, C,
+        m.matmul.forward_relu(m.acts.a.fc[l], m.acts.s.mask(l), m.acts.a.ln2[l], m.w.fcw[l], m.w.fcb[l], rows, C,
                               4 * C);
       for (int l = shape().L - 1; l >= 0; l--)
-        m.matmul.backward_input_relu(m.g.dfc, m.gs.fc_sums[l], m.g.dbranch, m.w.fcprojw[l],
-                                     mask_of(m.s.fc_mask, l, true), m.a.fc[l], rows, 4 * C, C);
+        m.matmul.backward_input_relu(m.acts.g.dfc, m.acts.gs.fc_sums[l], m.acts.g.dbranch, m.w.fcprojw[l],
+                                     m.acts.s.mask(l), m.acts.a.fc[l], rows, 4 * C, C);
     });
   }
 
@@ -713,8 +590,8 @@ class GpuModel {
   void add_losses(bool accumulate, int rows) {
     const int V = shape().V;
     forward(gpt_, gpt_.B, shape().T, {}, false);
-    crossentropy_forward(gpt_.s.losses, gpt_.forward_only.logits, gpt_.y, rows, V, padded_vocabulary(V), stream_);
-    sum_losses(loss_total_.data(), gpt_.s.losses, accumulate, rows, stream_);
+    crossentropy_forward(gpt_.acts.s.losses, gpt_.forward_only.logits, gpt_.y, rows, V, padded_vocabulary(V), stream_);
+    sum_losses(loss_total_.data(), gpt_.acts.s.losses, accumulate, rows, stream_);
   }
   double read_losses() {
     double total = 0;
@@ -784,9 +661,9 @@ inline int run_on_gpu(Config config) {
          " arithmetic (compute capability 8.0 has); --dtype float16 or float32");
   if (config.command == "train") apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
   config.device = "cuda";
-  if (config.dtype == "bfloat16") return run_command<GpuModel<bf16>>(config);
-  if (config.dtype == "float16") return run_command<GpuModel<fp16>>(config);
-  return run_command<GpuModel<float>>(config);
+  if (config.dtype == "bfloat16") return run_command(trainer_type<GpuModel<bf16>>(), config);
+  if (config.dtype == "float16") return run_command(trainer_type<GpuModel<fp16>>(), config);
+  return run_command(trainer_type<GpuModel<float>>(), config);
 }
 
 #ifndef MICROGPT_NO_MAIN

@@ -12,14 +12,15 @@
 #include <vector>
 
 #include "host/batch.h"         // defines: random_batch
+#include "host/commands.h"      // defines: run_command, dtype_so_far, ...
 #include "host/config.h"        // defines: Config, parse_command_line
-#include "host/cpu_features.h"  // defines: built_for
 #include "host/data.h"          // defines: Data, Split
 #include "host/error.h"         // defines: fail, run_main
+#include "host/machine.h"       // defines: built_for, use_threads
 #include "host/memory.h"        // defines: Buffer, MemoryPlan
-#include "host/tensors.h"       // defines: ModelShape, PARAMETERS, Params, Layout
-#include "host/threads.h"       // defines: use_threads
-#include "host/train_loop.h"    // defines: run_command
+#include "host/schedule.h"      // defines: learning_rate_at
+#include "host/tensors.h"       // defines: ModelShape, Params, Arena, Layout
+#include "host/trainer.h"       // defines: Trainer, trainer_type
 #include "host/version.h"       // defines: version_text
 #include "kernels/adamw.h"
 #include "kernels/amx.h"
@@ -35,84 +36,73 @@
 namespace cpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tensors. PARAMETERS, the table of what is learned, is in host/tensors.h: both trainers and all files share it.
-// Gradients, and AdamW's m and v, are buffers of the same layout.
+// The tensors. Params, what is learned, is in host/tensors.h: both trainers and all files share it. Gradients, and AdamW's
+// m and v, are buffers of the same layout.
 
-// What forward leaves behind for backward, per layer l. C channels, rows = B * T.
-// clang-format off
-#define ACTIVATIONS(ONE, EACH_LAYER)                                                          \
-  EACH_LAYER(inp,      rows, C)      /* the residual stream where it enters the layer */      \
-  EACH_LAYER(ln1,      rows, C)                                                               \
-  EACH_LAYER(ln1_mean, rows)                                                                  \
-  EACH_LAYER(ln1_rstd, rows)                                                                  \
-  EACH_LAYER(qkv,      rows, 3 * C)  /* queries, keys, values: the cache in sampling */       \
-  EACH_LAYER(att,      rows, C)      /* the heads' outputs, side by side */                   \
-  EACH_LAYER(lse,      rows, NH)     /* (B, NH, T): log of the softmax's denominator */       \
-  EACH_LAYER(mid,      rows, C)      /* the stream between attention and feed-forward */      \
-  EACH_LAYER(ln2,      rows, C)                                                               \
-  EACH_LAYER(ln2_mean, rows)                                                                  \
-  EACH_LAYER(ln2_rstd, rows)                                                                  \
-  EACH_LAYER(fc,       rows, 4 * C)  /* the hidden layer, after ReLU */                       \
-  ONE(out,             rows, C)      /* the stream behind the last layer */                   \
-  ONE(lnf,             rows, C)                                                               \
-  ONE(lnf_mean,        rows)                                                                  \
-  ONE(lnf_rstd,        rows)                                                                  \
-  ONE(logits,          rows, V)                                                               \
-  ONE(probs,           rows, V)                                                               \
-  ONE(losses,          rows)
+// What forward leaves behind for backward, in a slice for each layer where every layer has its own.
+template <class Real>
+struct Activations {
+  Slices<Real> inp, ln1, ln1_mean, ln1_rstd, qkv, att, lse, mid, ln2, ln2_mean, ln2_rstd, fc;
+  Real *out, *lnf, *lnf_mean, *lnf_rstd, *logits, *probs, *losses;
+
+  void place(Arena& a, const ModelShape& s, size_t rows) {  // rows = B * T
+    const size_t V = s.V, C = s.C, L = s.L, NH = s.NH;
+    a(inp, "inp", {L, rows, C});  // the residual stream where it enters the layer
+    a(ln1, "ln1", {L, rows, C});
+    a(ln1_mean, "ln1_mean", {L, rows});
+    a(ln1_rstd, "ln1_rstd", {L, rows});
+    a(qkv, "qkv", {L, rows, 3 * C});  // queries, keys, values: the cache in sampling
+    a(att, "att", {L, rows, C});      // the heads' outputs, side by side
+    a(lse, "lse", {L, rows, NH});     // (L, B, NH, T): log of the softmax's denominator
+    a(mid, "mid", {L, rows, C});      // the stream between attention and feed-forward
+    a(ln2, "ln2", {L, rows, C});
+    a(ln2_mean, "ln2_mean", {L, rows});
+    a(ln2_rstd, "ln2_rstd", {L, rows});
+    a(fc, "fc", {L, rows, 4 * C});  // the hidden layer, after ReLU
+    a(out, "out", {rows, C});       // the stream behind the last layer
+    a(lnf, "lnf", {rows, C});
+    a(lnf_mean, "lnf_mean", {rows});
+    a(lnf_rstd, "lnf_rstd", {rows});
+    a(logits, "logits", {rows, V});
+    a(probs, "probs", {rows, V});
+    a(losses, "losses", {rows});
+  }
+};
 
 // Gradients of activations: none outlives its layer, so one of each serves all layers.
-#define ACTIVATION_GRADS(ONE, EACH_LAYER) \
-  ONE(dstream, rows, C)                   \
-  ONE(dbranch, rows, C)                   \
-  ONE(dnorm, rows, C)                     \
-  ONE(datt, rows, C)                      \
-  ONE(dqkv, rows, 3 * C)                  \
-  ONE(dfc, rows, 4 * C)                   \
-  ONE(dlogits, rows, V)
-// clang-format on
+template <class Real>
+struct ActivationGrads {
+  Real *dstream, *dbranch, *dnorm, *datt, *dqkv, *dfc, *dlogits;
 
-// The weights once more, as products of few rows read them: text is sampled a row at a time. K terms, N outputs.
-#define PACKED_WEIGHTS(ONE, EACH_LAYER) \
-  EACH_LAYER(qkvw, C, 3 * C)            \
-  EACH_LAYER(attprojw, C, C)            \
-  EACH_LAYER(fcw, C, 4 * C)             \
-  EACH_LAYER(fcprojw, 4 * C, C)         \
-  ONE(headw, C, V)
-
-DEFINE_POINTERS(Activations, ACTIVATIONS)
-DEFINE_POINTERS(ActivationGrads, ACTIVATION_GRADS)
-DEFINE_POINTERS(PackedWeights, PACKED_WEIGHTS)
-
-inline Layout activation_layout(const ModelShape& s, size_t rows, bool for_backward) {
-  const size_t V = s.V, C = s.C, NH = s.NH;
-  Layout layout;
-#define ADD_ONE(name, ...) layout.add(#name, 1, {__VA_ARGS__});
-#define ADD_EACH_LAYER(name, ...) layout.add(#name, s.L, {__VA_ARGS__});
-  if (for_backward) {
-    ACTIVATION_GRADS(ADD_ONE, ADD_EACH_LAYER)
-  } else {
-    ACTIVATIONS(ADD_ONE, ADD_EACH_LAYER)
+  void place(Arena& a, const ModelShape& s, size_t rows) {
+    const size_t V = s.V, C = s.C;
+    a(dstream, "dstream", {rows, C});
+    a(dbranch, "dbranch", {rows, C});
+    a(dnorm, "dnorm", {rows, C});
+    a(datt, "datt", {rows, C});
+    a(dqkv, "dqkv", {rows, 3 * C});
+    a(dfc, "dfc", {rows, 4 * C});
+    a(dlogits, "dlogits", {rows, V});
   }
-#undef ADD_ONE
-#undef ADD_EACH_LAYER
-#undef ACTIVATIONS
-#undef ACTIVATION_GRADS
-  return layout;
-}
+};
 
+// The weights once more, as products of few rows read them: text is sampled a row at a time.
 template <class Factor>
-Layout packed_layout(const ModelShape& s) {
-  const int V = s.V, C = s.C;
-  Layout layout;
-#define ADD_ONE(name, K, N) layout.add(#name, 1, {product::packed_size<Factor>(K, N)});
-#define ADD_EACH_LAYER(name, K, N) layout.add(#name, s.L, {product::packed_size<Factor>(K, N)});
-  PACKED_WEIGHTS(ADD_ONE, ADD_EACH_LAYER)
-#undef ADD_ONE
-#undef ADD_EACH_LAYER
-#undef PACKED_WEIGHTS
-  return layout;
-}
+struct PackedWeights {
+  Slices<Unit<Factor>> qkvw, attprojw, fcw, fcprojw;
+  Unit<Factor>* headw;
+
+  void place(Arena& a, const ModelShape& s) {
+    const int V = s.V, C = s.C;
+    const auto size = [](int inputs, int outputs) { return product::packed_size<Factor>(inputs, outputs); };
+    const size_t L = s.L;
+    a(qkvw, "qkvw", {L, size(C, 3 * C)});
+    a(attprojw, "attprojw", {L, size(C, C)});
+    a(fcw, "fcw", {L, size(C, 4 * C)});
+    a(fcprojw, "fcprojw", {L, size(4 * C, C)});
+    a(headw, "headw", {size(C, V)});
+  }
+};
 
 template <class Real, class Factor = Real>
 struct GPT {
@@ -120,26 +110,28 @@ struct GPT {
   int max_B;  // rows of a batch that the activations have room for, of shape.T tokens each
 
   Layout param_layout = parameter_layout(shape);
-  Layout act_layout = activation_layout(shape, size_t(max_B) * shape.T, false);
-  Layout act_grad_layout = activation_layout(shape, size_t(max_B) * shape.T, true);
+  Layout act_layout = layout_of<Activations<Real>>(shape, rows());
+  Layout act_grad_layout = layout_of<ActivationGrads<Real>>(shape, rows());
   Buffer<Real> params_memory{param_layout}, acts_memory{act_layout};
   Buffer<Real> grads_memory, m_memory, v_memory, act_grads_memory;  // only if the model is trained
-  Params<Real> w{params_memory.data(), param_layout};
-  Params<Real> dw;
-  Activations<Real> a{acts_memory.data(), act_layout};
-  ActivationGrads<Real> g;
-  Buffer<Unit<Factor>> packed_memory;
-  PackedWeights<Unit<Factor>> packed;  // nullptrs, unless pack_weights was called and they are those of w
+  Buffer<Unit<Factor>> packed_memory;                               // only if it writes text
+
+  Params<Real> w = placed<Params<Real>>(params_memory.data(), shape);
+  Params<Real> dw{};
+  Activations<Real> a = placed<Activations<Real>>(acts_memory.data(), shape, rows());
+  ActivationGrads<Real> g{};
+  PackedWeights<Factor> packed{};  // nullptrs, unless pack_weights was called and they are those of w
 
   GPT(const ModelShape& model_shape, int batch) : shape(model_shape), max_B(batch) {}
+  size_t rows() const { return size_t(max_B) * shape.T; }
 
   void prepare_training() {
     grads_memory = Buffer<Real>(param_layout);
     m_memory = Buffer<Real>(param_layout);
     v_memory = Buffer<Real>(param_layout);
     act_grads_memory = Buffer<Real>(act_grad_layout);
-    dw = Params<Real>(grads_memory.data(), param_layout);
-    g = ActivationGrads<Real>(act_grads_memory.data(), act_grad_layout);
+    dw = placed<Params<Real>>(grads_memory.data(), shape);
+    g = placed<ActivationGrads<Real>>(act_grads_memory.data(), shape, rows());
   }
 };
 
@@ -153,7 +145,7 @@ template <class Real, class Factor>
 const Real* forward(GPT<Real, Factor>& m, const int* x, int B, int T, const Dropout& drop = {}, int first = 0,
                     bool last_only = false) {
   const Params<Real>& w = m.w;
-  const PackedWeights<Unit<Factor>>& p = m.packed;
+  const PackedWeights<Factor>& p = m.packed;
   const Activations<Real>& a = m.a;
   const int V = m.shape.V, C = m.shape.C, L = m.shape.L, NH = m.shape.NH;
   int n = T - first, rows = B * n;
@@ -191,9 +183,8 @@ const Real* forward(GPT<Real, Factor>& m, const int* x, int B, int T, const Drop
 template <class Real, class Factor>
 void pack_weights(GPT<Real, Factor>& m) {
   const int V = m.shape.V, C = m.shape.C;
-  const Layout layout = packed_layout<Factor>(m.shape);
-  if (!m.packed_memory.data()) m.packed_memory = Buffer<Unit<Factor>>(layout);
-  m.packed = PackedWeights<Unit<Factor>>(m.packed_memory.data(), layout);
+  if (!m.packed_memory.data()) m.packed_memory = Buffer<Unit<Factor>>(layout_of<PackedWeights<Factor>>(m.shape));
+  m.packed = placed<PackedWeights<Factor>>(m.packed_memory.data(), m.shape);
   for (int l = 0; l < m.shape.L; l++) {
     pack_weight<Real, Factor>(m.packed.qkvw[l], m.w.qkvw[l], C, 3 * C);
     pack_weight<Real, Factor>(m.packed.attprojw[l], m.w.attprojw[l], C, C);
@@ -275,11 +266,11 @@ void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The model as the training loop sees it (host/train_loop.h).
+// The model as the training loop sees it (host/trainer.h).
 
 // Factor: what the products' operands are rounded to, kernels/factors.h
 template <class Factor>
-class CpuModel {
+class CpuModel final : public Trainer {
  public:
   CpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
       : config_(config),
@@ -297,53 +288,54 @@ class CpuModel {
     plan.add("parameters", params);
     if (training) plan.add("their gradients", params);
     if (training) plan.add("AdamW's m and v", 2 * params);
-    plan.add("weights packed for sampling", 4.0 * packed_layout<Factor>(shape).size());
-    plan.add("activations", 4.0 * activation_layout(shape, rows, false).size());
-    if (training) plan.add("their gradients", 4.0 * activation_layout(shape, rows, true).size());
+    plan.add("weights packed for sampling", 4.0 * layout_of<PackedWeights<Factor>>(shape).size());
+    plan.add("activations", 4.0 * layout_of<Activations<float>>(shape, rows).size());
+    if (training) plan.add("their gradients", 4.0 * layout_of<ActivationGrads<float>>(shape, rows).size());
     if (training) plan.add("a snapshot for checkpoints", 3 * params);
     return plan;
   }
   static AvailableMemory memory() { return {usable_memory(), "this machine has"}; }
 
-  const ModelShape& shape() const { return gpt_.shape; }
-  const Layout& layout() const { return gpt_.param_layout; }
-  std::string describe() const {
+  ModelShape shape() const override { return gpt_.shape; }
+  const Layout& layout() const override { return gpt_.param_layout; }
+  std::string describe() const override {
     const int threads = omp_get_max_threads();
     return text(config_.dtype, ", ", threads, threads == 1 ? " thread" : " threads");
   }
-  double peak_flops() const { return 0; }
-  int chunk() const { return 1; }
+  double peak_flops() const override { return 0; }
+  int chunk() const override { return 1; }
   GPT<float, Factor>& gpt() { return gpt_; }
 
-  void restore(const float* params, const float* m, const float* v) {
+  void restore(const float* params, const float* m, const float* v) override {
     const size_t n = layout().size();
     std::copy(params, params + n, gpt_.params_memory.data());
     gpt_.packed = {};
     if (m) std::copy(m, m + n, gpt_.m_memory.data());
     if (v) std::copy(v, v + n, gpt_.v_memory.data());
   }
-  void snapshot(float* params, float* m, float* v) const {
+  void snapshot(float* params, float* m, float* v) const override {
     const size_t n = layout().size();
     std::copy(gpt_.params_memory.data(), gpt_.params_memory.data() + n, params);
     if (m) std::copy(gpt_.m_memory.data(), gpt_.m_memory.data() + n, m);
     if (v) std::copy(gpt_.v_memory.data(), gpt_.v_memory.data() + n, v);
   }
-  std::string first_not_finite() const {
+  std::string first_not_finite() const override {
     std::string name = ::first_not_finite(gpt_.acts_memory.data(), gpt_.act_layout, Order::forward);
     if (!name.empty()) return name;
     name = ::first_not_finite(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
     return name.empty() ? name : "the gradient of " + name;
   }
-  std::map<std::string, std::string> state() const { return {}; }
-  void set_state(const std::map<std::string, std::string>&) {}
+  std::map<std::string, std::string> state() const override { return {}; }
+  void set_state(const std::map<std::string, std::string>&) override {}
 
-  std::vector<float> train_steps(int iteration, int count) {
+  std::vector<float> train_steps(int iteration, int count) override {
     std::vector<float> losses;
     for (int i = 0; i < count; i++) losses.push_back(train_step(iteration + i));
     return losses;
   }
+  double learning_rate(int iteration) const override { return learning_rate_at(config_, iteration); }
 
-  double random_losses(Split split, int iteration, int first, int count) {
+  double random_losses(Split split, int iteration, int first, int count) override {
     const int B = config_.batch_size, T = shape().T;
     const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     double sum = 0;
@@ -355,7 +347,7 @@ class CpuModel {
     return sum;
   }
 
-  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) {
+  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) override {
     for (int b = 0; b < B; b++) {
       const uint64_t first = at + b * (stride ? stride : n);
       (*data_)[split].copy(first, n, x_.data() + size_t(b) * n);
@@ -365,7 +357,7 @@ class CpuModel {
     return loss_sum(gpt_, y_.data(), B, n);
   }
 
-  int next_token(const int* context, int n, int known, const Choice& choice) {
+  int next_token(const int* context, int n, int known, const Choice& choice) override {
     if (!gpt_.packed.headw) pack_weights(gpt_);
     const float* logits = forward(gpt_, context + known, 1, n, {}, known, true);
     return choose_token(logits, shape().V, choice.temperature, choice.top_k, choice.uniform);
@@ -386,9 +378,7 @@ class CpuModel {
       loss += loss_sum(gpt_, y_.data(), B, T) * dloss;
       backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
     }
-    update(gpt_,
-           {learning_rate_at(config_, iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay,
-            iteration + 1, 1},
+    update(gpt_, {learning_rate(iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1},
            config_.grad_clip);
     check_all_canaries(gpt_);
     return float(loss);
@@ -400,7 +390,7 @@ class CpuModel {
   std::vector<int> x_, y_;  // (B, T)
 };
 
-// For --version: what the kernels of the CPU were built for. Emitted, as run is.
+// For --version: what the kernels of the CPU were built for. gnu::used for the same reason as run.
 [[gnu::used]] inline std::string kernels_text() {
   std::string out = text("CPU kernels: vectors of ", 8 * vector_bytes, " bits");
   if (built_for.fma) out += ", FMA";
@@ -423,8 +413,8 @@ inline std::string auto_dtype(const Config& config) {
   return faster;
 }
 
-// Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU. It is emitted
-// (used) although nothing here calls it: train_gpt.cu does.
+// Does what the command line says, on the CPU. why: what to tell somebody who did not ask for the CPU. gnu::used: not
+// every program calls it from this file, but train_gpt.cu does.
 [[gnu::used]] inline int run(Config config, const std::string& why) {
   if (config.command == "export") return export_command(config);
   const bool train = config.command == "train";
@@ -441,8 +431,8 @@ inline std::string auto_dtype(const Config& config) {
     apply_preset(config, config.preset == "auto" ? "small" : config.preset);
   }
   config.device = "cpu";
-  if (config.dtype == "bfloat16") return run_command<CpuModel<bfloat16>>(config);
-  return run_command<CpuModel<float>>(config);
+  if (config.dtype == "bfloat16") return run_command(trainer_type<CpuModel<bfloat16>>(), config);
+  return run_command(trainer_type<CpuModel<float>>(), config);
 }
 
 }  // namespace cpu

@@ -130,6 +130,13 @@ bool Snapshot::all_finite(const Layout& layout) const {
   return ::all_finite(params.data(), layout) && ::all_finite(m.data(), layout) && ::all_finite(v.data(), layout);
 }
 
+std::string recorded_dtype(const CheckpointInfo& info) {
+  const auto found = info.state.find("dtype");
+  for (const char* known : {"float32", "tf32", "bfloat16", "float16"})
+    if (found != info.state.end() && found->second == known) return known;
+  return "";
+}
+
 CheckpointWriter::CheckpointWriter(const Vocabulary& vocabulary, const Layout& layout)
     : vocabulary_(vocabulary),
       layout_(layout),

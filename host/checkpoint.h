@@ -4,7 +4,7 @@
 //               adamw.m.<name> and adamw.v.<name>
 //   metadata    format, vocabulary, the flags that the run depends on under their names (n_layer, seed, ...), iteration,
 //               best_fixed_loss, best_iteration, data (fingerprint of the tokens), state.<name> of the trainer, checksums
-// defines: CheckpointInfo, save_checkpoint, Checkpoint, export_views, Snapshot, CheckpointWriter
+// defines: CheckpointInfo, recorded_dtype, save_checkpoint, Checkpoint, export_views, Snapshot, CheckpointWriter
 #pragma once
 #include <atomic>
 #include <exception>
@@ -25,10 +25,13 @@ struct CheckpointInfo {
   int iteration = 0;                            // updates done, and so the number of the next one
   double best_loss = 0;                      // the lowest loss so far of the fixed validation windows; infinity: none;
                                              // NaN: an older program, which asked random batches, wrote the file
-  int best_iteration = 0;                    // whose weights that loss is of
+  int best_iteration = 0;                    // the iteration whose weights had that loss
   std::string data;                          // fingerprint of the training and validation tokens
   std::map<std::string, std::string> state;  // what else a trainer needs to go on exactly, by name
 };
+
+// The type of arithmetic of the trainer that wrote it; empty: it is not recorded, or not one that we know.
+std::string recorded_dtype(const CheckpointInfo& info);
 
 // The parameters in a buffer of this layout, as the tensors of a state dict.
 std::vector<TensorView> export_views(const ModelShape& shape, const Layout& layout, const float* params,
@@ -38,8 +41,8 @@ std::vector<TensorView> export_views(const ModelShape& shape, const Layout& layo
 void save_checkpoint(const std::string& path, const CheckpointInfo& info, const Vocabulary& vocabulary,
                      const Layout& layout, const float* params, const float* m, const float* v);
 
-// A checkpoint that was opened and checked: every tensor there, of the right shape and type, and unharmed. With
-// Verify::header its info is unharmed, and its tensors are not to be loaded.
+// A checkpoint that is open and checked: every tensor is there, has the right shape and type, and is undamaged. With
+// Verify::header only the info has been checked, and the tensors must not be loaded.
 class Checkpoint {
  public:
   explicit Checkpoint(const std::string& path, Verify what = Verify::all);
@@ -57,7 +60,7 @@ class Checkpoint {
   Vocabulary vocabulary_;
 };
 
-// A model's weights and moments at one moment, on the host.
+// A copy of a model's weights and moments, on the host.
 struct Snapshot {
   Buffer<float> params, m, v;
   bool all_finite(const Layout& layout) const;

@@ -7,64 +7,98 @@
 
 namespace {
 
-// A flag and the commands that take it (t: train, s: sample, e: eval, x: export). r: the value is recorded in
-// checkpoints; m: it is, and belongs to the model's shape.
-struct CommandFlag {
-  std::string commands;
-  Flag flag;
+// The commands that take a flag, and what else is true of it. Each is a bit.
+enum Mark : unsigned {
+  train = 1,
+  sample = 2,
+  eval = 4,
+  export_ = 8,
+  recorded = 16,  // a checkpoint records its value
+  shape = 32,     // it belongs to the model's shape, which a resumed run cannot change
 };
+constexpr unsigned computing = train | sample | eval;
+
+struct CommandFlag {
+  unsigned marks;
+  Flag flag;
+  bool has(unsigned mark) const { return marks & mark; }
+};
+
+const std::vector<std::pair<std::string, Mark>> commands = {
+    {"train", train}, {"sample", sample}, {"eval", eval}, {"export", export_}};
 
 // clang-format off
 std::vector<CommandFlag> flags(Config& c) {
   return {
-      {"t", {"preset", &c.preset, 0, 0, {"auto", "lecture", "small"}, "auto: lecture on a GPU, small on a CPU"}},
-      {"te", {"data", &c.data, 0, 0, {}, "folder with the token shards that data_prep wrote"}},
-      {"tsex", {"out_dir", &c.out_dir, 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"}},
-      {"t", {"init_from", &c.init_from, 0, 0, {"scratch", "resume"}, "resume goes on with out_dir's ckpt_last"}},
-      {"sex", {"checkpoint", &c.checkpoint, 0, 0, {}, "last, best, or a file"}},
-      {"tm", {"n_layer", &c.n_layer, 1, 2e9, {}, "transformer blocks"}},
-      {"tm", {"n_head", &c.n_head, 1, 2e9, {}, "attention heads of a block"}},
-      {"tm", {"n_embd", &c.n_embd, 1, 2e9, {}, "channels"}},
-      {"tm", {"block_size", &c.block_size, 1, 2e9, {}, "tokens of context"}},
-      {"tr", {"dropout", &c.dropout, 0, 0.99, {}, "probability that an activation is dropped"}},
-      {"ter", {"batch_size", &c.batch_size, 1, 2e9, {}, "sequences of a batch"}},
-      {"tr", {"gradient_accumulation_steps", &c.gradient_accumulation_steps, 1, 2e9, {}, "batches of a step"}},
-      {"tr", {"max_iters", &c.max_iters, 1, 2e9, {}, "training steps"}},
-      {"tr", {"eval_interval", &c.eval_interval, 1, 2e9, {}, "steps between evaluations"}},
-      {"ter", {"eval_iters", &c.eval_iters, 1, 1e6, {}, "random batches of each split in an evaluation"}},
-      {"tr", {"log_interval", &c.log_interval, 1, 2e9, {}, "steps between lines with the loss"}},
-      {"t", {"checkpoint_secs", &c.checkpoint_secs, 0, no_limit, {},
-             "seconds between checkpoints; 0: only at evaluations"}},
-      {"tr", {"learning_rate", &c.learning_rate, 0, 10, {}, "of AdamW, at its highest"}},
-      {"tr", {"decay_lr", &c.decay_lr, 0, 0, {}, "cosine decay to min_lr"}},
-      {"tr", {"warmup_iters", &c.warmup_iters, 0, 2e9, {}, "steps of linear warm-up"}},
-      {"tr", {"lr_decay_iters", &c.lr_decay_iters, 0, 2e9, {}, "step at which min_lr is reached; 0: max_iters"}},
-      {"tr", {"min_lr", &c.min_lr, 0, 10, {}, "the learning rate after the decay"}},
-      {"tr", {"weight_decay", &c.weight_decay, 0, 10, {}, "of AdamW, on every parameter"}},
-      {"tr", {"beta1", &c.beta1, 0, 0.999999, {}, "of AdamW"}},
-      {"tr", {"beta2", &c.beta2, 0, 0.999999, {}, "of AdamW"}},
-      {"tr", {"grad_clip", &c.grad_clip, 0, no_limit, {}, "largest norm of the gradient; 0: no clipping"}},
-      {"s", {"start", &c.start, 0, 0, {}, "text to go on from, or FILE:path"}},
-      {"s", {"num_samples", &c.num_samples, 1, 1e6, {}, "texts to make"}},
-      {"s", {"max_new_tokens", &c.max_new_tokens, 1, 2e9, {}, "characters to add"}},
-      {"s", {"temperature", &c.temperature, 0, 100, {}, "0: always the likeliest; 1: as learned; higher: wilder"}},
-      {"s", {"top_k", &c.top_k, 0, 65535, {}, "choose among the k likeliest; 0: among all"}},
-      {"tse", {"device", &c.device, 0, 0, {"auto", "cuda", "cpu"}, "cuda never falls back to cpu"}},
-      {"tse", {"dtype", &c.dtype, 0, 0, {"auto", "float32", "tf32", "bfloat16", "float16"},
-               "of the products; auto: 16 bits on a GPU, and on a CPU where they are faster"}},
-      {"tse", {"threads", &c.threads, 0, 1024, {}, "of the CPU; 0: one for each core. Results do not depend on it"}},
-      {"tser", {"seed", &c.seed, 0, no_limit, {}, "of all random numbers"}},
+      {train, {"preset", &c.preset, 0, 0, {"auto", "lecture", "small"},
+               "ready-made settings; auto: lecture on a GPU, small on a CPU"}},
+      {train | eval, {"data", &c.data, 0, 0, {}, "folder with the token shards that data_prep wrote"}},
+      {computing | export_, {"out_dir", &c.out_dir, 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"}},
+      {train, {"init_from", &c.init_from, 0, 0, {"scratch", "resume"},
+               "begin a new run, or go on with ckpt_last in out_dir"}},
+      {sample | eval | export_, {"checkpoint", &c.checkpoint, 0, 0, {},
+                                 "which checkpoint of out_dir, last or best, or the path of one"}},
+      {train | recorded | shape, {"n_layer", &c.n_layer, 1, 2e9, {}, "transformer blocks, one after the other"}},
+      {train | recorded | shape, {"n_head", &c.n_head, 1, 2e9, {}, "attention heads in each block"}},
+      {train | recorded | shape, {"n_embd", &c.n_embd, 1, 2e9, {}, "channels of the residual stream"}},
+      {train | recorded | shape, {"block_size", &c.block_size, 1, 2e9, {}, "tokens of context that the model sees"}},
+      {train | recorded, {"dropout", &c.dropout, 0, 0.99, {}, "probability that training drops an activation"}},
+      {train | eval | recorded, {"batch_size", &c.batch_size, 1, 2e9, {}, "sequences in a batch"}},
+      {train | recorded, {"gradient_accumulation_steps", &c.gradient_accumulation_steps, 1, 2e9, {},
+                          "batches whose gradients make one step"}},
+      {train | recorded, {"max_iters", &c.max_iters, 1, 2e9, {}, "training steps in all"}},
+      {train | recorded, {"eval_interval", &c.eval_interval, 1, 2e9, {}, "steps between evaluations"}},
+      {train | eval | recorded, {"eval_iters", &c.eval_iters, 1, 1e6, {},
+                                 "random batches of each split in an evaluation"}},
+      {train | recorded, {"log_interval", &c.log_interval, 1, 2e9, {}, "steps between lines with the loss"}},
+      {train, {"checkpoint_secs", &c.checkpoint_secs, 0, no_limit, {},
+               "seconds between checkpoints; 0: only at evaluations"}},
+      {train | recorded, {"learning_rate", &c.learning_rate, 0, 10, {},
+                          "AdamW's step size, after warm-up and before decay"}},
+      {train | recorded, {"decay_lr", &c.decay_lr, 0, 0, {},
+                          "whether the learning rate falls to min_lr, along a cosine"}},
+      {train | recorded, {"warmup_iters", &c.warmup_iters, 0, 2e9, {},
+                          "first steps, over which the learning rate rises"}},
+      {train | recorded, {"lr_decay_iters", &c.lr_decay_iters, 0, 2e9, {},
+                          "step at which min_lr is reached; 0: max_iters"}},
+      {train | recorded, {"min_lr", &c.min_lr, 0, 10, {}, "learning rate after the decay"}},
+      {train | recorded, {"weight_decay", &c.weight_decay, 0, 10, {},
+                          "how strongly AdamW pulls every parameter towards 0"}},
+      {train | recorded, {"beta1", &c.beta1, 0, 0.999999, {}, "decay of AdamW's running mean of the gradient"}},
+      {train | recorded, {"beta2", &c.beta2, 0, 0.999999, {}, "decay of AdamW's running mean of the squared gradient"}},
+      {train | recorded, {"grad_clip", &c.grad_clip, 0, no_limit, {}, "largest norm of the gradient; 0: no clipping"}},
+      {sample, {"start", &c.start, 0, 0, {}, "text to go on from, or FILE:path of a file with it"}},
+      {sample, {"num_samples", &c.num_samples, 1, 1e6, {}, "texts to make"}},
+      {sample, {"max_new_tokens", &c.max_new_tokens, 1, 2e9, {}, "characters to add"}},
+      {sample, {"temperature", &c.temperature, 0, 100, {}, "0: always the likeliest; 1: as learned; higher: wilder"}},
+      {sample, {"top_k", &c.top_k, 0, 65535, {}, "choose among the k likeliest; 0: among all"}},
+      {computing, {"device", &c.device, 0, 0, {"auto", "cuda", "cpu"},
+                   "where to compute; cuda never falls back to cpu"}},
+      {computing, {"dtype", &c.dtype, 0, 0, {"auto", "float32", "tf32", "bfloat16", "float16"},
+                   "type of the matrix products; auto: 16 bits on a GPU, and on a CPU where they are faster"}},
+      {computing, {"threads", &c.threads, 0, 1024, {},
+                   "threads of the CPU; 0: one for each core. Results do not depend on it"}},
+      {computing | recorded, {"seed", &c.seed, 0, no_limit, {}, "of all random numbers: the same seed, the same run"}},
   };
 }
 // clang-format on
 
-const std::vector<std::string> command_names = {"train", "sample", "eval", "export"};
-char command_letter(const std::string& command) { return command == "export" ? 'x' : command[0]; }
+std::vector<std::string> command_names() {
+  std::vector<std::string> names;
+  for (const auto& [name, mark] : commands) names.push_back(name);
+  return names;
+}
+
+Mark mark_of(const std::string& command) {
+  for (const auto& [name, mark] : commands)
+    if (name == command) return mark;
+  fail("there is no command ", command);
+}
 
 std::vector<Flag> flags_of(Config& config, const std::string& command) {
   std::vector<Flag> chosen;
-  for (const auto& [commands, flag] : flags(config))
-    if (commands.find(command_letter(command)) != std::string::npos) chosen.push_back(flag);
+  for (const CommandFlag& f : flags(config))
+    if (f.has(mark_of(command))) chosen.push_back(f.flag);
   return chosen;
 }
 
@@ -78,14 +112,14 @@ const std::vector<std::pair<std::string, std::string>> small_preset = {
 
 [[noreturn]] void refuse_unknown(const std::string& name, Config& config) {
   std::vector<std::string> names = {"help", "version"};
-  for (const auto& [commands, flag] : flags(config)) {
-    if (flag.name == name) {
+  for (const CommandFlag& f : flags(config)) {
+    if (f.flag.name == name) {
       std::string others;
-      for (const std::string& other : command_names)
-        if (commands.find(command_letter(other)) != std::string::npos) others += (others.empty() ? "" : ", ") + other;
+      for (const auto& [other, mark] : commands)
+        if (f.has(mark)) others += (others.empty() ? "" : ", ") + other;
       fail("--", name, " is a flag of ", others, ", not of ", config.command);
     }
-    if (commands.find(command_letter(config.command)) != std::string::npos) names.push_back(flag.name);
+    if (f.has(mark_of(config.command))) names.push_back(f.flag.name);
   }
   fail("--", name, " is not a flag of ", config.command, "; the nearest is --", nearest(name, names), ", see --help");
 }
@@ -97,9 +131,10 @@ Config parse_command_line(int argc, char** argv) {
   std::vector<std::string> arguments(argv + std::min(argc, 1), argv + argc);
   if (!arguments.empty() && !arguments[0].empty() && arguments[0][0] != '-') {
     config.command = arguments[0];
-    if (std::find(command_names.begin(), command_names.end(), config.command) == command_names.end())
+    const std::vector<std::string> names = command_names();
+    if (std::find(names.begin(), names.end(), config.command) == names.end())
       fail("'", config.command, "' is not a command (train, sample, eval, export); the nearest is ",
-           nearest(config.command, command_names));
+           nearest(config.command, names));
     arguments.erase(arguments.begin());
   }
   config.given = parse_flags(arguments, flags_of(config, config.command),
@@ -110,8 +145,8 @@ Config parse_command_line(int argc, char** argv) {
 }
 
 Flag config_flag(Config& config, const std::string& name) {
-  for (const auto& [commands, flag] : flags(config))
-    if (flag.name == name) return flag;
+  for (const CommandFlag& f : flags(config))
+    if (f.flag.name == name) return f.flag;
   fail("there is no flag ", name);
 }
 
@@ -137,13 +172,11 @@ std::string help_text(const std::string& command) {
          "  --version says what to add to a report of a fault: versions, compilers, cards\n";
 }
 
-static bool is_recorded(const CommandFlag& f) { return f.commands.find_first_of("rm") != std::string::npos; }
-
 std::vector<std::string> recorded_flags() {
   std::vector<std::string> names;
   Config config;
   for (const CommandFlag& f : flags(config))
-    if (is_recorded(f)) names.push_back(f.flag.name);
+    if (f.has(recorded)) names.push_back(f.flag.name);
   return names;
 }
 
@@ -151,23 +184,23 @@ std::map<std::string, std::string> recorded_settings(const Config& config) {
   std::map<std::string, std::string> settings;
   Config copy = config;
   for (const CommandFlag& f : flags(copy))
-    if (is_recorded(f)) settings[f.flag.name] = flag_value(f.flag);
+    if (f.has(recorded)) settings[f.flag.name] = flag_value(f.flag);
   return settings;
 }
 
 std::vector<std::string> apply_settings(Config& config, const std::map<std::string, std::string>& settings) {
   std::vector<std::string> differences;
-  for (const auto& [commands, flag] : flags(config)) {
-    const auto recorded = settings.find(flag.name);
-    if (recorded == settings.end()) continue;
-    const std::string value = flag_value(flag);
-    if (!config.given.count(flag.name)) {
-      set_flag(flag, recorded->second);
-    } else if (value != recorded->second) {
-      if (commands.find('m') != std::string::npos)
-        fail("--", flag.name, " is ", value, ", but the checkpoint's model has ", recorded->second,
+  for (const CommandFlag& f : flags(config)) {
+    const auto before = settings.find(f.flag.name);
+    if (before == settings.end()) continue;
+    const std::string name = f.flag.name, value = flag_value(f.flag);
+    if (!config.given.count(name)) {
+      set_flag(f.flag, before->second);
+    } else if (value != before->second) {
+      if (f.has(shape))
+        fail("--", name, " is ", value, ", but the checkpoint's model has ", before->second,
              "; leave the flag out to go on with that model, or choose another --out_dir for a new one");
-      differences.push_back(text(flag.name, ": ", recorded->second, " -> ", value));
+      differences.push_back(text(name, ": ", before->second, " -> ", value));
     }
   }
   return differences;

@@ -1,5 +1,5 @@
-// Compiled with the kernels' flags.
-#include "cpu_features.h"
+// Compiled with the kernels' flags. It holds only data: code of this file could not run where the check is needed.
+#include "machine.h"
 
 #ifdef __FMA__
 constexpr bool fma = true;

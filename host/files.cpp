@@ -261,12 +261,6 @@ void refuse_other(const std::string& path, std::string_view bytes, std::string_v
   if (!what.empty() && what != wanted) fail(path, " is ", what, ": ", instead);
 }
 
-uint64_t fnv1a(const void* data, size_t bytes, uint64_t state) {
-  const unsigned char* p = static_cast<const unsigned char*>(data);
-  for (size_t i = 0; i < bytes; i++) state = (state ^ p[i]) * 1099511628211ull;
-  return state;
-}
-
 uint64_t checksum(const void* data, size_t bytes) {
   static_assert(std::endian::native == std::endian::little, "files hold little-endian words");
   const unsigned char* p = static_cast<const unsigned char*>(data);

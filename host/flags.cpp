@@ -94,7 +94,8 @@ std::string nearest(const std::string& word, const std::vector<std::string>& wor
 }
 
 std::set<std::string> parse_flags(std::vector<std::string> arguments, const std::vector<Flag>& flags,
-                                  const std::function<void(const std::string& name)>& unknown) {
+                                  const std::function<void(const std::string& name)>& unknown,
+                                  const std::function<void(const std::string& word)>& other) {
   // --flag=value becomes two arguments, so that a value may be empty; what follows a flag without = is its value.
   for (size_t i = 0; i < arguments.size(); i++) {
     if (arguments[i].rfind("--", 0) != 0 || arguments[i] == "--help" || arguments[i] == "--version") continue;
@@ -106,6 +107,8 @@ std::set<std::string> parse_flags(std::vector<std::string> arguments, const std:
     i++;
   }
 
+  // CLI11 sorts the arguments, and only that: values come from checkpoints and presets too, so their checks, and the
+  // help that shows what was checked, are made from our own table.
   CLI::App app;
   app.set_help_flag();
   app.allow_extras();
@@ -126,8 +129,12 @@ std::set<std::string> parse_flags(std::vector<std::string> arguments, const std:
   if (help) return {"help"};
   if (version) return {"version"};
   for (const std::string& argument : app.remaining()) {
-    if (argument.rfind("--", 0) != 0) fail("'", argument, "' is not a flag; flags begin with --, see --help");
-    unknown(argument.substr(2));
+    if (argument.rfind("--", 0) == 0)
+      unknown(argument.substr(2));
+    else if (other && argument.rfind("-", 0) != 0)
+      other(argument);
+    else
+      fail("'", argument, "' is not a flag; flags begin with --, see --help");
   }
   std::set<std::string> given;
   for (const auto& [flag, value] : values) {

@@ -6,7 +6,7 @@
 #include <algorithm>
 #include <cstdio>
 
-#include "limits.h"
+#include "machine.h"
 
 static std::string megabytes(double bytes) {
   char line[64];

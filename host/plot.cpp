@@ -18,9 +18,9 @@ extern char** environ;
 
 // A gnuplot string. Within single quotes gnuplot expands nothing, neither escapes nor `commands`; an apostrophe becomes
 // the typographic one, since gnuplot does not understand a doubled one everywhere.
-std::string quoted(const std::string& text) {
+std::string quoted(const std::string& words) {
   std::string out = "'";
-  for (char c : text) {
+  for (char c : words) {
     if (static_cast<unsigned char>(c) < ' ') c = ' ';  // a line's end would end the command
     if (c == '\'')
       out += "’";
@@ -97,40 +97,45 @@ void spread(std::vector<Label>& labels, double distance) {
     }
 }
 
-std::string script(const PlotData& data) {
-  const Range range = loss_range(data);
-  const int last = std::max(last_iter(data), 1);
+// What every picture of a run has in common, in gnuplot's words. Title and legend stand outside the plot, where no
+// curve can meet them. (These commands are part of the program: it is not to need its sources where it runs.)
+constexpr const char* look =
+    R"(set key at graph 1, graph 1.025 right bottom horizontal maxrows 1 samplen 2.5 textcolor rgb '#707070' font ',11'
+set xlabel 'iteration'
+set ylabel 'loss (nats per character)' offset -0.5,0
+set border 3 lc rgb '#404040'
+set tics nomirror out scale 0.6
+set grid lc rgb '#E8E8E8' lt 1 lw 1
+set lmargin 9
+set rmargin 18
+set tmargin 4
+set style textbox opaque noborder fillcolor rgb 'white' margins 0.5,0.3
+)";
+const std::string small = text("font ',11' tc rgb '", grey, "'");
 
-  std::string s;
-  const auto block = [&](const char* name, const auto& points, auto value) {
-    s += text("$", name, " << END\n");
-    for (const auto& p : points)
-      if (std::isfinite(value(p))) s += text(p.iter, " ", decimals(value(p), 6), "\n");
-    s += "END\n";
-  };
-  const auto any = [](const auto& points, auto value) {
-    return std::any_of(points.begin(), points.end(), [&](const auto& p) { return std::isfinite(value(p)); });
-  };
-  const bool fixed = any(data.fixed, [](const IterPoint& p) { return p.loss; });
-  block("batches", data.iters, [](const IterPoint& p) { return p.loss; });
-  block("train", data.evals, [](const EvalPoint& p) { return p.train; });
-  block("val", data.evals, [](const EvalPoint& p) { return p.val; });
-  block("fixed", data.fixed, [](const IterPoint& p) { return p.loss; });
+// What a curve shows of a point. A point whose number is not finite is left out.
+double loss_of(const IterPoint& p) { return p.loss; }
+double train_of(const EvalPoint& p) { return p.train; }
+double val_of(const EvalPoint& p) { return p.val; }
 
-  // Title and legend stand outside the plot, where no curve can meet them.
-  s += text("set label ", quoted(data.title), " at graph 0, 1.05 left font ',15'\n");
-  s += "set key at graph 1, graph 1.025 right bottom horizontal maxrows 1 samplen 2.5 textcolor rgb '#707070' font "
-       "',11'\n";
-  s += text("set xrange [0:", last, "]\nset yrange [", decimals(range.low), ":", decimals(range.high), "]\n");
-  s += "set xlabel 'iteration'\nset ylabel 'loss (nats per character)' offset -0.5,0\n";
-  s += "set border 3 lc rgb '#404040'\nset tics nomirror out scale 0.6\n";
-  s += text("set format y '", range.span() > 1 ? "%.1f" : "%.2f", "'\n", last < 10 ? "set xtics 1\n" : "");
-  s += "set grid lc rgb '#E8E8E8' lt 1 lw 1\nset lmargin 9\nset rmargin 18\nset tmargin 4\n";
+template <class Point>
+bool any(const std::vector<Point>& points, double (*value)(const Point&)) {
+  return std::any_of(points.begin(), points.end(), [&](const Point& p) { return std::isfinite(value(p)); });
+}
 
-  // Lines end in their name and value, which no legend has to explain. Baselines out of range are told, not drawn.
-  const std::string small = text("font ',11' tc rgb '", grey, "'");
+// The numbers of a curve, in two columns: $name << END, a line "iteration loss" for each point, END.
+template <class Point>
+std::string columns(const char* name, const std::vector<Point>& points, double (*value)(const Point&)) {
+  std::string s = text("$", name, " << END\n");
+  for (const Point& p : points)
+    if (std::isfinite(value(p))) s += text(p.iter, " ", decimals(value(p), 6), "\n");
+  return s + "END\n";
+}
+
+// Lines end in their name and value, which no legend has to explain. Baselines out of range are told, not drawn.
+std::string baselines_and_labels(const PlotData& data, const Range& range) {
+  std::string s, above, below;
   std::vector<Label> labels;
-  std::string above, below;
   for (const Baseline& b : data.baselines) {
     if (!std::isfinite(b.loss)) continue;
     const std::string words = b.name + " " + decimals(b.loss);
@@ -148,7 +153,7 @@ std::string script(const PlotData& data) {
   };
   if (!data.evals.empty()) {
     label_end("train", data.evals.back().train, train_colour);
-    label_end("validation", fixed ? data.fixed.back().loss : data.evals.back().val, val_colour);
+    label_end("validation", any(data.fixed, loss_of) ? data.fixed.back().loss : data.evals.back().val, val_colour);
   }
   spread(labels, 0.04 * range.span());
   for (const Label& l : labels)
@@ -158,25 +163,29 @@ std::string script(const PlotData& data) {
   };
   if (!above.empty()) note("above: " + above, "0.995, 0.975");
   if (!below.empty()) note("below: " + below, "0.995, 0.025");
+  return s;
+}
 
-  const IterPoint& best = data.best;
-  if (std::isfinite(best.loss)) {
-    const char* side = best.iter < 0.15 * last   ? "left offset 1,-1.4"
-                       : best.iter > 0.85 * last ? "right offset -1,-1.4"
-                                                 : "center offset 0,-1.4";
-    s += "set style textbox opaque noborder fillcolor rgb 'white' margins 0.5,0.3\n";
-    s += text("set label ", quoted(text("best ", decimals(best.loss), " at iteration ", best.iter)), " at ", best.iter,
+// Says beside the best point what it is, on the side where there is room.
+std::string best_label(const IterPoint& best, int last) {
+  const char* side = best.iter < 0.15 * last   ? "left offset 1,-1.4"
+                     : best.iter > 0.85 * last ? "right offset -1,-1.4"
+                                               : "center offset 0,-1.4";
+  return text("set label ", quoted(text("best ", decimals(best.loss), " at iteration ", best.iter)), " at ", best.iter,
               ",", decimals(best.loss, 6), " ", side, " front boxed tc rgb '", val_colour, "'\n");
-  }
+}
 
-  // What is drawn. A curve without a single point is left out: gnuplot refuses it.
+// The command that draws everything. A curve without a single point is left out: gnuplot refuses it.
+std::string plot_command(const PlotData& data) {
+  const bool fixed = any(data.fixed, loss_of);
+  const IterPoint& best = data.best;
   std::string curves;
   const auto curve = [&](const std::string& what) { curves += (curves.empty() ? "plot " : ", \\\n     ") + what; };
-  if (any(data.iters, [](const IterPoint& p) { return p.loss; }))
+  if (any(data.iters, loss_of))
     curve(text("$batches with lines lw 1 lc rgb '", batch_colour, "' title 'each training batch'"));
-  if (any(data.evals, [](const EvalPoint& p) { return p.train; }))
+  if (any(data.evals, train_of))
     curve(text("$train with linespoints lw 2.5 pt 7 ps 0.9 lc rgb '", train_colour, "' title 'train, random batches'"));
-  if (any(data.evals, [](const EvalPoint& p) { return p.val; }))
+  if (any(data.evals, val_of))
     curve(text("$val with linespoints lw ", fixed ? "1.2 pt 6 ps 0.7" : "2.5 pt 7 ps 0.9", " lc rgb '", val_colour,
                "' title 'val, random batches'"));
   if (fixed)
@@ -185,7 +194,21 @@ std::string script(const PlotData& data) {
     curve(text("'+' using (", best.iter, "):(", decimals(best.loss, 6),
                ") every ::::0 with points pt 6 ps 2.2 lw 2.5 lc rgb '", val_colour, "' notitle"));
   if (curves.empty()) curve("NaN notitle");
-  return s + curves + "\n";
+  return curves + "\n";
+}
+
+std::string script(const PlotData& data) {
+  const Range range = loss_range(data);
+  const int last = std::max(last_iter(data), 1);
+  std::string s = columns("batches", data.iters, loss_of) + columns("train", data.evals, train_of) +
+                  columns("val", data.evals, val_of) + columns("fixed", data.fixed, loss_of);
+  s += look;
+  s += text("set label ", quoted(data.title), " at graph 0, 1.05 left font ',15'\n");
+  s += text("set xrange [0:", last, "]\nset yrange [", decimals(range.low), ":", decimals(range.high), "]\n");
+  s += text("set format y '", range.span() > 1 ? "%.1f" : "%.2f", "'\n", last < 10 ? "set xtics 1\n" : "");
+  s += baselines_and_labels(data, range);
+  if (std::isfinite(data.best.loss)) s += best_label(data.best, last);
+  return s + plot_command(data);
 }
 
 struct Close {

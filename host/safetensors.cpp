@@ -3,13 +3,13 @@
 #include <algorithm>
 #include <bit>
 #include <cstdint>
-#include <cstdio>
 #include <cstring>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string_view>
 
 #include "error.h"
+#include "text.h"
 
 namespace {
 
@@ -29,12 +29,6 @@ size_t dtype_size(const std::string& dtype) {
   return found == sizes.end() ? 0 : found->second;
 }
 
-std::string hex(uint64_t value) {
-  char digits[17];
-  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(value));
-  return digits;
-}
-
 bool is_checksum(const std::string& name) { return name == "checksum" || name.rfind("checksum.", 0) == 0; }
 
 // Where the header's own checksum stands in its text. Inside a JSON string the quotes would be escaped, so that only
@@ -48,7 +42,7 @@ size_t find_header_checksum(std::string_view header) {
 
 std::string header_checksum(std::string header, size_t digits) {
   header.replace(digits, zeros.size(), zeros);
-  return hex(checksum(header.data(), header.size()));
+  return hash_text(checksum(header.data(), header.size()));
 }
 
 // Parses a header. Beyond well-formed JSON it asks for what could make two readers see two different files (a name
@@ -78,6 +72,34 @@ size_t to_size(const Json& number, const std::string& where) {
   return number.get<size_t>();
 }
 
+// A tensor, and where it lies in the data.
+struct Placed {
+  TensorView view;
+  size_t begin, end;
+};
+
+Placed parse_tensor(const std::string& where, const std::string& name, const Json& entry, const unsigned char* data,
+                    size_t data_bytes) {
+  if (!entry.contains("dtype") || !entry["dtype"].is_string() || !entry.contains("shape") ||
+      !entry["shape"].is_array() || !entry.contains("data_offsets") || !entry["data_offsets"].is_array() ||
+      entry["data_offsets"].size() != 2)
+    fail(where, " lacks a type, a shape or two offsets");
+  Placed t;
+  t.view.name = name;
+  t.view.dtype = entry["dtype"].get<std::string>();
+  for (const Json& extent : entry["shape"]) t.view.shape.push_back(to_size(extent, where));
+  t.begin = to_size(entry["data_offsets"][0], where);
+  t.end = to_size(entry["data_offsets"][1], where);
+  if (t.begin > t.end) fail(where, " ends (at ", t.end, ") before it begins (at ", t.begin, ")");
+  if (t.end > data_bytes)
+    fail(where, " should lie at bytes ", t.begin, " to ", t.end, " of the data, but there are only ", data_bytes,
+         ": the file is cut off");
+  if (t.view.bytes() != t.end - t.begin)
+    fail(where, " has ", t.end - t.begin, " bytes, but its type and shape need ", t.view.bytes());
+  t.view.data = data + t.begin;
+  return t;
+}
+
 }  // namespace
 
 size_t TensorView::bytes() const {
@@ -99,7 +121,7 @@ void write_safetensors(const std::string& path, const std::vector<TensorView>& t
   Metadata all = metadata;
   for (const auto& [name, value] : metadata)
     if (is_checksum(name)) fail("could not write ", path, ": the name ", name, " is reserved");
-  for (const TensorView* t : order) all["checksum." + t->name] = hex(checksum(t->data, t->bytes()));
+  for (const TensorView* t : order) all["checksum." + t->name] = hash_text(checksum(t->data, t->bytes()));
   all["checksum"] = zeros;
 
   Json json;
@@ -138,10 +160,6 @@ SafetensorsFile::SafetensorsFile(const std::string& path, Verify what) : path_(p
   const size_t data_bytes = file_.size() - sizeof length - length;
   const Json json = parse_header(path, header);
 
-  struct Placed {
-    TensorView view;
-    size_t begin, end;
-  };
   std::vector<Placed> placed;
   for (const auto& [name, entry] : json.items()) {
     const std::string where = "could not read " + path + ": " + name;
@@ -153,24 +171,7 @@ SafetensorsFile::SafetensorsFile(const std::string& path, Verify what) : path_(p
       }
       continue;
     }
-    if (!entry.contains("dtype") || !entry["dtype"].is_string() || !entry.contains("shape") ||
-        !entry["shape"].is_array() || !entry.contains("data_offsets") || !entry["data_offsets"].is_array() ||
-        entry["data_offsets"].size() != 2)
-      fail(where, " lacks a type, a shape or two offsets");
-    Placed t;
-    t.view.name = name;
-    t.view.dtype = entry["dtype"].get<std::string>();
-    for (const Json& extent : entry["shape"]) t.view.shape.push_back(to_size(extent, where));
-    t.begin = to_size(entry["data_offsets"][0], where);
-    t.end = to_size(entry["data_offsets"][1], where);
-    if (t.begin > t.end) fail(where, " ends (at ", t.end, ") before it begins (at ", t.begin, ")");
-    if (t.end > data_bytes)
-      fail(where, " should lie at bytes ", t.begin, " to ", t.end, " of the data, but there are only ", data_bytes,
-           ": the file is cut off");
-    if (t.view.bytes() != t.end - t.begin)
-      fail(where, " has ", t.end - t.begin, " bytes, but its type and shape need ", t.view.bytes());
-    t.view.data = data + t.begin;
-    placed.push_back(std::move(t));
+    placed.push_back(parse_tensor(where, name, entry, data, data_bytes));
   }
 
   // One after the other, from the first byte of the data to the last.
@@ -188,21 +189,25 @@ SafetensorsFile::SafetensorsFile(const std::string& path, Verify what) : path_(p
   if (end != data_bytes)
     fail("could not read ", path, ": it has ", data_bytes, " bytes of data, but its tensors end at ", end);
 
-  // One checksum makes all of them due: a damaged name cannot pass for a file without.
+  verify_checksums(header, what);
+}
+
+// One checksum makes all of them due: a damaged name cannot pass for a file without.
+void SafetensorsFile::verify_checksums(std::string_view header, Verify what) {
   const bool ours = std::any_of(metadata_.begin(), metadata_.end(), [](const auto& m) { return is_checksum(m.first); });
   if (!ours) return;
   const auto verify = [&](const std::string& part, const std::string& key, const std::string& actual) {
     const auto said = metadata_.find(key);
-    if (said == metadata_.end()) fail(path, ": ", part, " is damaged: its checksum is missing");
+    if (said == metadata_.end()) fail(path_, ": ", part, " is damaged: its checksum is missing");
     if (said->second != actual)
-      fail(path, ": ", part, " is damaged: its checksum is ", actual, ", the file says ", said->second);
+      fail(path_, ": ", part, " is damaged: its checksum is ", actual, ", the file says ", said->second);
   };
   const size_t digits = find_header_checksum(header);
-  if (digits == std::string_view::npos) fail(path, ": the header is damaged: its checksum is missing");
+  if (digits == std::string_view::npos) fail(path_, ": the header is damaged: its checksum is missing");
   verify("the header", "checksum", header_checksum(std::string(header), digits));
   if (what == Verify::all)
     for (const TensorView& t : tensors_)
-      verify("tensor " + t.name, "checksum." + t.name, hex(checksum(t.data, t.bytes())));
+      verify("tensor " + t.name, "checksum." + t.name, hash_text(checksum(t.data, t.bytes())));
   std::erase_if(metadata_, [](const auto& m) { return is_checksum(m.first); });
 }
 

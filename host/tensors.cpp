@@ -41,26 +41,6 @@ void Layout::add(std::string name, int layers, std::vector<size_t> shape, Init i
   tensors_.push_back(std::move(spec));
 }
 
-const TensorSpec& Layout::find(const std::string& name) const {
-  for (const TensorSpec& spec : tensors_)
-    if (spec.name == name) return spec;
-  fail("no tensor is named ", name);
-}
-
-Layout parameter_layout(const ModelShape& shape) {
-  const size_t V = shape.V, T = shape.T, C = shape.C;
-  const auto padding = [&](const std::string& name) {
-    const size_t rows = size_t(padded_vocabulary(shape.V)) - V;
-    return name == "headw" ? rows * C : name == "headb" ? rows : 0;
-  };
-  Layout layout;
-#define ADD_ONE(name, init, export_name, ...) \
-  layout.add(#name, 1, {__VA_ARGS__}, Init::init, export_name, padding(#name));
-#define ADD_EACH_LAYER(name, init, export_name, ...) layout.add(#name, shape.L, {__VA_ARGS__}, Init::init, export_name);
-  PARAMETERS(ADD_ONE, ADD_EACH_LAYER)
-  return layout;
-}
-
 size_t ExportTensor::size() const { return product_of(shape); }
 
 std::vector<ExportTensor> export_table(const ModelShape& shape, const Layout& layout) {

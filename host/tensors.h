@@ -1,10 +1,12 @@
-// Every buffer of the trainers is one allocation, carved into named tensors by one table.
-// defines: ModelShape, PARAMETERS, Params, TensorSpec, Layout, parameter_layout, ExportTensor, export_table,
-//          init_parameters, all_finite, first_not_finite, canaries
+// Every buffer of the trainers is one allocation, in which a struct's tensors lie one after the other. The struct says in
+// a function `place` which tensors it has; Params, the model's parameters, is the example to read.
+// defines: ModelShape, TensorSpec, Layout, Slices, Arena, layout_of, placed, Params, parameter_layout, ExportTensor,
+//          export_table, init_parameters, all_finite, first_not_finite, canaries
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
@@ -14,30 +16,6 @@ struct ModelShape {
   int HS() const { return C / NH; }
   bool operator==(const ModelShape&) const = default;
 };
-
-// The parameters, in the order in which they lie in their buffer. The struct of pointers, the sizes, the initialisation
-// and the names in a PyTorch state dict all come from this table.
-//   name, initialisation, name in the state dict, shape
-// A linear layer's weight is (out, in), as in PyTorch. qkvw holds the queries' rows first, then the keys', the values',
-// each head by head.
-#define PARAMETERS(ONE, EACH_LAYER)                                                      \
-  ONE(wte, normal, "token_embedding_table.weight", V, C)                                 \
-  ONE(wpe, normal, "position_embedding_table.weight", T, C)                              \
-  EACH_LAYER(ln1w, ones, "blocks.{l}.ln1.weight", C)                                     \
-  EACH_LAYER(ln1b, zeros, "blocks.{l}.ln1.bias", C)                                      \
-  EACH_LAYER(qkvw, normal, "blocks.{l}.sa.heads.{h}.{query,key,value}.weight", 3 * C, C) \
-  EACH_LAYER(attprojw, normal, "blocks.{l}.sa.proj.weight", C, C)                        \
-  EACH_LAYER(attprojb, zeros, "blocks.{l}.sa.proj.bias", C)                              \
-  EACH_LAYER(ln2w, ones, "blocks.{l}.ln2.weight", C)                                     \
-  EACH_LAYER(ln2b, zeros, "blocks.{l}.ln2.bias", C)                                      \
-  EACH_LAYER(fcw, normal, "blocks.{l}.ffwd.net.0.weight", 4 * C, C)                      \
-  EACH_LAYER(fcb, zeros, "blocks.{l}.ffwd.net.0.bias", 4 * C)                            \
-  EACH_LAYER(fcprojw, normal, "blocks.{l}.ffwd.net.2.weight", C, 4 * C)                  \
-  EACH_LAYER(fcprojb, zeros, "blocks.{l}.ffwd.net.2.bias", C)                            \
-  ONE(lnfw, ones, "ln_f.weight", C)                                                      \
-  ONE(lnfb, zeros, "ln_f.bias", C)                                                       \
-  ONE(headw, normal, "lm_head.weight", V, C)                                             \
-  ONE(headb, zeros, "lm_head.bias", V)
 
 enum class Init { none, normal, zeros, ones };  // normal: N(0, 0.02)
 
@@ -63,7 +41,6 @@ class Layout {
   void add(std::string name, int layers, std::vector<size_t> shape, Init init = Init::none,
            std::string export_name = "", size_t padding = 0);
   const std::vector<TensorSpec>& tensors() const { return tensors_; }
-  const TensorSpec& find(const std::string& name) const;
   size_t size() const { return size_; }    // of the buffer, in elements, gaps included
   size_t count() const { return count_; }  // of the elements that belong to tensors
 
@@ -72,40 +49,103 @@ class Layout {
   size_t size_ = 0, count_ = 0;
 };
 
-// Member types of the structs of pointers: a plain pointer, or one that is indexed by layer.
+// A tensor that every layer has: [l] is layer l's slice.
 template <class Real>
 struct Slices {
   Real* first = nullptr;
-  size_t stride = 0;
+  size_t stride = 0;  // from slice to slice, in elements
   Real* operator[](int l) const { return first + size_t(l) * stride; }
 };
-template <class Real>
-void point(Real*& member, Real* buffer, const TensorSpec& spec) {
-  member = buffer + spec.offset;
+
+// What Params says of its tensors besides their shapes.
+struct Learned {
+  Init init = Init::none;
+  std::string export_name = "";
+  size_t padding = 0;
+};
+
+// Walks through a buffer and gives every tensor the next place in it. `arena(w, "w", {V, C})` adds a tensor of that shape
+// to the layout; for Slices the first extent is the number of layers. An arena without memory only measures; one with
+// memory also points the tensors into it. All tensors of an arena have the same type of element.
+class Arena {
+ public:
+  explicit Arena(void* memory = nullptr) : memory_(memory) {}
+
+  template <class Real>
+  void operator()(Real*& tensor, const char* name, std::initializer_list<size_t> shape, const Learned& learned = {}) {
+    const TensorSpec& spec = add(name, 1, shape, learned);
+    if (memory_) tensor = static_cast<Real*>(memory_) + spec.offset;
+  }
+  template <class Real>
+  void operator()(Slices<Real>& tensor, const char* name, std::initializer_list<size_t> shape,
+                  const Learned& learned = {}) {
+    const std::vector<size_t> extents = shape;
+    const TensorSpec& spec = add(name, int(extents[0]), {extents.begin() + 1, extents.end()}, learned);
+    if (memory_) tensor = {static_cast<Real*>(memory_) + spec.offset, spec.stride};
+  }
+  const Layout& layout() const { return layout_; }
+
+ private:
+  const TensorSpec& add(const char* name, int layers, std::vector<size_t> shape, const Learned& learned) {
+    layout_.add(name, layers, std::move(shape), learned.init, learned.export_name, learned.padding);
+    return layout_.tensors().back();
+  }
+  void* memory_;
+  Layout layout_;
+};
+
+// The layout of a struct's tensors, without memory: layout_of<Activations<float>>(shape, rows).
+template <class Tensors, class... Sizes>
+Layout layout_of(const Sizes&... sizes) {
+  Arena arena;
+  Tensors{}.place(arena, sizes...);
+  return arena.layout();
 }
-template <class Real>
-void point(Slices<Real>& member, Real* buffer, const TensorSpec& spec) {
-  member = {buffer + spec.offset, spec.stride};
+// The struct with its pointers set: memory has room for that layout.
+template <class Tensors, class... Sizes>
+Tensors placed(void* memory, const Sizes&... sizes) {
+  Arena arena(memory);
+  Tensors tensors{};
+  tensors.place(arena, sizes...);
+  return tensors;
 }
 
-// A struct of pointers from a table like PARAMETERS: `DEFINE_POINTERS(Params, PARAMETERS)` has the members wte ...
-// headb and the constructor Params(buffer, layout).
-#define POINTER_MEMBER(name, ...) Real* name = nullptr;
-#define SLICES_MEMBER(name, ...) Slices<Real> name;
-#define SET_MEMBER(name, ...) point(name, buffer, layout.find(#name));
-#define DEFINE_POINTERS(Struct, TABLE)                                           \
-  template <class Real>                                                          \
-  struct Struct {                                                                \
-    TABLE(POINTER_MEMBER, SLICES_MEMBER)                                         \
-    Struct() = default;                                                          \
-    Struct(Real* buffer, const Layout& layout) { TABLE(SET_MEMBER, SET_MEMBER) } \
-  };
-
-DEFINE_POINTERS(Params, PARAMETERS)
-
-// The head's rows are padded to a multiple of 8 with zeros, with which a GPU's products are faster (train_gpt.cu).
-Layout parameter_layout(const ModelShape& shape);
+// The rows of the head's weight are padded with zeros to a multiple of 8: a GPU's products are faster then (train_gpt.cu).
 inline int padded_vocabulary(int V) { return (V + 7) / 8 * 8; }
+
+// The parameters, in the order in which they lie in their buffer, with how they begin and what PyTorch's state dict calls
+// them. Gradients, and AdamW's m and v, are placed the same way. A linear layer's weight is (out, in), as in PyTorch.
+template <class Real>
+struct Params {
+  Real *wte, *wpe;                          // token and position embedding
+  Slices<Real> ln1w, ln1b;                  // LayerNorm before attention
+  Slices<Real> qkvw, attprojw, attprojb;    // attention: the queries' rows of all heads, then the keys', the values'
+  Slices<Real> ln2w, ln2b;                  // LayerNorm before the feed-forward layers
+  Slices<Real> fcw, fcb, fcprojw, fcprojb;  // feed-forward: C -> 4C -> C
+  Real *lnfw, *lnfb, *headw, *headb;        // the last LayerNorm; the head: C -> V
+
+  void place(Arena& a, const ModelShape& s) {
+    const size_t V = s.V, T = s.T, C = s.C, L = s.L, padding = size_t(padded_vocabulary(s.V)) - V;
+    a(wte, "wte", {V, C}, {Init::normal, "token_embedding_table.weight"});
+    a(wpe, "wpe", {T, C}, {Init::normal, "position_embedding_table.weight"});
+    a(ln1w, "ln1w", {L, C}, {Init::ones, "blocks.{l}.ln1.weight"});
+    a(ln1b, "ln1b", {L, C}, {Init::zeros, "blocks.{l}.ln1.bias"});
+    a(qkvw, "qkvw", {L, 3 * C, C}, {Init::normal, "blocks.{l}.sa.heads.{h}.{query,key,value}.weight"});
+    a(attprojw, "attprojw", {L, C, C}, {Init::normal, "blocks.{l}.sa.proj.weight"});
+    a(attprojb, "attprojb", {L, C}, {Init::zeros, "blocks.{l}.sa.proj.bias"});
+    a(ln2w, "ln2w", {L, C}, {Init::ones, "blocks.{l}.ln2.weight"});
+    a(ln2b, "ln2b", {L, C}, {Init::zeros, "blocks.{l}.ln2.bias"});
+    a(fcw, "fcw", {L, 4 * C, C}, {Init::normal, "blocks.{l}.ffwd.net.0.weight"});
+    a(fcb, "fcb", {L, 4 * C}, {Init::zeros, "blocks.{l}.ffwd.net.0.bias"});
+    a(fcprojw, "fcprojw", {L, C, 4 * C}, {Init::normal, "blocks.{l}.ffwd.net.2.weight"});
+    a(fcprojb, "fcprojb", {L, C}, {Init::zeros, "blocks.{l}.ffwd.net.2.bias"});
+    a(lnfw, "lnfw", {C}, {Init::ones, "ln_f.weight"});
+    a(lnfb, "lnfb", {C}, {Init::zeros, "ln_f.bias"});
+    a(headw, "headw", {V, C}, {Init::normal, "lm_head.weight", padding * C});
+    a(headb, "headb", {V}, {Init::zeros, "lm_head.bias", padding});
+  }
+};
+inline Layout parameter_layout(const ModelShape& shape) { return layout_of<Params<float>>(shape); }
 
 // The tensors of a PyTorch state dict, layer by layer: each is a contiguous piece of the parameter buffer.
 struct ExportTensor {

@@ -1,5 +1,6 @@
-// AdamW (adamw.h), and around it the state that a training step keeps on the device, so that a step can be recorded
-// once and replayed: its launches have the same arguments every time.
+// AdamW (adamw.h), and the state that a training step keeps on the device. Because the state is there, the launches of
+// a step have the same arguments every time, and a step can be recorded once and replayed.
+//
 // With float16 the loss is multiplied by a scale that keeps small gradients from vanishing: Micikevicius et al., "Mixed
 // Precision Training", 2018, section 3.2. The scale follows the gradients: an update whose gradients are not finite is
 // left out and the scale halved; after many good ones it is doubled.
@@ -13,22 +14,23 @@
 #include "launch.cuh"
 
 struct TrainState {
-  double loss_sum = 0;           // of all rows of this step's batches
+  double loss_sum = 0;           // the sum over all rows of this step's batches
   int step = 0;                  // the iteration, counted from 0
   float loss_scale = 1;          // a power of two, so that scaling rounds nothing; 1 without loss scaling
   int steps_since_overflow = 0;  // or since the scale was doubled
-  int overflow = 0;              // 1: a gradient of this step is not finite, there is no update
-  float gradient_scale = 1;      // of every gradient, from clipping and from loss_scale
+  int overflow = 0;              // 1 if a gradient of this step is not finite: then there is no update
+  float gradient_scale = 1;      // what the update multiplies every gradient by, for clipping and for 1 / loss_scale
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The update. What depends on the iteration comes from a ring of rows, computed on the host as adamw.h does.
+// The update. The numbers that depend on the iteration come from a ring of rows, which the host computes as adamw.h
+// does.
 
 struct AdamWStep {
   float decay, step_size, root_correction;
 };
 
-// step: counted from 1, as in AdamW; that of iteration i is i + 1
+// step is counted from 1, as in AdamW: iteration i is step i + 1.
 inline AdamWStep adamw_step(double learning_rate, double beta1, double beta2, double weight_decay, int step) {
   return {float(1 - learning_rate * weight_decay), float(learning_rate / (1 - std::pow(beta1, step))),
           float(1 / std::sqrt(1 - std::pow(beta2, step)))};
@@ -51,8 +53,10 @@ __device__ inline void store4(Real* to, const Four<Real>& x) {
   *reinterpret_cast<Four<Real>*>(to) = x;
 }
 
-// Four elements a thread: every access of a warp is one contiguous piece. The registers are few and the loads are many,
-// and so the memory is kept busy.
+// Launched with ceil(count / 1024) blocks of 256 threads. A thread has four neighbouring elements, so that each access
+// of a warp is one contiguous piece of memory. Threads need few registers, so many are resident, and their loads keep
+// the memory busy.
+//   params, m, v (count): updated;  working (count) = or null;  grads (count);  ring (ring_size)
 template <class Real>
 __global__ void __launch_bounds__(256)
     adamw_update_kernel(float* params, float* m, float* v, Real* working, const float* grads, size_t count,
@@ -78,28 +82,30 @@ __global__ void __launch_bounds__(256)
   if (working) store4(working + i, rounded);
 }
 
-// params (count), m (count), v (count) are updated from grads (count) * state->gradient_scale, and working (count) =
-// params rounded to Real, which is what the matrix products read; null: they read params. Nothing is written if
-// state->overflow. ring (ring_size): iteration i's row is i % ring_size. Elementwise: the gaps between a buffer's tensors
-// harm no one.
+// Updates params (count), m (count) and v (count) from grads (count) * state->gradient_scale. working (count) = params
+// rounded to Real, which the matrix products read; it is null if they read params. Nothing is written if
+// state->overflow.
+// ring (ring_size): iteration i's row is i % ring_size.
+// Elements do not depend on each other, so the gaps between a buffer's tensors do no harm.
 template <class Real>
 void adamw_update(float* params, float* m, float* v, Real* working, const float* grads, size_t count, double beta1,
                   double beta2, double eps, const AdamWStep* ring, int ring_size, const TrainState* state,
                   cudaStream_t stream) {
   require(count > 0 && count % 4 == 0, "adamw_update: count = ", count, " is not a multiple of 4");
   require(ring_size > 0, "adamw_update: ring_size = ", ring_size);
-  // 1 - beta before it is rounded, as adamw.h does: 1 - float(0.9) differs from float(1 - 0.9) by 2e-7 of it
+  // We subtract before we round, as adamw.h does: 1 - float(0.9) differs from float(1 - 0.9) by 2e-7 of its value.
   const AdamWConstants c = {float(beta1), float(1 - beta1), float(beta2), float(1 - beta2), float(eps)};
   launch(adamw_update_kernel<Real>, {unsigned(ceil_div(count / 4, 256)), 256, 0, stream}, params, m, v, working, grads,
          count, c, ring, ring_size, state);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The gradient's norm, for clipping, and whether it is finite, for loss scaling. A trainer that does neither leaves
-// this out: gradient_scale stays 1. The squares are summed in double, in an order that does not depend on the device.
+// The gradient's norm, for clipping, and whether it is finite, for loss scaling. A trainer that does neither skips
+// this, and gradient_scale stays 1. The squares are summed in double, in an order that does not depend on the device.
 
-constexpr int gradient_norm_partials = 512;  // blocks: four on each of an H100's processors
+constexpr int gradient_norm_partials = 512;  // blocks: about four for each multiprocessor of an H100
 
+// Launched with 512 blocks of 256 threads. partials (512) = each block's sum of squares of grads (count).
 static __global__ void __launch_bounds__(256) gradient_norm_kernel(double* partials, const float* grads, size_t count) {
   double squares = 0;
 #pragma unroll 4
@@ -112,6 +118,7 @@ static __global__ void __launch_bounds__(256) gradient_norm_kernel(double* parti
   if (threadIdx.x == 0) partials[blockIdx.x] = squares;
 }
 
+// Launched with one block of 256 threads: adds partials (512), and thread 0 writes the state.
 static __global__ void __launch_bounds__(256)
     prepare_update_kernel(TrainState* state, const double* partials, double grad_clip, bool loss_scaling) {
   double squares = 0;
@@ -124,10 +131,11 @@ static __global__ void __launch_bounds__(256)
   state->overflow = loss_scaling && !(squares < INFINITY);
 }
 
-// state->gradient_scale = 1 / loss_scale, and less where the norm of grads (count) / loss_scale exceeds grad_clip (0:
-// no clipping); gaps between tensors have to be 0. state->overflow = whether a gradient is not finite; never without
-// loss scaling: there it means that training has failed, and the parameters are to show it, as they do on the CPU.
-// partials (gradient_norm_partials): scratch
+// state->gradient_scale = 1 / loss_scale, or less if the norm of grads (count) / loss_scale exceeds grad_clip.
+// grad_clip 0 does not clip. Gaps between tensors have to be 0.
+// state->overflow = whether a gradient is not finite, with loss scaling. Without it overflow stays 0: a gradient that
+// is not finite then means that training has failed, and the parameters should show it, as they do on the CPU.
+// partials (gradient_norm_partials): scratch memory
 inline void prepare_update(TrainState* state, double* partials, const float* grads, size_t count, double grad_clip,
                            bool loss_scaling, cudaStream_t stream) {
   require(count % 4 == 0, "prepare_update: count = ", count, " is not a multiple of 4");
@@ -138,17 +146,18 @@ inline void prepare_update(TrainState* state, double* partials, const float* gra
 // ---------------------------------------------------------------------------------------------------------------------
 // The end of a step.
 
-// The gradient of the logits of one of 16384 rows is then 2 * (softmax - onehot). A scale that is too large is found at
-// once, one that is too small only after loss_scale_interval steps.
+// With this scale, the gradient of the logits of one of 16384 rows is 2 * (softmax - onehot). It is rather too large
+// than too small: a scale that is too large is halved at once, one that is too small is doubled only after
+// loss_scale_interval steps.
 constexpr float loss_scale_start = 0x1p15f;
 inline TrainState initial_state(bool loss_scaling) {
   TrainState state;
   if (loss_scaling) state.loss_scale = loss_scale_start;
   return state;
 }
-constexpr int loss_scale_interval = 2000;  // good steps until it is doubled, as in PyTorch
-// Gradients that never overflow, of zeros say, would double it to infinity. float16 spans 2^40 from its smallest number
-// to its largest: a scale of 2^24 turns the smallest into 1.
+constexpr int loss_scale_interval = 2000;  // good steps until the scale is doubled, as in PyTorch
+// Gradients that never overflow, because they are all 0 for example, would double the scale to infinity. float16 spans
+// 2^40 from its smallest number to its largest; a scale of 2^24 turns the smallest into 1.
 constexpr float loss_scale_largest = 0x1p24f;
 
 static __global__ void end_step_kernel(TrainState* state, float* loss_ring, int ring_size, double dloss,

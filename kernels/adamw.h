@@ -11,10 +11,10 @@
 struct AdamW {
   double learning_rate, beta1, beta2, eps, weight_decay;
   int step;               // counted from 1
-  double gradient_scale;  // of every gradient, from clipping; 1 if not clipped
+  double gradient_scale;  // what every gradient is multiplied by, for clipping; 1 if nothing is clipped
 };
 
-// params (count), m (count), v (count) are updated from grads (count)
+// Updates params (count), m (count) and v (count) from grads (count).
 template <class Real>
 void adamw_update(Real* params, Real* m, Real* v, const Real* grads, size_t count, const AdamW& o) {
   const Real beta1 = Real(o.beta1), beta2 = Real(o.beta2), rest1 = Real(1 - o.beta1), rest2 = Real(1 - o.beta2);
@@ -30,7 +30,7 @@ void adamw_update(Real* params, Real* m, Real* v, const Real* grads, size_t coun
   }
 }
 
-// The sum of the squares of count gradients, in double.
+// The sum of the squares of grads (count), in double.
 template <class Real>
 double gradient_norm_squared(const Real* grads, size_t count) {
   double sum = 0;
@@ -39,12 +39,13 @@ double gradient_norm_squared(const Real* grads, size_t count) {
   return sum;
 }
 
-// By what gradients in a buffer of this layout are to be multiplied so that their norm is at most grad_clip; 0: whatever
-// it is. Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
+// The factor that shrinks the gradients in a buffer of this layout to a norm of grad_clip; 1 if their norm is no
+// larger, or if grad_clip is 0. Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
+// 2013, algorithm 1.
 template <class Real>
 double clip_scale(const Real* grads, const Layout& layout, double grad_clip) {
   if (grad_clip <= 0) return 1;
-  double squares = 0;  // by tensor and layer, added in this order
+  double squares = 0;  // one sum for each tensor and layer, added in this order
   for (const TensorSpec& spec : layout.tensors())
     for (int l = 0; l < spec.layers; l++)
       squares += gradient_norm_squared(grads + spec.offset + l * spec.stride, spec.slice);

@@ -1,13 +1,14 @@
-// Intel's matrix registers (AMX, Xeons since Sapphire Rapids): eight tiles of 16 rows of 64 bytes, and an instruction that
-// multiplies two of them. Sixteen times the rate of the vector unit's float32, so products of type bfloat16 use them where
-// the processor, the compiler and the operating system have them; elsewhere they are emulated, which is for tests.
+// Intel's matrix registers (AMX, Xeons since Sapphire Rapids): eight registers, or tiles, of 16 rows of 64 bytes, and
+// an instruction that multiplies two of them. They have sixteen times the rate of float32 in vectors. Products of type
+// bfloat16 use them where the processor, the compiler and the operating system know them; elsewhere they are emulated,
+// for tests.
 // defines: amx::available, enabled, Tiles, load, clear, store, multiply_add
 #pragma once
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__)  // clang++ up to 14 says the latter
+#if (defined(__AMX_BF16__) || defined(__AMXBF16__)) && defined(__linux__)  // clang++ up to 14 defines the second
 #define MICROGPT_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -20,13 +21,15 @@ constexpr int area = side * side;  // numbers
 
 #ifdef MICROGPT_AMX
 
-// The kernel saves a thread's tiles (8 KB) only if the process has asked it to: arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA).
+// The kernel saves a thread's tiles (8 KB) only if the process has asked it to: arch_prctl(ARCH_REQ_XCOMP_PERM,
+// XTILEDATA).
 inline bool available() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
-// Whether products of type bfloat16 take the tiles. Tests change it.
+// Whether products of type bfloat16 use the tiles. Tests change it.
 inline bool enabled = available();
 
-// While it lives, its thread has all eight tiles. Given back at once, since a thread with tiles is slower to switch.
+// Reserves all eight tiles for its thread while it lives. They are given back at once, because the operating system is
+// slower to switch a thread that has tiles.
 struct Tiles {
   Tiles() {
     if (!enabled) return;
@@ -43,26 +46,29 @@ struct Tiles {
   Tiles(const Tiles&) = delete;
 };
 
-// tile t = 16 rows, `stride` numbers apart; 0: the same row 16 times
+// tile t = 16 rows of 16 numbers, `stride` numbers apart. Stride 0 loads the same row 16 times.
 template <int t, class Number>
 inline void load(const Number* from, size_t stride) {
   asm volatile("tileloadd (%0,%1,1), %%tmm%c2" ::"r"(from), "r"(stride * sizeof *from), "i"(t) : "memory");
 }
+// tile t = 0
 template <int t>
 inline void clear() {
   asm volatile("tilezero %%tmm%c0" ::"i"(t));
 }
+// to = tile t, 16 rows of 16 floats, `stride` numbers apart
 template <int t>
 inline void store(float* to, size_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride * sizeof *to), "i"(t) : "memory");
 }
-// c (16, 16) += a (16, 32) @ b (32, 16): a's row i holds 16 pairs of k, b's row u the pair 2u, 2u + 1 of each column
+// tile c (16, 16) += tile a (16, 32) @ tile b (32, 16). Row i of a holds 16 pairs of neighbours in k. Row u of b holds,
+// for each of its 16 columns, the pair k = 2u, 2u + 1.
 template <int c, int a, int b>
 inline void multiply_add() {
   asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(c), "i"(a), "i"(b));
 }
 
-#else
+#else  // the same functions, emulated
 
 inline bool available() { return true; }
 inline bool enabled = false;

@@ -1,181 +1,169 @@
-// Causal multi-head self-attention with dropout on the weights, on the GPU; the CPU twin with the equations is
-// attention.h, the numbering of the random draws stands in masks.h. No (T, T) matrix is ever stored: forward goes
-// through the keys in tiles with a running softmax (Dao et al., "FlashAttention", 2022, algorithm 1), a block of
-// threads for each tile of queries (Dao, "FlashAttention-2", 2023, section 3); backward makes the weights again from
-// the logarithm of the softmax's denominator. Backward is two kernels, one that owns queries and one that owns keys,
-// and both make the weights: seven products where one kernel needs five, but every sum stays within a warp, in a fixed
-// order, without atomics. bf16 and fp16 run on tensor cores, float on plain arithmetic.
+// Causal multi-head self-attention with dropout on the weights, on the GPU. attention.h has the equations and the CPU
+// twin, masks.h the numbering of the random draws. bf16 and fp16 run on tensor cores, with the kernels below; float
+// runs on the simpler kernels of attention_float.cuh, which are the ones to read first. doc/attention.md explains both.
+//
+// No (T, T) matrix is ever stored. Forward goes through the keys in tiles with a running softmax (Dao et al.,
+// "FlashAttention", 2022, algorithm 1); a block of threads has a tile of queries (Dao, "FlashAttention-2", 2023,
+// section 3). Backward computes the weights again, from the logarithm of the softmax's denominator. It is two kernels:
+// one owns queries and writes dq, the other owns keys and writes dk and dv. Both compute the weights, which makes seven
+// products where a single kernel needs five. In exchange every sum stays within a warp, in a fixed order, without
+// atomics.
 // defines: attention_forward, attention_backward
 #pragma once
 #include <type_traits>
 
+#include "attention_float.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "masks.h"
 
 namespace attention {
 
-constexpr int warps = 4, threads = 32 * warps;
-// Of the thread blocks among which a multiprocessor's registers are divided: Turing's code needs more of them.
+// Turing needs more registers a thread, so there we ask for one resident block fewer per multiprocessor.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 800
 constexpr int fewer_blocks = 1;
 #else
 constexpr int fewer_blocks = 0;
 #endif
-constexpr float log2_e = 1.44269504f;  // exp(x) = exp2(x log2_e): the factor is in the scores' scale
-
-__device__ inline int lane() { return threadIdx.x % 32; }
-// After the shuffle the compiler knows that all lanes have the same, and keeps what depends on it once for the warp.
-__device__ inline int warp_index() { return __shfl_sync(all_lanes, int(threadIdx.x / 32), 0); }
-
-template <int HS>
-__device__ inline float softmax_scale() {
-  return 1 / sqrtf(float(HS));
-}
-
-// The head and the batch row of a thread block; the third dimension of grids are tiles of queries or keys.
-struct Head {
-  size_t bh;        // its number in arrays (B, NH, ...)
-  uint64_t masks;   // the same, counted over the whole batch
-  size_t qkv, out;  // where its first row begins in arrays (B, T, 3, NH, HS) and (B, T, NH, HS)
-  __device__ Head(const Dropout& drop, int T, int NH, int HS)
-      : bh(size_t(blockIdx.y) * NH + blockIdx.x),
-        masks(uint64_t(drop.first_row + blockIdx.y) * NH + blockIdx.x),
-        qkv((size_t(blockIdx.y) * T * 3 * NH + blockIdx.x) * HS),
-        out((size_t(blockIdx.y) * T * NH + blockIdx.x) * HS) {}
-};
-
-// 2^x. A weight that will be rounded to 16 bits can do without the last bits: exp2f takes five times as many instructions.
-template <class Real>
-__device__ inline float power_of_two(float x) {
-  if constexpr (std::is_same_v<Real, float>)
-    return exp2f(x);
-  else
-    return exp2_approx(x);
-}
-
-// What backward makes of a score: the weight after dropout, without dropout's scale `kept`, and in place of the
-// weight's gradient that of the score, without the softmax's scale. lse is in powers of two.
-template <class Real>
-__device__ inline void backward_weight(float& score, float& gradient, float scale, float lse, float D, bool keep,
-                                       float kept) {
-  const float P = power_of_two<Real>(fmaf(score, scale, -lse));
-  score = keep ? P : 0.0f;
-  gradient = P * ((keep ? kept * gradient : 0.0f) - D);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Tensor cores: matrices are made of blocks of 16 x 16, of which a lane holds eight elements (see mma_16x8x16). Element
-// i of a block's lane is decided by draw i of the lane's eight. Blocks live in registers, so loops over them must be
-// unrolled, which the compiler only needs to be told of the largest.
+// Blocks. A warp's scores, weights and sums are made of blocks of 16 x 16. A lane holds eight elements of a block,
+// where the tensor cores put them (mma_16x8x16 in device.cuh). With g = lane / 4 and t = lane % 4:
+//
+//               columns 2t, 2t + 1     columns 2t + 8, 2t + 9
+//   row g       elements 0, 1          elements 4, 5
+//   row g + 8   elements 2, 3          elements 6, 7
+//
+// So four neighbouring lanes share a row. Dropout decides about element i by draw i of the lane's eight. Blocks live in
+// registers, which have no addresses: loops over them must be unrolled. The compiler does that by itself for short
+// loops; the long ones have a pragma.
 
 struct Block {
   float half[2][4];  // columns 0 ... 7 and 8 ... 15
   __device__ float& operator[](int i) { return half[i / 4][i % 4]; }
   __device__ const float& operator[](int i) const { return half[i / 4][i % 4]; }
 };
+// Where this lane's element i is in a block.
 __device__ inline int row_of(int i) { return lane() / 4 + i / 2 % 2 * 8; }
 __device__ inline int column_of(int i) { return lane() % 4 * 2 + i / 4 * 8 + i % 2; }
 
-// Columns of scores that a warp makes at a time, as many as its registers hold: keys, and queries where it owns keys.
+// Keys (or queries, where a warp owns keys) whose scores a warp computes in one step: as many as its registers hold.
 constexpr int step_keys = 32;
 template <int HS>
 constexpr int step_queries = HS <= 32 ? 32 : 16;
 
-// Shared memory is rows of HS elements: two stages of two tiles each, one stage being copied while the other is in use.
-// The second is also where a block's own rows arrive before the first tile of it, and where the results leave.
+// Shared memory is rows of HS elements, in two stages. While the warps use one, the next tiles arrive in the other.
+//
+//   stage 0:  a tile of x  |  a tile of y      x and y are keys and values, or queries and dout
+//   stage 1:  a tile of x  |  a tile of y      before its first tiles come: the rows that the block owns, on their way
+//                                              to registers; after the last: the results, on their way to memory
 template <int HS>
 constexpr int tile_rows = HS <= 64 ? 64 : 32;
 template <int HS>
-constexpr int own_row = 2 * tile_rows<HS>;  // the first of them
+constexpr int own_row = 2 * tile_rows<HS>;  // where stage 1 begins
 template <int HS, int OWN_ROWS>
 constexpr int smem_rows = own_row<HS> + (OWN_ROWS > 2 * tile_rows<HS> ? OWN_ROWS : 2 * tile_rows<HS>);
 
-// Blocks of 16 queries of a warp in forward: every fragment of keys and values that it loads serves each of them. For
-// two of 128 channels the registers do not suffice.
+// How many blocks of 16 queries a warp owns in forward. Each piece of keys and values that it loads from shared memory
+// serves all of them. With 128 channels there are not enough registers for two.
 template <int HS>
 constexpr int query_blocks = HS <= 64 ? 2 : 1;
 
-// Where eight elements of a row begin in shared memory. 128 bytes are eight chunks of 16; ldmatrix reads one chunk of
-// eight rows at a time, and the exclusive or puts them into eight different places. at(row + 8, chunk) is 8 HS further,
-// and at(row, chunk ^ x) is at(row, chunk) ^ 8 x: written so, addresses cost a register for each lane's place, not for
-// each fragment.
+// Where chunk `chunk` of a row, which is eight elements or 16 bytes, begins in shared memory. ldmatrix reads the same
+// chunk of eight rows at a time. Stored plainly they would lie in the same banks and take eight turns; the exclusive or
+// puts them into eight different places within 128 bytes. It also makes addresses cheap. With c = chunk_offset(row,
+// chunk), chunk_offset(row + 8, chunk) is c + 8 * HS, and chunk_offset(row, chunk ^ x) is c ^ 8 * x: a lane keeps one
+// offset in a register and derives all others from it.
 template <int HS>
-__device__ inline int at(int row, int chunk) {
+__device__ inline int chunk_offset(int row, int chunk) {
   constexpr int chunks = HS < 64 ? HS / 8 : 8;
   return row * HS + (chunk ^ row / (8 / chunks) % chunks) * 8;
 }
 
-// Begins to copy rows first ... first + ROWS - 1 of a (T, HS) matrix to shared memory; rows from T on become zeros.
+// Begins to copy rows first ... first + ROWS - 1 of a (T, HS) matrix, whose rows are `stride` elements apart, to the
+// rows from `to` on of shared memory. Rows from T on become zeros. All threads of the block take part, 16 bytes each at
+// a time.
 template <int ROWS, int HS, class Real>
 __device__ inline void copy_rows(Real* smem, int to, const Real* from, int stride, int first, int T) {
   constexpr int at_once = threads / (HS / 8);  // rows that the block copies at once
   static_assert(at_once % 8 == 0 && ROWS % at_once == 0);
-  const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), mine = at<HS>(to + row, chunk);
+  const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), mine = chunk_offset<HS>(to + row, chunk);
   from += size_t(first + row) * stride + chunk * 8;
   for (int i = 0; i < ROWS; i += at_once) copy_async_16(smem + mine + i * HS, from + i * stride, first + row + i < T);
 }
 
-// Writes a warp's 16 rows of an output, each times its factor, through shared memory: whole chunks of a row at a time.
+// to (rows, HS), rows `stride` elements apart, = x (16, HS) * factor, as far as there are `rows`. A warp's own rows
+// from smem_row on in shared memory serve to turn its lanes' pairs of elements into whole chunks of a row.
+// factor: for this lane's rows g and g + 8
 template <int HS, class Real>
 __device__ inline void store_rows(Real* to, int stride, int rows, Real* smem, int smem_row, const Block (&x)[HS / 16],
                                   const float (&factor)[2]) {
-  const int mine = at<HS>(smem_row + lane() / 4, 0);
+  // 1. Each lane rounds its pairs and puts them into shared memory, in the layout of chunk_offset.
+  const int mine = chunk_offset<HS>(smem_row + lane() / 4, 0);
   for (int n = 0; n < HS / 16; n++)
     for (int i = 0; i < 8; i += 2)
       *reinterpret_cast<uint32_t*>(smem + (mine ^ (n * 16 + i / 4 * 8)) + i / 2 % 2 * 8 * HS + lane() % 4 * 2) =
           pack2<Real>(x[n][i] * factor[i / 2 % 2], x[n][i + 1] * factor[i / 2 % 2]);
+  // 2. The warp stores chunk after chunk: neighbouring lanes write neighbouring 16 bytes.
   __syncwarp();
   for (int i = lane(); i < 2 * HS; i += 32) {
     const int row = i / (HS / 8), chunk = i % (HS / 8);
     if (row < rows)
       *reinterpret_cast<uint4*>(to + row * stride + chunk * 8) =
-          *reinterpret_cast<const uint4*>(smem + at<HS>(smem_row + row, chunk));
+          *reinterpret_cast<const uint4*>(smem + chunk_offset<HS>(smem_row + row, chunk));
   }
 }
 
-// Rows 0 ... end - 1 of two matrices, keys and values or queries and dout, on their way through shared memory.
+// Rows 0 ... end - 1 of two matrices x and y, on their way through shared memory as pairs of tiles. x and y are keys
+// and values, or queries and dout. All threads of the block work on it together:
+//
+//   copy(0);  for each i that begins a tile: { advance(i);  ... use rows i ... i + tile - 1 of x and y ... }
 template <class Real, int HS>
-struct Stream {
+struct TilePairs {
   Real* smem;
-  const Real *x, *y;
-  int x_stride, y_stride, end;
+  const Real *x, *y;            // (end, HS)
+  int x_stride, y_stride, end;  // elements from row to row
   static constexpr int tile = tile_rows<HS>;
 
-  __device__ static int x_row(int i) { return i / tile % 2 * 2 * tile + i % tile; }  // where row i is in shared memory
+  // Where row i of x and of y is in shared memory.
+  __device__ static int x_row(int i) { return i / tile % 2 * 2 * tile + i % tile; }
   __device__ static int y_row(int i) { return x_row(i) + tile; }
+  // Begins to copy the pair of tiles whose first row is i.
   __device__ void copy(int i) const {
     copy_rows<tile, HS>(smem, x_row(i), x, x_stride, i, end);
     copy_rows<tile, HS>(smem, y_row(i), y, y_stride, i, end);
     copy_async_commit();
   }
-  // All threads call it before the first use of each row i that begins a tile; copy(0) precedes.
+  // Waits for the pair that begins at row i, and begins to copy the next pair over the one before.
   __device__ void advance(int i) const {
     copy_async_wait<0>();
-    __syncthreads();  // the tile is there, and nobody needs the one before
+    __syncthreads();  // every thread's copies have arrived, and no warp uses the tiles before any more
     if (i + tile < end) copy(i + tile);
   }
 };
 
-// 16 R rows in shared memory as left sides of products
+// a (16 R, HS) = the 16 R rows from `row` on of shared memory, as left operands of products: a[r][k] is this lane's
+// part of rows 16 r ... 16 r + 15 and channels 16 k ... 16 k + 15.
 template <int HS, int R, class Real>
 __device__ inline void load_a(uint32_t (&a)[R][HS / 16][4], const Real* smem, int row) {
-  const int mine = at<HS>(row + lane() % 16, lane() / 16);
+  const int mine = chunk_offset<HS>(row + lane() % 16, lane() / 16);
   for (int r = 0; r < R; r++)
     for (int k = 0; k < HS / 16; k++) ldmatrix_x4(a[r][k], smem + r * 16 * HS + (mine ^ (16 * k)));
 }
 
+// d (16, 16) += a (16, 16) @ b (16, 16)
 template <class Real>
 __device__ inline void multiply(Block& d, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   mma_16x8x16<Real>(d.half[0], a, {b[0], b[1]});
   mma_16x8x16<Real>(d.half[1], a, {b[2], b[3]});
 }
 
-// s (16 R, 16 N) = a (16 R, HS) @ rows (16 N, HS)^T, from row `row` of shared memory on
+// s (16 R, 16 N) = a (16 R, HS) @ rows (16 N, HS)^T, where the rows begin at `row` of shared memory. Scores are
+// q @ k^T, and dP is dout @ v^T.
 template <class Real, int HS, int R, int N>
 __device__ inline void multiply_transposed(Block (&s)[R][N], const uint32_t (&a)[R][HS / 16][4], const Real* smem,
                                            int row) {
-  const int mine = at<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+  const int mine = chunk_offset<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     for (int r = 0; r < R; r++) s[r][n] = {};
@@ -186,10 +174,11 @@ __device__ inline void multiply_transposed(Block (&s)[R][N], const uint32_t (&a)
     }
   }
 }
-// sum (16 R, HS) += p (16 R, 16 N), rounded to Real, @ rows (16 N, HS)
+// sum (16 R, HS) += p (16 R, 16 N) @ rows (16 N, HS), where the rows begin at `row` of shared memory. p is the result
+// of another product, rounded here to Real. It is already spread over the lanes as a left operand has to be.
 template <class Real, int HS, int R, int N>
 __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R][N], const Real* smem, int row) {
-  const int mine = at<HS>(row + lane() % 16, lane() / 16);
+  const int mine = chunk_offset<HS>(row + lane() % 16, lane() / 16);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     uint32_t a[R][4];
@@ -203,8 +192,10 @@ __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R
   }
 }
 
-// Which elements of a block of weights dropout keeps. TRANSPOSED: the block has keys as rows and queries as columns,
-// but the draws are numbered the other way round, so the quarters' masks change lanes.
+// keep[i] = whether dropout keeps element i of this lane's part of a block of weights, whose first query is q and first
+// key kv. The draws are numbered for blocks with queries as rows. If TRANSPOSED, the block has keys as rows and queries
+// as columns, so each 8 x 8 quarter of the mask is transposed across the warp, and the quarters off the diagonal swap.
+// bh: Head::masks
 template <bool TRANSPOSED>
 __device__ inline void mask(bool (&keep)[8], const Dropout& drop, uint64_t bh, int q, int kv, int T) {
   const Philox4 draws = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane());
@@ -219,7 +210,9 @@ __device__ inline void mask(bool (&keep)[8], const Dropout& drop, uint64_t bh, i
   }
 }
 
-// Scores of keys that come after the query become -infinity; a step of scores that has none is left alone.
+// Scores of keys that come after the query become -infinity, so that their weights become 0. s (16 R, 16 N) begins at
+// query first_row and key first_column or, if TRANSPOSED, at key first_row and query first_column. Returns at once
+// where all keys are visible.
 template <bool TRANSPOSED, int R, int N>
 __device__ inline void hide_later_keys(Block (&s)[R][N], int first_row, int first_column) {
   const int last_row = first_row + 16 * R - 1, last_column = first_column + 16 * N - 1;
@@ -232,9 +225,13 @@ __device__ inline void hide_later_keys(Block (&s)[R][N], int first_row, int firs
       }
 }
 
-// One step of the running softmax, for 16 queries: scores become exp(score - the largest so far), which sum and
-// whatever else was summed before must be shrunk to. A query's first step has key 0, so the largest is finite from then
-// on.
+// One step of the running softmax, for a warp's 16 queries and 16 N keys. Arrays of two have an element for each of the
+// lane's rows, g and g + 8.
+// In:  s (16, 16 N) scores; max and sum of the steps before, scale = softmax_scale * log2_e
+// Out: s becomes exp(score - max) with the new max. shrink is what everything summed before must be multiplied by,
+//      because the maximum may have grown; for sum that is done here. sum is this lane's share: the caller adds up the
+//      four lanes of a row at the very end.
+// A query's first step contains key 0, so max is finite from then on.
 template <class Real, int N>
 __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)[2], float (&shrink)[2], float scale) {
   for (int r = 0; r < 2; r++) {  // the lane's rows: its elements 2r, 2r + 1 of every four
@@ -254,10 +251,19 @@ __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)
 
 }  // namespace attention
 
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch row and a
+// tile of rows = 4 * 16 R queries, a warp has 16 R of them. It keeps their queries, softmax and output in registers
+// while the block goes through the keys up to its last query.
+//   out  (B, T, NH, HS) =       the weighted sums of the values
+//   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
+//   qkv  (B, T, 3, NH, HS)
+//   step (1)                    the iteration, on the device; it numbers the draws, and is read only with DROPOUT
+// keep_scale = 1 / (1 - p), which dropout multiplies the weights that it keeps by.
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
-    attention_forward_kernel(Real* out, float* lse, const Real* qkv, Dropout drop, const int* step, float kept, int T,
-                             int NH) {
+    attention_forward_kernel(Real* out, float* lse, const Real* qkv, Dropout drop, const int* step, float keep_scale,
+                             int T, int NH) {
   using namespace attention;
   constexpr int R = query_blocks<HS>, N = step_keys / 16, rows = warps * 16 * R;
   if (DROPOUT) drop.step = uint32_t(*step);
@@ -266,35 +272,43 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   const int warp = warp_index();
   // Late queries see the most keys, so they begin first.
   const int first_of_block = int(gridDim.z - 1 - blockIdx.z) * rows, first = first_of_block + warp * 16 * R;
-  const int keys_of_block = min(first_of_block + rows, T), keys = first < T ? min(first + 16 * R, T) : 0;  // they see
+  // Keys that the block's queries see, and that the warp's queries see: those up to the last query.
+  const int keys_of_block = min(first_of_block + rows, T), keys = first < T ? min(first + 16 * R, T) : 0;
 
+  // 1. Our queries: global -> shared -> registers. The first tiles of keys and values are under way meanwhile.
   Real* smem = dynamic_smem<Real>();
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
-  const Stream<Real, HS> stream{smem, K, V, int(row), int(row), keys_of_block};
+  const TilePairs<Real, HS> tiles{smem, K, V, int(row), int(row), keys_of_block};
   copy_rows<rows, HS>(smem, own_row<HS>, Q, row, first_of_block, T);
-  stream.copy(0);
+  tiles.copy(0);
   copy_async_wait<0>();
   __syncthreads();
   const int own = own_row<HS> + warp * 16 * R;
   uint32_t q[R][HS / 16][4];
   load_a<HS>(q, smem, own);
 
+  // What stays in registers: q; o, the output so far, not yet divided; and for the lane's rows g and g + 8 of each 16
+  // queries the softmax's maximum so far (of the whole row) and sum so far (of the lane's columns).
   const float scale = softmax_scale<HS>() * log2_e;
-  Block sums[R][HS / 16] = {};
+  Block o[R][HS / 16] = {};
   float max[R][2], sum[R][2] = {};
   for (int r = 0; r < R; r++) max[r][0] = max[r][1] = -INFINITY;
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
-    if (k0 % stream.tile == 0) stream.advance(k0);
+    // 2. A step of 32 keys. A warp whose queries do not see them only helps to copy, in advance().
+    if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
+    // 3. scores = q @ k^T, for our queries and these keys
     Block s[R][N];
-    multiply_transposed<Real, HS>(s, q, smem, stream.x_row(k0));
+    multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
     hide_later_keys<false>(s, first, k0);
 #pragma unroll
     for (int r = 0; r < R; r++) {
+      // 4. Running softmax: scores become weights, the output so far shrinks with the sum.
       float shrink[2];
       softmax_step<Real>(s[r], max[r], sum[r], shrink, scale);
-      for (int i = 0; i < HS / 2; i++) sums[r][i / 8][i % 8] *= shrink[i / 2 % 2];
-      if constexpr (DROPOUT) {  // after the sum: the denominator knows nothing of it
+      for (int i = 0; i < HS / 2; i++) o[r][i / 8][i % 8] *= shrink[i / 2 % 2];
+      // 5. Dropout, after the sum: the denominator is that of all weights.
+      if constexpr (DROPOUT) {
 #pragma unroll
         for (int n = 0; n < N; n++) {
           bool keep[8];
@@ -303,46 +317,56 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
         }
       }
     }
-    multiply_add<Real, HS>(sums, s, smem, stream.y_row(k0));
+    // 6. o += weights @ v
+    multiply_add<Real, HS>(o, s, smem, tiles.y_row(k0));
   }
 
-  __syncthreads();  // nobody needs the tiles: their memory takes the outputs
+  // 7. Divide by the denominators, and write lse and out: registers -> shared -> global.
+  __syncthreads();  // no warp needs the tiles any more: their memory takes the outputs
 #pragma unroll
   for (int r = 0; r < R; r++) {
     const int first_of_r = first + r * 16;
     float factor[2];
     for (int i = 0; i < 2; i++) {
-      const float total = lane_sum<4>(sum[r][i]);
+      const float total = lane_sum<4>(sum[r][i]);  // the row's four lanes
       const int query = first_of_r + row_of(2 * i);
       if (lse && lane() % 4 == 0 && query < T) lse[head.bh * T + query] = max[r][i] * softmax_scale<HS>() + logf(total);
-      factor[i] = kept / total;
+      factor[i] = keep_scale / total;
     }
-    store_rows<HS>(out + head.out + first_of_r * out_row, out_row, T - first_of_r, smem, own + r * 16, sums[r], factor);
+    store_rows<HS>(out + head.out + first_of_r * out_row, out_row, T - first_of_r, smem, own + r * 16, o[r], factor);
   }
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// D (B, NH, T) = rowsum(dout * out), and dq = dS @ k: a warp has 16 queries and goes through the keys that they see.
-
+// Backward, first kernel: D = rowsum(dout * out) and dq = dS @ k.
+// Launched with (NH, B, ceil(T / 64)) blocks of 128 threads: a block has one head of one batch row and 64 queries, a
+// warp has 16 of them and goes through the keys that they see.
+//   dqkv (B, T, 3, NH, HS)      dq is written; dk and dv are the other kernel's
+//   D    (B, NH, T) =           which the other kernel reads
+//   dout, out (B, T, NH, HS), qkv (B, T, 3, NH, HS), lse (B, NH, T) from forward
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::fewer_blocks : 2)
     attention_backward_queries_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
-                                      const float* lse, Dropout drop, const int* step, float kept, int T, int NH) {
+                                      const float* lse, Dropout drop, const int* step, float keep_scale, int T,
+                                      int NH) {
   using namespace attention;
   constexpr int N = step_keys / 16, rows = warps * 16, chunks = HS / 8;
   if (DROPOUT) drop.step = uint32_t(*step);
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
+  // Late queries see the most keys, so they begin first.
   const int first_of_block = int(gridDim.z - 1 - blockIdx.z) * rows, first = first_of_block + warp * 16;
   const int keys_of_block = min(first_of_block + rows, T), keys = first < T ? min(first + 16, T) : 0;
 
+  // 1. Our queries and their rows of dout, and the first tiles of keys and values: global -> shared.
   Real* smem = dynamic_smem<Real>();
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out, *O = out + head.out;
-  const Stream<Real, HS> stream{smem, K, V, int(row), int(row), keys_of_block};
+  const TilePairs<Real, HS> tiles{smem, K, V, int(row), int(row), keys_of_block};
   copy_rows<rows, HS>(smem, own_row<HS>, Q, row, first_of_block, T);
   copy_rows<rows, HS>(smem, own_row<HS> + rows, dO, out_row, first_of_block, T);
-  stream.copy(0);
+  tiles.copy(0);
+  // 2. Meanwhile D of the warp's queries, from global memory: HS / 8 lanes share a row, eight channels each.
   for (int i = lane(); i < 16 * chunks; i += 32) {
     const int query = first + i / chunks;
     float dot = 0;
@@ -353,15 +377,16 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
     dot = lane_sum<chunks>(dot);
     if (query < T && i % chunks == 0) D[head.bh * T + query] = dot;
   }
+  // 3. Our queries and dout: shared -> registers; lse and D of the lane's rows g and g + 8.
   copy_async_wait<0>();
-  __syncthreads();  // of the copies, and of D
+  __syncthreads();  // all copies have arrived, and D is visible to the warp's other lanes
   const int own = own_row<HS> + warp * 16;
   uint32_t q[1][HS / 16][4], dO_of_q[1][HS / 16][4];
   load_a<HS>(q, smem, own);
   load_a<HS>(dO_of_q, smem, own + rows);
   float lse_of_q[2], D_of_q[2];
   for (int r = 0; r < 2; r++) {
-    const int query = first + row_of(2 * r);  // weights of rows from T on are exp(-infinity) = 0
+    const int query = first + row_of(2 * r);  // rows from T on get weights of exp(-infinity) = 0
     lse_of_q[r] = query < T ? lse[head.bh * T + query] * log2_e : INFINITY;
     D_of_q[r] = query < T ? D[head.bh * T + query] : 0.0f;
   }
@@ -369,34 +394,44 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
   const float scale = softmax_scale<HS>() * log2_e;
   Block dq[1][HS / 16] = {};
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
-    if (k0 % stream.tile == 0) stream.advance(k0);
+    // 4. A step of 32 keys.
+    if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
+    // 5. scores = q @ k^T, dP = dout @ v^T
     Block s[1][N], ds[1][N];
-    multiply_transposed<Real, HS>(s, q, smem, stream.x_row(k0));
+    multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
     hide_later_keys<false>(s, first, k0);
-    multiply_transposed<Real, HS>(ds, dO_of_q, smem, stream.y_row(k0));
+    multiply_transposed<Real, HS>(ds, dO_of_q, smem, tiles.y_row(k0));
+    // 6. dP becomes dS.
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
       if constexpr (DROPOUT) mask<false>(keep, drop, head.masks, first, k0 + n * 16, T);
       for (int i = 0; i < 8; i++)
         backward_weight<Real>(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2],
-                              !DROPOUT || keep[i], kept);
+                              !DROPOUT || keep[i], keep_scale);
     }
-    multiply_add<Real, HS>(dq, ds, smem, stream.x_row(k0));
+    // 7. dq += dS @ k
+    multiply_add<Real, HS>(dq, ds, smem, tiles.x_row(k0));
   }
 
-  __syncthreads();
+  // 8. Write dq, with the factor that dS lacks: registers -> shared -> global.
+  __syncthreads();  // no warp needs the tiles any more
   store_rows<HS>(dqkv + head.qkv + first * row, row, T - first, smem, own, dq[0],
                  {softmax_scale<HS>(), softmax_scale<HS>()});
 }
 
-// dv = (m * P)^T @ dout, dk = dS^T @ q: a warp has 16 keys and goes through the queries that see them. Its scores are
-// transposed, keys by queries, as the left side of these products needs them.
+// Backward, second kernel: dv = (m * P)^T @ dout and dk = dS^T @ q.
+// Launched with (NH, B, ceil(T / 64)) blocks of 128 threads, after the first kernel: a block has one head of one batch
+// row and 64 keys, a warp has 16 of them and goes through the queries that see them. Its scores are transposed, keys by
+// queries, because that is the left operand that its products need.
+//   dqkv (B, T, 3, NH, HS)      dk and dv are written
+//   D    (B, NH, T)             from the first kernel
+//   dout (B, T, NH, HS), qkv (B, T, 3, NH, HS), lse (B, NH, T)
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_backward_keys_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
-                                   Dropout drop, const int* step, float kept, int T, int NH) {
+                                   Dropout drop, const int* step, float keep_scale, int T, int NH) {
   using namespace attention;
   constexpr int N = step_queries<HS> / 16, rows = warps * 16;
   if (DROPOUT) drop.step = uint32_t(*step);
@@ -405,202 +440,71 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   const int warp = warp_index();
   const int first_of_block = int(blockIdx.z) * rows, first = first_of_block + warp * 16;
 
+  // 1. Our keys and values, and the first tiles of queries and dout: global -> shared -> registers. Behind the tiles,
+  //    shared memory has lse and D of the queries of both stages, (2, tile).
   Real* smem = dynamic_smem<Real>();
-  float2* lse_and_D =
-      reinterpret_cast<float2*>(smem + smem_rows<HS, 2 * rows> * HS);  // of two tiles' queries, by turns
+  float2* lse_and_D = reinterpret_cast<float2*>(smem + smem_rows<HS, 2 * rows> * HS);
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out;
-  const Stream<Real, HS> stream{smem,         Q + first_of_block * row, dO + first_of_block * out_row, int(row),
-                                int(out_row), T - first_of_block};
+  const TilePairs<Real, HS> tiles{smem,         Q + first_of_block * row, dO + first_of_block * out_row, int(row),
+                                  int(out_row), T - first_of_block};
   copy_rows<rows, HS>(smem, own_row<HS>, K, row, first_of_block, T);
   copy_rows<rows, HS>(smem, own_row<HS> + rows, V, row, first_of_block, T);
-  stream.copy(0);
+  tiles.copy(0);
   copy_async_wait<0>();
   __syncthreads();
   const int own = own_row<HS> + warp * 16;
   uint32_t k[1][HS / 16][4], v[1][HS / 16][4];
   load_a<HS>(k, smem, own);
   load_a<HS>(v, smem, own + rows);
-  static_assert(2 * stream.tile <= threads);
+  // Threads 2 i and 2 i + 1 fetch lse and D of query i of a tile, one tile ahead.
+  static_assert(2 * tiles.tile <= threads);
   const auto load_lse_or_D = [&](int query) {
-    if (threadIdx.x % 2 == 0) return query < T ? lse[head.bh * T + query] * log2_e : INFINITY;  // weights 0 from T on
+    // Queries from T on get weights of exp(-infinity) = 0.
+    if (threadIdx.x % 2 == 0) return query < T ? lse[head.bh * T + query] * log2_e : INFINITY;
     return query < T ? D[head.bh * T + query] : 0.0f;
   };
 
   const float scale = softmax_scale<HS>() * log2_e;
   Block dk[1][HS / 16] = {}, dv[1][HS / 16] = {};
   float next = load_lse_or_D(first_of_block + threadIdx.x / 2);
-  for (int i = 0; i < stream.end; i += step_queries<HS>) {  // queries, counted from first_of_block
+  for (int i = 0; i < tiles.end; i += step_queries<HS>) {  // queries, counted from first_of_block
+    // 2. A step of 16 or 32 queries. A new tile: lse and D go to shared memory, before the barrier in advance().
     const int q0 = first_of_block + i;
-    if (i % stream.tile == 0) {
-      if (threadIdx.x < 2 * stream.tile)
-        reinterpret_cast<float*>(lse_and_D + i % (2 * stream.tile))[threadIdx.x] = next;
-      stream.advance(i);
-      next = load_lse_or_D(q0 + stream.tile + threadIdx.x / 2);
+    if (i % tiles.tile == 0) {
+      if (threadIdx.x < 2 * tiles.tile) reinterpret_cast<float*>(lse_and_D + i % (2 * tiles.tile))[threadIdx.x] = next;
+      tiles.advance(i);
+      next = load_lse_or_D(q0 + tiles.tile + threadIdx.x / 2);
     }
     if (q0 + step_queries<HS> <= first) continue;  // they do not see the warp's keys
+    // 3. scores^T = k @ q^T, dP^T = v @ dout^T
     Block p[1][N], ds[1][N];
-    multiply_transposed<Real, HS>(p, k, smem, stream.x_row(i));
+    multiply_transposed<Real, HS>(p, k, smem, tiles.x_row(i));
     hide_later_keys<true>(p, first, q0);
-    multiply_transposed<Real, HS>(ds, v, smem, stream.y_row(i));
+    multiply_transposed<Real, HS>(ds, v, smem, tiles.y_row(i));
+    // 4. Scores become dropped weights, dP becomes dS.
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
       if constexpr (DROPOUT) mask<true>(keep, drop, head.masks, q0 + n * 16, first, T);
       for (int j = 0; j < 8; j++) {
-        const float2 of_q = lse_and_D[i % (2 * stream.tile) + n * 16 + column_of(j)];
-        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], kept);
+        const float2 of_q = lse_and_D[i % (2 * tiles.tile) + n * 16 + column_of(j)];
+        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], keep_scale);
       }
     }
-    multiply_add<Real, HS>(dv, p, smem, stream.y_row(i));
-    multiply_add<Real, HS>(dk, ds, smem, stream.x_row(i));
+    // 5. dv += weights^T @ dout, dk += dS^T @ q
+    multiply_add<Real, HS>(dv, p, smem, tiles.y_row(i));
+    multiply_add<Real, HS>(dk, ds, smem, tiles.x_row(i));
   }
 
-  __syncthreads();
+  // 6. Write dk and dv, with the factors that backward_weight leaves out: registers -> shared -> global.
+  __syncthreads();  // no warp needs the tiles any more
   Real *dK = dqkv + head.qkv + out_row + first * row, *dV = dK + out_row;
   store_rows<HS>(dK, row, T - first, smem, own, dk[0], {softmax_scale<HS>(), softmax_scale<HS>()});
-  store_rows<HS>(dV, row, T - first, smem, own + rows, dv[0], {kept, kept});
+  store_rows<HS>(dV, row, T - first, smem, own + rows, dv[0], {keep_scale, keep_scale});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// float, without tensor cores: a warp has one query or one key and takes 32 rows of the other kind at a time, of which
-// each lane makes one weight. A row's channels are spread over the lanes, four to each, several rows side by side.
-
-namespace attention {
-
-template <int HS>
-constexpr int row_lanes = HS / 4;
-template <int HS>
-constexpr int rows_at_once = 32 / row_lanes<HS>;
-
-template <int HS>
-__device__ inline float4 load4(const float* row) {
-  return *reinterpret_cast<const float4*>(row + lane() % row_lanes<HS> * 4);
-}
-__device__ inline float dot4(const float4& a, const float4& b) { return a.x * b.x + a.y * b.y + a.z * b.z + a.w * b.w; }
-__device__ inline float4 fma4(float f, const float4& a, const float4& b) {
-  return {fmaf(f, a.x, b.x), fmaf(f, a.y, b.y), fmaf(f, a.z, b.z), fmaf(f, a.w, b.w)};
-}
-
-// x . row, for each lane's own row of `count` (at most 32)
-template <int HS>
-__device__ inline float dot_with_rows(const float4& x, const float* rows, int stride, int count) {
-  float mine = 0;
-  for (int j = 0; j < count; j += rows_at_once<HS>) {
-    const int r = j + lane() / row_lanes<HS>;
-    const float dot = lane_sum<row_lanes<HS>>(r < count ? dot4(x, load4<HS>(rows + r * stride)) : 0.0f);
-    const float moved = __shfl_sync(all_lanes, dot, lane() % rows_at_once<HS> * row_lanes<HS>);
-    if (lane() / rows_at_once<HS> * rows_at_once<HS> == j) mine = moved;
-  }
-  return mine;
-}
-
-// sum += weight * row, for each lane's own row; the sums of rows side by side stay apart until store4.
-template <int HS>
-__device__ inline void add_rows(float4& sum, float weight, const float* rows, int stride, int count) {
-  for (int j = 0; j < count; j += rows_at_once<HS>) {
-    const int r = j + lane() / row_lanes<HS>;
-    const float w = __shfl_sync(all_lanes, weight, r);
-    if (r < count) sum = fma4(w, load4<HS>(rows + r * stride), sum);
-  }
-}
-template <int HS>
-__device__ inline void store4(float* row, float4 sum, float factor) {
-  for (int d = row_lanes<HS>; d < 32; d *= 2) {
-    sum.x += __shfl_xor_sync(all_lanes, sum.x, d), sum.y += __shfl_xor_sync(all_lanes, sum.y, d);
-    sum.z += __shfl_xor_sync(all_lanes, sum.z, d), sum.w += __shfl_xor_sync(all_lanes, sum.w, d);
-  }
-  if (lane() < row_lanes<HS>) *reinterpret_cast<float4*>(row + lane() * 4) = fma4(factor, sum, {0, 0, 0, 0});
-}
-
-}  // namespace attention
-
-template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, 5)
-    attention_forward_float_kernel(float* out, float* lse, const float* qkv, Dropout drop, const int* step, float kept,
-                                   int T, int NH) {
-  using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
-  const Head head(drop, T, NH, HS);
-  const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
-  if (q >= T) return;  // the whole warp, and no barrier follows
-  const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
-  const float4 query = load4<HS>(Q + q * row);
-  const float scale = softmax_scale<HS>() * log2_e;
-  float max = -INFINITY, sum = 0;
-  float4 sums = {0, 0, 0, 0};
-  for (int k0 = 0; k0 <= q; k0 += 32) {
-    const int count = min(32, q + 1 - k0);
-    const float dot = dot_with_rows<HS>(query, K + k0 * row, row, count);
-    const float score = lane() < count ? dot * scale : -INFINITY, before = max;
-    max = fmaxf(max, lane_max(score));
-    float weight = exp2f(score - max);
-    sum = sum * exp2f(before - max) + lane_sum(weight);
-    if (DROPOUT && attention_draw(drop, head.masks, q, k0 + lane(), T) >= drop.threshold) weight = 0;
-    sums = fma4(exp2f(before - max), sums, {0, 0, 0, 0});
-    add_rows<HS>(sums, weight, V + k0 * row, row, count);
-  }
-  if (lse && lane() == 0) lse[head.bh * T + q] = max / log2_e + logf(sum);
-  store4<HS>(out + head.out + q * out_row, sums, kept / sum);
-}
-
-template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, 5)
-    attention_backward_queries_float_kernel(float* dqkv, float* D, const float* dout, const float* qkv,
-                                            const float* out, const float* lse, Dropout drop, const int* step,
-                                            float kept, int T, int NH) {
-  using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
-  const Head head(drop, T, NH, HS);
-  const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
-  if (q >= T) return;
-  const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
-  const float4 query = load4<HS>(Q + q * row), dO = load4<HS>(dout + head.out + q * out_row);
-  const float D_of_q = lane_sum<row_lanes<HS>>(dot4(dO, load4<HS>(out + head.out + q * out_row)));
-  if (lane() == 0) D[head.bh * T + q] = D_of_q;
-  const float scale = softmax_scale<HS>() * log2_e, lse_of_q = lse[head.bh * T + q] * log2_e;
-  float4 dq = {0, 0, 0, 0};
-  for (int k0 = 0; k0 <= q; k0 += 32) {
-    const int count = min(32, q + 1 - k0);
-    float score = dot_with_rows<HS>(query, K + k0 * row, row, count);
-    float ds = dot_with_rows<HS>(dO, V + k0 * row, row, count);
-    const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, k0 + lane(), T) < drop.threshold;
-    backward_weight<float>(score, ds, scale, lse_of_q, D_of_q, keep, kept);
-    add_rows<HS>(dq, ds, K + k0 * row, row, count);
-  }
-  store4<HS>(dqkv + head.qkv + q * row, dq, softmax_scale<HS>());
-}
-
-template <int HS, bool DROPOUT>
-__global__ void __launch_bounds__(attention::threads, 5)
-    attention_backward_keys_float_kernel(float* dqkv, const float* D, const float* dout, const float* qkv,
-                                         const float* lse, Dropout drop, const int* step, float kept, int T, int NH) {
-  using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
-  const Head head(drop, T, NH, HS);
-  const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
-  const int kv = int(blockIdx.z) * warps + warp_index();
-  if (kv >= T) return;
-  const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out;
-  const float4 key = load4<HS>(K + kv * row), value = load4<HS>(V + kv * row);
-  const float scale = softmax_scale<HS>() * log2_e;
-  float4 dk = {0, 0, 0, 0}, dv = {0, 0, 0, 0};
-  for (int q0 = kv; q0 < T; q0 += 32) {
-    const int count = min(32, T - q0), q = min(q0 + lane(), T - 1);
-    float weight = dot_with_rows<HS>(key, Q + q0 * row, row, count);
-    float ds = dot_with_rows<HS>(value, dO + q0 * out_row, out_row, count);
-    const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, kv, T) < drop.threshold;
-    backward_weight<float>(weight, ds, scale, lse[head.bh * T + q] * log2_e, D[head.bh * T + q], keep, kept);
-    add_rows<HS>(dv, weight, dO + q0 * out_row, out_row, count);
-    add_rows<HS>(dk, ds, Q + q0 * row, row, count);
-  }
-  float* dK = dqkv + head.qkv + out_row + kv * row;
-  store4<HS>(dK, dk, softmax_scale<HS>());
-  store4<HS>(dK + out_row, dv, kept);
-}
-
-// ---------------------------------------------------------------------------------------------------------------------
+// The functions that launch these kernels and those of attention_float.cuh.
 
 namespace attention {
 
@@ -610,7 +514,8 @@ inline void check(const char* who, const Dropout& drop, const int* step, int B, 
   require(!drop.active() || step, who, ": dropout needs the step's number");
 }
 
-// body(head size, whether there is dropout), both known to the compiler
+// Calls body(head size, whether there is dropout) with both as types, so that they are constants in the kernel that it
+// launches.
 template <class Body>
 void specialize(const char* who, int HS, bool dropout, Body body) {
   const auto with_head_size = [&](auto size) {
@@ -626,7 +531,7 @@ void specialize(const char* who, int HS, bool dropout, Body body) {
   if (HS == 128) with_head_size(std::integral_constant<int, 128>());
 }
 
-// Bytes of shared memory of a kernel whose blocks have OWN_ROWS rows of their own.
+// Bytes of shared memory of a kernel whose blocks own OWN_ROWS rows, and `more` for something else.
 template <class Real, int HS, int OWN_ROWS>
 constexpr size_t smem_bytes(int more = 0) {
   constexpr size_t bytes = smem_rows<HS, OWN_ROWS> * HS * sizeof(Real);
@@ -636,51 +541,52 @@ constexpr size_t smem_bytes(int more = 0) {
 
 }  // namespace attention
 
-// out (B, T, C) =, lse (B, NH, T) = or null; qkv (B, T, 3, NH, HS), step (1), which only dropout needs.
+// out (B, T, C) =, lse (B, NH, T) = or null; qkv (B, T, 3, NH, HS), step (1), which may be null without dropout.
 // A query's result does not depend on B. A score that overflows float makes its query's results NaN.
 template <class Real>
 void attention_forward(Real* out, float* lse, const Real* qkv, const Dropout& drop, const int* step, int B, int T,
                        int C, int NH, cudaStream_t stream) {
   using namespace attention;
   check("attention_forward", drop, step, B, T, C, NH);
-  const float kept = float(dropout_scale(drop.threshold));
+  const float keep_scale = float(dropout_scale(drop.threshold));
   specialize("attention_forward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
       launch(attention_forward_float_kernel<HS, dropout>, {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream}, out,
-             lse, qkv, drop, step, kept, T, NH);
+             lse, qkv, drop, step, keep_scale, T, NH);
     } else {
       constexpr int rows = warps * 16 * query_blocks<HS>;
       launch(attention_forward_kernel<Real, HS, dropout>,
              {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, qkv, drop, step,
-             kept, T, NH);
+             keep_scale, T, NH);
     }
   });
 }
 
-// dqkv (B, T, 3, NH, HS) =, D (B, NH, T) = is scratch; dout (B, T, C), qkv, out (B, T, C), lse (B, NH, T), step (1)
+// dqkv (B, T, 3, NH, HS) =, D (B, NH, T) = is scratch memory; dout (B, T, C), qkv (B, T, 3, NH, HS), out (B, T, C),
+// lse (B, NH, T), step (1), which may be null without dropout
 template <class Real>
 void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                         const Dropout& drop, const int* step, int B, int T, int C, int NH, cudaStream_t stream) {
   using namespace attention;
   check("attention_backward", drop, step, B, T, C, NH);
-  const float kept = float(dropout_scale(drop.threshold));
+  const float keep_scale = float(dropout_scale(drop.threshold));
   specialize("attention_backward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
       const LaunchConfig config = {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream};
       launch(attention_backward_queries_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, out, lse, drop, step,
-             kept, T, NH);
-      launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, step, kept, T,
-             NH);
+             keep_scale, T, NH);
+      launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, step, keep_scale,
+             T, NH);
     } else {
       const dim3 grid(NH, B, ceil_div(T, warps * 16));
       launch(attention_backward_queries_kernel<Real, HS, dropout>,
              {grid, threads, smem_bytes<Real, HS, warps * 32>(), stream}, dqkv, D, dout, qkv, out, lse, drop, step,
-             kept, T, NH);
+             keep_scale, T, NH);
       launch(attention_backward_keys_kernel<Real, HS, dropout>,
              {grid, threads, smem_bytes<Real, HS, warps * 32>(2 * tile_rows<HS> * sizeof(float2)), stream}, dqkv, D,
-             dout, qkv, lse, drop, step, kept, T, NH);
+             dout, qkv, lse, drop, step, keep_scale, T, NH);
     }
   });
 }

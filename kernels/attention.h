@@ -1,8 +1,8 @@
 // Causal multi-head self-attention with dropout on the weights:
 //   P = softmax(q @ k^T / sqrt(HS), keys up to the query),  out = dropout(P) @ v
-// Vaswani et al., "Attention Is All You Need", 2017, equation 1. No (T, T) matrix outlives its block of queries:
-// backward computes P again from q, k and the logarithm of the softmax's denominator, as in Dao et al.,
-// "FlashAttention", 2022, section 3.1.
+// Vaswani et al., "Attention Is All You Need", 2017, equation 1. No (T, T) matrix is stored, only the rows of a block
+// of queries while it is computed. Backward computes P again, from q, k and the logarithm of the softmax's denominator
+// (lse), as in Dao et al., "FlashAttention", 2022, section 3.1.
 // defines: attention_forward, attention_backward, their reference:: loops
 #pragma once
 #include <algorithm>
@@ -10,7 +10,7 @@
 #include <cstddef>
 
 #include "dropout.h"
-#include "matmul.h"
+#include "product.h"
 #include "simd.h"
 
 namespace reference {
@@ -19,7 +19,7 @@ namespace reference {
 template <class Real>
 void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& drop, int B, int T, int C, int NH) {
   const int HS = C / NH;
-  const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
+  const Real scale = 1 / std::sqrt(Real(HS)), keep_scale = Real(dropout_scale(drop.threshold));
   std::unique_ptr<Real[]> weights(new Real[T]);
   for (int b = 0; b < B; b++)
     for (int h = 0; h < NH; h++)
@@ -38,20 +38,20 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
         std::fill(row, row + HS, Real(0));
         for (int kv = 0; kv <= q; kv++) {
           if (attention_draw(drop, uint64_t(drop.first_row + b) * NH + h, q, kv, T) >= drop.threshold) continue;
-          for (int i = 0; i < HS; i++) row[i] += weights[kv] / sum * kept * values[size_t(kv) * 3 * C + i];
+          for (int i = 0; i < HS; i++) row[i] += weights[kv] / sum * keep_scale * values[size_t(kv) * 3 * C + i];
         }
         lse[size_t(b * NH + h) * T + q] = max + std::log(sum);
       }
 }
 
-// dqkv (B, T, 3, NH, HS) =; dout (B, T, C), qkv, out (B, T, C), lse (B, NH, T)
+// dqkv (B, T, 3, NH, HS) =; dout (B, T, C), qkv (B, T, 3, NH, HS), out (B, T, C), lse (B, NH, T)
 // With P the weights, m the mask (0 or the scale), dP = m * (dout @ v^T) and D = sum_kv P * dP = dout . out:
 //   dv = (m * P)^T @ dout,  dS = P * (dP - D) / sqrt(HS),  dq = dS @ k,  dk = dS^T @ q
 template <class Real>
 void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const Real* lse,
                         const Dropout& drop, int B, int T, int C, int NH) {
   const int HS = C / NH;
-  const Real scale = 1 / std::sqrt(Real(HS)), kept = Real(dropout_scale(drop.threshold));
+  const Real scale = 1 / std::sqrt(Real(HS)), keep_scale = Real(dropout_scale(drop.threshold));
   std::fill(dqkv, dqkv + size_t(B) * T * 3 * C, Real(0));
   for (int b = 0; b < B; b++)
     for (int h = 0; h < NH; h++)
@@ -67,7 +67,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
             dP += dout[row + i] * qkv[at_value + i];
           }
           const bool keep = attention_draw(drop, uint64_t(drop.first_row + b) * NH + h, q, kv, T) < drop.threshold;
-          const Real mask = keep ? kept : Real(0), P = std::exp(dot * scale - lse[size_t(b * NH + h) * T + q]);
+          const Real mask = keep ? keep_scale : Real(0), P = std::exp(dot * scale - lse[size_t(b * NH + h) * T + q]);
           const Real dS = P * (mask * dP - D) * scale;
           for (int i = 0; i < HS; i++) {
             dqkv[at_value + i] += mask * P * dout[row + i];
@@ -81,21 +81,23 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
 }  // namespace reference
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The blocked version. A thread takes one head of one batch row, packs its keys and values once (kernels/matmul.h), and
-// goes through the queries in blocks; keys beyond a tile's last query are never touched. Factor is the type of the
-// products' operands, kernels/factors.h; the softmax is computed in Real.
+// The blocked version. A thread takes one head of one batch row, packs its keys and values once (product.h), and goes
+// through the queries in blocks. Tiles of keys that come after all queries of a tile are skipped. Factor is the type of
+// the products' operands (factors.h); the softmax is computed in Real.
 
 namespace attention {
 
 constexpr int QB = 96;  // queries of a block: a multiple of the product's row tile and of draw_block
 
+// T keys, rounded up to whole panels.
 template <class Real>
 int padded(int T) {
   return (T + product::NR<Real> - 1) / product::NR<Real> * product::NR<Real>;
 }
 
-// draws (rows, draws_row(T)) for the queries q0 ... q0 + rows - 1 and the keys up to the last of them; q0 is a multiple
-// of 16. Whole blocks of keys are written, so a row has room for them whatever the width of a vector.
+// draws (rows, draws_row(T)) = the draws for queries q0 ... q0 + rows - 1 and the keys up to the last of these queries.
+// q0 is a multiple of 16. Whole blocks of 16 keys are written, so vectors of any width can read a row to its end.
+// bh: the head's number in the whole batch
 inline size_t draws_row(int T) { return size_t(T + draw_block - 1) / draw_block * draw_block; }
 inline void block_draws(uint16_t* draws, const Dropout& drop, uint64_t bh, int q0, int rows, int T) {
   for (int q = q0; q < q0 + rows; q += draw_block)
@@ -110,18 +112,19 @@ inline void block_draws(uint16_t* draws, const Dropout& drop, uint64_t bh, int q
     }
 }
 
-// A vector of x where the draw is below the threshold, else 0.
+// x, with 0 in the lanes whose draw is not below the threshold. draws (W)
 template <class Real>
-inline Vec<Real> kept(const Vec<Real>& x, const uint16_t* draws, uint32_t threshold) {
+inline Vec<Real> zero_dropped(const Vec<Real>& x, const uint16_t* draws, uint32_t threshold) {
   typedef uint16_t Draws __attribute__((vector_size(vector_bytes / sizeof(Real) * 2)));
   Draws drawn;
   std::memcpy(&drawn, draws, sizeof drawn);
   return __builtin_convertvector(drawn, Vec<Real>) < Real(threshold) ? x : Vec<Real>{};
 }
 
-// The rows of x (M, K), `row` apart, as a product's left operand: where they are, or rounded to Factor in memory.
+// x (M, K), whose rows are `row` numbers apart, as a product's left operand. It is read in place if Factor is its own
+// type, else copied to `memory` (packed_a_size(M, K)) and rounded.
 template <class Factor>
-product::PackedA<Factor> left(Unit<Factor>* memory, const Sum<Factor>* x, size_t row, int M, int K) {
+product::PackedA<Factor> left_operand(Unit<Factor>* memory, const Sum<Factor>* x, size_t row, int M, int K) {
   if constexpr (std::is_same_v<Unit<Factor>, Sum<Factor>>)
     return {x, row, 1, product::MR * row};
   else
@@ -131,8 +134,9 @@ product::PackedA<Factor> left(Unit<Factor>* memory, const Sum<Factor>* x, size_t
 }  // namespace attention
 
 // out (B, T, C) =, lse (B, NH, T) =; qkv (B, T, 3, NH, HS)
-// With first > 0 (B = 1, no dropout) only the queries first ... T - 1 are computed, out (T - first, C): the earlier
-// rows of qkv serve as cached keys and values. A query's result does not depend on which others are computed with it.
+// With first > 0, which needs B = 1 and no dropout, only the queries first ... T - 1 are computed, and out is
+// (T - first, C). The earlier rows of qkv serve as cached keys and values. A query's result does not depend on which
+// others are computed with it.
 template <class Real, class Factor = Real>
 void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& drop, int B, int T, int C, int NH,
                        int first = 0) {
@@ -141,7 +145,8 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
   constexpr int W = lanes<Real>;
   const int HS = C / NH, ld = padded<Factor>(T) + W;
   const size_t by_channel = packed_size<Factor>(HS, NR<Factor>), by_key = packed_size<Factor>(T, NR<Factor>);
-  const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
+  const Real scale = 1 / std::sqrt(Real(HS)),
+             keep_scale = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     [[maybe_unused]] const Registers<Factor> registers{};
@@ -158,14 +163,18 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
     Unit<Factor>* a = scratch<Left, Unit<Factor>>(packed_a_size<Factor>(QB, std::max(T, HS)));
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
     uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
+    // 1. This head's keys and values, packed once: K^T (HS, T) and V (T, HS) as right operands.
     pack_b<Factor>(k_packed, {K, 1, row}, HS, T);
     pack_b<Factor>(v_packed, {V, row, 1}, T, HS);
     for (int q0 = first; q0 < T; q0 += QB) {
+      // 2. A block of queries: P (rows, keys) = q @ k^T, and the block's draws.
       const int rows = std::min(QB, T - q0), keys = q0 + rows;
-      multiply_packed<Factor>(P, ld, {}, left<Factor>(a, Q + q0 * row, row, rows, HS), k_packed, by_channel, rows,
-                              padded<Factor>(keys), HS, {.n_end = q0 + 1});
+      multiply_packed<Factor>(P, ld, {}, left_operand<Factor>(a, Q + q0 * row, row, rows, HS), k_packed, by_channel,
+                              rows, padded<Factor>(keys), HS, {.n_end = q0 + 1});
       if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
-      Real tops[QB], norm[QB];  // loops of their own: the rows do not wait for each other
+      // 3. Softmax, row by row: first all maxima, then all exponentials. In loops of their own, rows do not wait for
+      //    each other. P becomes exp(score - maximum), dropped out, but not yet divided by its sum.
+      Real tops[QB], norm[QB];
       for (int i = 0; i < rows; i++) {
         Real* p = P + size_t(i) * ld;
         const int visible = q0 + i + 1;
@@ -185,15 +194,16 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
         for (int kv = 0; kv < visible; kv += W) {
           const Vec<Real> e = exp_vec(load(p + kv) * scale - top);
           sums += e;
-          store(p + kv, drop.active() ? kept<Real>(e, draws + i * draws_row(T) + kv, drop.threshold) : e);
+          store(p + kv, drop.active() ? zero_dropped<Real>(e, draws + i * draws_row(T) + kv, drop.threshold) : e);
         }
         const Real sum = horizontal_sum<Real>(sums);
         lse[size_t(bh) * T + q0 + i] = top + std::log(sum);
-        norm[i] = dropout / sum;
+        norm[i] = keep_scale / sum;
         std::fill(p + visible, p + keys, Real(0));
       }
+      // 4. out = P @ v, divided.
       Real* o = out + (size_t(b) * (T - first) + q0 - first) * C + h * HS;
-      multiply_packed<Factor>(o, C, {}, left<Factor>(a, P, ld, rows, keys), v_packed, by_key, rows, HS, keys,
+      multiply_packed<Factor>(o, C, {}, left_operand<Factor>(a, P, ld, rows, keys), v_packed, by_key, rows, HS, keys,
                               {.k_end = q0 + 1});
       for (int i = 0; i < rows; i++)
         for (int c = 0; c < HS; c++) o[size_t(i) * C + c] *= norm[i];
@@ -201,7 +211,8 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
   }
 }
 
-// dqkv (B, T, 3, NH, HS) =; dout (B, T, C), qkv, out (B, T, C), lse (B, NH, T); the equations stand at the reference
+// dqkv (B, T, 3, NH, HS) =; dout (B, T, C), qkv (B, T, 3, NH, HS), out (B, T, C), lse (B, NH, T). The equations stand
+// above reference::attention_backward.
 template <class Real, class Factor = Real>
 void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const Real* lse,
                         const Dropout& drop, int B, int T, int C, int NH) {
@@ -211,7 +222,8 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
   const int HS = C / NH, ld = padded<Factor>(T) + W;
   const size_t row = size_t(3) * C;
   const size_t by_channel = packed_size<Factor>(HS, NR<Factor>), by_key = packed_size<Factor>(T, NR<Factor>);
-  const Real scale = 1 / std::sqrt(Real(HS)), dropout = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
+  const Real scale = 1 / std::sqrt(Real(HS)),
+             keep_scale = drop.active() ? Real(dropout_scale(drop.threshold)) : Real(1);
 #pragma omp parallel for schedule(dynamic) if (size_t(B) * T * T * C > 8 * worth_threads)
   for (int bh = 0; bh < B * NH; bh++) {
     [[maybe_unused]] const Registers<Factor> registers{};
@@ -237,18 +249,21 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
     Real* P = scratch<Weights, Real>(size_t(QB) * ld);
     Real* dP = scratch<Gradients, Real>(size_t(QB) * ld);
     uint16_t* draws = scratch<Draws, uint16_t>(QB * draws_row(T));
+    // 1. This head's K^T (HS, T), V^T (HS, T) and K (T, HS), packed once as right operands.
     pack_b<Factor>(kt_packed, {K, 1, row}, HS, T);
     pack_b<Factor>(vt_packed, {V, 1, row}, HS, T);
     pack_b<Factor>(k_packed, {K, row, 1}, T, HS);
-    // The last queries see all keys: they write dK and dV, the blocks before them add to what is there.
+    // The last queries see all keys, so their block comes first and writes dK and dV. The blocks before it add to them.
     for (int q0 = (T - 1) / QB * QB; q0 >= 0; q0 -= QB) {
       const int rows = std::min(QB, T - q0), keys = q0 + rows, columns = padded<Factor>(keys);
+      // 2. A block of queries: P (rows, keys) = q @ k^T and dP (rows, keys) = dout @ v^T, and the block's draws.
       const Real *Qb = Q + q0 * row, *dOb = dO + size_t(q0) * C, *Ob = O + size_t(q0) * C;
-      multiply_packed<Factor>(P, ld, {}, left<Factor>(a, Qb, row, rows, HS), kt_packed, by_channel, rows, columns, HS,
-                              {.n_end = q0 + 1});
-      multiply_packed<Factor>(dP, ld, {}, left<Factor>(a, dOb, C, rows, HS), vt_packed, by_channel, rows, columns, HS,
-                              {.n_end = q0 + 1});
+      multiply_packed<Factor>(P, ld, {}, left_operand<Factor>(a, Qb, row, rows, HS), kt_packed, by_channel, rows,
+                              columns, HS, {.n_end = q0 + 1});
+      multiply_packed<Factor>(dP, ld, {}, left_operand<Factor>(a, dOb, C, rows, HS), vt_packed, by_channel, rows,
+                              columns, HS, {.n_end = q0 + 1});
       if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
+      // 3. D = dout . out for each query.
       Real dots[QB];
       for (int i = 0; i < rows; i++) {
         Real dot = 0;
@@ -256,17 +271,18 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
         for (int c = 0; c < HS; c++) dot += dOb[size_t(i) * C + c] * Ob[size_t(i) * C + c];
         dots[i] = dot;
       }
+      // 4. Row by row, scores become dropped weights and dP becomes dS. Keys after the query get 0.
       for (int i = 0; i < rows; i++) {
         Real *p = P + size_t(i) * ld, *dp = dP + size_t(i) * ld;
         const int visible = q0 + i + 1;
         const Real log_sum = lse[size_t(bh) * T + q0 + i], D = dots[i];
         for (int kv = 0; kv < visible; kv += W) {
           const Vec<Real> weight = exp_vec(load(p + kv) * scale - log_sum);
-          Vec<Real> dweight = load(dp + kv) * dropout, dropped = weight * dropout;
+          Vec<Real> dweight = load(dp + kv) * keep_scale, dropped = weight * keep_scale;
           if (drop.active()) {
             const uint16_t* draw = draws + i * draws_row(T) + kv;
-            dweight = kept<Real>(dweight, draw, drop.threshold);
-            dropped = kept<Real>(dropped, draw, drop.threshold);
+            dweight = zero_dropped<Real>(dweight, draw, drop.threshold);
+            dropped = zero_dropped<Real>(dropped, draw, drop.threshold);
           }
           store(dp + kv, weight * (dweight - D) * scale);
           store(p + kv, dropped);
@@ -274,8 +290,10 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
         std::fill(p + visible, p + keys, Real(0));
         std::fill(dp + visible, dp + keys, Real(0));
       }
-      multiply_packed<Factor>(dQ + q0 * row, row, {}, left<Factor>(a, dP, ld, rows, keys), k_packed, by_key, rows, HS,
-                              keys, {.k_end = q0 + 1});
+      // 5. dq = dS @ k
+      multiply_packed<Factor>(dQ + q0 * row, row, {}, left_operand<Factor>(a, dP, ld, rows, keys), k_packed, by_key,
+                              rows, HS, keys, {.k_end = q0 + 1});
+      // 6. dk += dS^T @ q, dv += P^T @ dout
       const size_t panel = packed_size<Factor>(rows, NR<Factor>);
       const auto add = [&](Real* to) { return keys < T ? Start<Real>{to, row} : Start<Real>{}; };
       pack_b<Factor>(block_packed, {Qb, row, 1}, rows, HS);

@@ -1,14 +1,37 @@
-// Batches: windows of a text whose tokens lie on the device. Which windows is a function of seed, step and row, the one
-// of host/batch.h, and the step is read on the device: no batch ever travels from the host.
-// defines: gather_random, gather_windows
+// Batches: windows of a text whose tokens lie on the device. Seed, step and row decide which windows, by the same
+// function as in host/batch.h. The step is read on the device, so no batch ever travels from the host.
+// defines: DeviceTokens, gather_random, gather_windows
 #pragma once
+#include <algorithm>
+#include <vector>
+
 #include "../host/random.h"
+#include "../host/shards.h"
 #include "device.cuh"
 #include "launch.cuh"
+#include "runtime.cuh"
+
+// The text, on the device.
+struct DeviceTokens {
+  uint64_t count = 0;
+  DeviceBuffer<uint16_t> tokens;
+
+  explicit DeviceTokens(const Tokens& from) : count(from.size()), tokens(from.size(), "the text") {
+    constexpr uint64_t piece = 1 << 20;
+    std::vector<int> wide(piece);
+    std::vector<uint16_t> narrow(piece);
+    for (uint64_t at = 0; at < count; at += piece) {
+      const size_t n = size_t(std::min(piece, count - at));
+      from.copy(at, n, wide.data());
+      std::copy(wide.begin(), wide.begin() + long(n), narrow.begin());
+      copy_to_device(tokens.data() + at, narrow.data(), n);
+    }
+  }
+};
 
 constexpr int gather_threads = 256;
 
-// A block for each window.
+// Launched with B blocks of 256 threads: a block has one window, whose start is one draw.
 static __global__ void __launch_bounds__(gather_threads)
     gather_random_kernel(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
                          uint32_t site, uint64_t first_row, int T) {
@@ -21,9 +44,9 @@ static __global__ void __launch_bounds__(gather_threads)
   }
 }
 
-// x (B, T) = windows of T of the tokens (count), whose starts are uniform in [0, count - T); y (B, T) = each token's
-// successor. `first_row` is the number of the first window: gradient accumulation, and the batches of one evaluation,
-// go on counting.
+// x (B, T) = windows of T tokens of tokens (count), whose starts are uniform in [0, count - T); y (B, T) = each token's
+// successor. `first_row` is the number of the first window in the whole batch: gradient accumulation goes on counting,
+// and so do the batches of one evaluation.
 inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
                           uint32_t site, uint64_t first_row, int B, int T, cudaStream_t stream) {
   require(B > 0 && T > 0 && count > uint64_t(T), "gather_random: B = ", B, " windows of T = ", T,
@@ -32,6 +55,7 @@ inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count
          first_row, T);
 }
 
+// A thread has one token.
 static __global__ void __launch_bounds__(gather_threads)
     gather_windows_kernel(int* x, int* y, const uint16_t* tokens, uint64_t first, uint64_t stride, int count, int T) {
   const int i = blockIdx.x * gather_threads + threadIdx.x;
@@ -41,8 +65,8 @@ static __global__ void __launch_bounds__(gather_threads)
   y[i] = token[1];
 }
 
-// x (B, T) = windows of T of the tokens, which begin at first, first + stride, ...; y (B, T) = each token's successor.
-// There are first + (B - 1) * stride + T + 1 tokens or more.
+// x (B, T) = windows of T tokens, which begin at first, first + stride, ...; y (B, T) = each token's successor.
+// tokens has at least first + (B - 1) * stride + T + 1 elements.
 inline void gather_windows(int* x, int* y, const uint16_t* tokens, uint64_t first, uint64_t stride, int B, int T,
                            cudaStream_t stream) {
   require(B > 0 && T > 0, "gather_windows: B = ", B, " windows of T = ", T);

@@ -1,12 +1,13 @@
-// Reductions over the threads of a block, in an order that depends on nothing but the block's size.
+// Reductions over the threads of a block, in an order that depends only on the block's size.
 // defines: block_reduce, block_sum
 #pragma once
 #include "device.cuh"
 
-// op over the x of all THREADS threads of the block, given to each of them. op is commutative: then every lane of a
-// warp arrives at the same bits. All threads must call together.
+// Combines the x of all THREADS threads of the block with op, and returns the result to each of them. op has to be
+// commutative, so that every lane of a warp arrives at the same bits. All threads must call together.
 template <int THREADS, class Number, class Op>
 __device__ inline Number block_reduce(Number x, Op op) {
+  // 1. Within each warp, by halves. 2. The warps' results, in order.
   static_assert(THREADS % 32 == 0);
   __shared__ Number of_warp[THREADS / 32];
 #pragma unroll

@@ -9,6 +9,7 @@
 #include "../host/error.h"
 #include "launch.cuh"
 #include "matmul_library.cuh"
+#include "runtime.cuh"
 
 constexpr int oldest_capability = 75;  // Turing
 

@@ -1,9 +1,9 @@
-// Softmax and cross-entropy: loss = log(sum_v exp(logits_v)) - logits_target, in nats. The probabilities are not kept:
-// training writes the gradient over the logits in the same kernel.
-// A row of logits has Vp elements, a multiple of 8 (V = 65 has rows of 72, which are aligned to 16 bytes); what the
-// columns V ... Vp - 1 hold is never used, and their gradient is 0.
-// The sum is found in one pass over the row, with the largest logit so far as its scale: Milakov and Gimelshein,
-// "Online normalizer calculation for softmax", 2018, algorithm 3.
+// Softmax and cross-entropy: loss = log(sum_v exp(logits_v)) - logits_target, in nats. The probabilities are never
+// stored: when training, the same kernel writes the gradient over the logits.
+// A row of logits has Vp elements, a multiple of 8, so that rows are aligned to 16 bytes: 72 for V = 65. Columns
+// V ... Vp - 1 are padding. What they hold is never used, and their gradient is 0.
+// One pass over the row finds both the largest logit and the sum: the sum so far is relative to the largest logit so
+// far. Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018, algorithm 3.
 // defines: crossentropy_forward, crossentropy_forward_backward, sum_losses
 #pragma once
 #include <cfloat>
@@ -12,7 +12,7 @@
 #include "device.cuh"
 #include "launch.cuh"
 
-// Eight logits of a row of V, from column v on; columns that are not there have no weight.
+// Eight logits of row (V), from column v on. Columns from V on become -infinity, so that they have no weight.
 template <class Real>
 __device__ inline Float8 load8_logits(const Real* row, int v, int V) {
   Float8 x = load8(row + v);
@@ -22,18 +22,23 @@ __device__ inline Float8 load8_logits(const Real* row, int v, int V) {
   return x;
 }
 
-// LANES lanes per row, eight columns each at a time. Every lane reads and overwrites columns of its own alone, so that
-// no barrier is needed: the loss is written by the lane that has the target's column.
+// Launched with blocks of 128 threads, as many as the rows need: LANES lanes have a row, eight columns each at a time.
+// A lane reads and overwrites only its own columns, so no barrier is needed. The lane that has the target's column
+// writes the loss.
+//   losses (rows) =;  logits (rows, Vp);  dlogits (rows, Vp) =, may be logits, BACKWARD only;  targets (rows)
+//   loss_scale (1): on the device, BACKWARD only
 template <class Real, int LANES, bool BACKWARD>
 __global__ void __launch_bounds__(128)
     crossentropy_kernel(float* losses, const Real* logits, Real* dlogits, const int* targets, float dloss,
                         const float* loss_scale, int rows, int V, int Vp) {
   const int r = (blockIdx.x * blockDim.x + threadIdx.x) / LANES, first = threadIdx.x % LANES * 8;
-  const int columns = r < rows ? V : 0;  // no row is left for the last lanes, which the sums need nevertheless
+  const int columns = r < rows ? V : 0;  // lanes behind the last row have none, but take part in the sums
   const int target = r < rows ? targets[r] : -1;
   const Real* row = logits + size_t(r) * Vp;
 
-  float max = -FLT_MAX, sum = 0, target_logit = 0;  // not -inf: -inf - max is a number, also for logits of -inf
+  // 1. This lane's columns: their maximum and the sum of exp(x - max). max does not begin with -infinity, because
+  //    -infinity - max has to be a number also for a row of -infinity.
+  float max = -FLT_MAX, sum = 0, target_logit = 0;
   for (int v = first; v < columns; v += 8 * LANES) {
     const Float8 x = load8_logits(row, v, V);
     float new_max = max;
@@ -47,10 +52,12 @@ __global__ void __launch_bounds__(128)
     }
     max = new_max;
   }
+  // 2. The row's maximum and sum, from those of its lanes. The loss.
   const float row_max = lane_max<LANES>(max);
   sum = lane_sum<LANES>(sum * expf(max - row_max));
   if (target >= 0 && target / 8 % LANES * 8 == first) losses[r] = logf(sum) - (target_logit - row_max);
 
+  // 3. The gradient.
   if constexpr (BACKWARD) {
     const float inverse = 1 / sum, scale = dloss * *loss_scale;
     for (int v = first; v < (r < rows ? Vp : 0); v += 8 * LANES) {
@@ -73,21 +80,21 @@ void launch_crossentropy(float* losses, const Real* logits, Real* dlogits, const
     launch(kernel, {unsigned(ceil_div(rows, block / lanes)), block, 0, stream}, losses, logits, dlogits, targets, dloss,
            loss_scale, rows, V, Vp);
   };
-  if (Vp <= 8 * 16)  // half a warp has the row at once
+  if (Vp <= 8 * 16)  // half a warp takes the whole row at once
     run(crossentropy_kernel<Real, 16, BACKWARD>, 16);
   else
     run(crossentropy_kernel<Real, 32, BACKWARD>, 32);
 }
 
-// losses (rows) = ... of logits (rows, Vp) and targets (rows), which are in [0, V)
+// losses (rows) = the loss of each row of logits (rows, Vp), given targets (rows), which are in [0, V)
 template <class Real>
 void crossentropy_forward(float* losses, const Real* logits, const int* targets, int rows, int V, int Vp,
                           cudaStream_t stream) {
   launch_crossentropy<Real, false>(losses, logits, nullptr, targets, 0, nullptr, rows, V, Vp, stream);
 }
 
-// losses (rows) = ..., and the logits (rows, Vp) become dlogits = (softmax - onehot(targets)) * dloss * loss_scale;
-// dloss: the gradient of one row's loss, 1 / rows for their mean; loss_scale (1): on the device
+// losses (rows) = ..., and the logits (rows, Vp) become dlogits = (softmax - onehot(targets)) * dloss * loss_scale.
+// dloss is the gradient of one row's loss, 1 / rows for their mean. loss_scale (1) is on the device.
 template <class Real>
 void crossentropy_forward_backward(float* losses, Real* logits, const int* targets, float dloss,
                                    const float* loss_scale, int rows, int V, int Vp, cudaStream_t stream) {
@@ -107,7 +114,7 @@ static __global__ void __launch_bounds__(sum_losses_block)
   if (threadIdx.x == 0) *sum = accumulate ? *sum + own : own;
 }
 
-// sum (1) = or += the sum of losses (rows), in double; one block, which takes a few microseconds for 16384 rows
+// sum (1) = or += the sum of losses (rows), in double. One block does it; 16384 rows take it a few microseconds.
 inline void sum_losses(double* sum, const float* losses, bool accumulate, int rows, cudaStream_t stream) {
   launch(sum_losses_kernel, {1, sum_losses_block, 0, stream}, sum, losses, accumulate, rows);
 }

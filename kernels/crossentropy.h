@@ -7,8 +7,8 @@
 #include "simd.h"
 
 // losses (rows) = ..., probs (rows, V) = softmax(logits (rows, V)); targets (rows)
-// By vectors, and what is left of a row one by one: with a vocabulary of 20,000 the library's exp alone would take a
-// tenth of a training step.
+// The loops take whole vectors, and the rest of a row one by one. With a vocabulary of 20,000 the library's exp alone
+// would take a tenth of a training step.
 template <class Real>
 void crossentropy_forward(Real* losses, Real* probs, const Real* logits, const int* targets, int rows, int V) {
   constexpr int W = lanes<Real>;
@@ -36,7 +36,8 @@ void crossentropy_forward(Real* losses, Real* probs, const Real* logits, const i
   }
 }
 
-// dlogits (rows, V) = (probs - onehot(targets)) * dloss; dloss: the gradient of one row's loss, 1 / rows for their mean
+// dlogits (rows, V) = (probs (rows, V) - onehot(targets (rows))) * dloss. dloss is the gradient of one row's loss, 1 /
+// rows for their mean.
 template <class Real>
 void crossentropy_backward(Real* dlogits, const Real* probs, const int* targets, Real dloss, int rows, int V) {
 #pragma omp parallel for schedule(static) if (size_t(rows) * V > worth_threads)

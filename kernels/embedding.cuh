@@ -1,6 +1,6 @@
-// Embedding: out (B, T, C) = wte[x] + wpe, the token's vector plus the position's. Backward adds rows of dout, those of
-// a token or of a position, and no two threads add to the same number: there are no atomics, and every sum has an order
-// that depends on the shapes and the tokens alone.
+// Embedding: out (B, T, C) = wte[x] + wpe, the token's vector plus the position's. The gradient of a token's vector is
+// the sum of all rows of dout where the token stands, and likewise for a position. No two threads add to the same
+// number, so there are no atomics, and the order of every sum depends on the shapes and the tokens alone.
 // defines: embedding_forward, embedding_partials, embedding_backward, embedding_sums
 #pragma once
 #include <algorithm>
@@ -11,7 +11,7 @@
 
 constexpr int embedding_threads = 256;
 
-// A thread for eight channels.
+// A thread has eight channels of one row.
 template <class Real>
 __global__ void __launch_bounds__(embedding_threads)
     embedding_forward_kernel(Real* out, const int* x, const Real* wte, const Real* wpe, unsigned count, int T, int C) {
@@ -38,13 +38,20 @@ void embedding_forward(Real* out, const int* x, const Real* wte, const Real* wpe
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward. The tokens of a text are very unevenly frequent: with a block for each token, the one that adds the spaces
-// would work on alone. So the rows are cut into segments, a block adds one token's rows of one segment, and add_partials
-// adds the segments.
+// Backward. Some tokens of a text are far more frequent than others. With a block for each token, all others would wait
+// for the block that adds the spaces. So the rows of dout are cut into segments:
+//
+//   rows of dout     0 ... 511 | 512 ... 1023 | ...      a segment is one or more pieces of 512 rows
+//   token 0          block T   | block T + V  | ...      a block adds the rows of one token in one segment
+//   token 1          block T+1 | ...
+//   position t       block t, over all rows              the blocks before them add the rows of one position each
+//
+// add_partials adds up the segments.
 
-constexpr int embedding_piece = 512;  // rows that are searched for a token at a time, and the usual segment
+constexpr int embedding_piece = 512;  // rows that a block searches for its token at a time
 
-// Pieces in a segment: one, unless V is so large that the sums of all segments (segments, V, C) would be more than dout.
+// How many pieces make a segment: one, unless V is so large that the partials (segments, V, C) would be larger than
+// dout.
 inline int pieces_per_segment(int rows, int V) {
   const int pieces = ceil_div(rows, embedding_piece);
   return ceil_div(pieces, std::clamp(rows / V, 1, pieces));
@@ -53,10 +60,13 @@ inline int embedding_segments(int rows, int V) {
   return ceil_div(ceil_div(rows, embedding_piece), pieces_per_segment(rows, V));
 }
 
-// The rows of [first, end) whose token this is, in order: their number, and themselves in `list`, for the whole block.
-// Called again, it changes the list only after its first barrier, when every thread is done with the last one.
+// Finds the rows from `first` to end - 1, at most 512, in which `token` stands. list = their numbers, in order; returns
+// how many they are. All threads of the block call together, and all may read the list afterwards. The next call
+// changes it only after its first barrier, when every thread is done with it.
+//   list (512): in shared memory;  x (B * T): the tokens
 static __device__ inline int rows_of_token(int* list, const int* x, int token, int first, int end) {
-  __shared__ unsigned found[embedding_piece / 32];  // one bit for each row
+  // 1. Each warp compares 32 tokens at a time: found has one bit for each row.
+  __shared__ unsigned found[embedding_piece / 32];
 #pragma unroll
   for (int j = 0; j < embedding_piece / embedding_threads; j++) {
     const int i = j * embedding_threads + threadIdx.x;
@@ -65,11 +75,13 @@ static __device__ inline int rows_of_token(int* list, const int* x, int token, i
     if (i % 32 == 0) found[i / 32] = bits;
   }
   __syncthreads();
+  // 2. Every thread goes through all words and counts. In the words of its own warp, which is every eighth, the lane
+  //    whose bit is set writes its row to the list, behind as many rows as there are bits before it.
   int count = 0;
 #pragma unroll
   for (int word = 0; word < embedding_piece / 32; word++) {
     const int i = word * 32 + threadIdx.x % 32;
-    const bool mine = word % (embedding_threads / 32) == int(threadIdx.x) / 32;  // warps take turns
+    const bool mine = word % (embedding_threads / 32) == int(threadIdx.x) / 32;
     if (mine && found[word] >> (i % 32) & 1) list[count + __popc(found[word] & ((1u << (i % 32)) - 1))] = first + i;
     count += __popc(found[word]);
   }
@@ -77,15 +89,17 @@ static __device__ inline int rows_of_token(int* list, const int* x, int token, i
   return count;
 }
 
-// Backward's threads own eight columns of every `groups`-th row that is to be added.
+// What a thread of backward owns: eight columns, from c on. C / 8 threads make a group, which together own a row; a
+// block has `groups` of them, which take turns at the rows. Threads that are left over have group == groups.
 struct ColumnOwner {
   int groups, group, c;
   __device__ explicit ColumnOwner(int C)
       : groups(embedding_threads / (C / 8)), group(threadIdx.x / (C / 8)), c(threadIdx.x % (C / 8) * 8) {}
 };
 
-// sum += rows row(0), ..., row(n - 1) of dout (.., C), as far as they are this thread's. Several loads are under way
-// together; at the end the last row is read again rather than no row, for a load in a branch would be waited for there.
+// sum += this thread's eight columns of those rows row(0) ... row(n - 1) of dout (rows, C) that are its group's turn.
+// Four loads are under way together. Past the end the last row is loaded again and not added: a load within a branch
+// would be waited for right there.
 template <class Real, class Row>
 __device__ inline void add_rows(Float8& sum, const Real* dout, Row row, int n, const ColumnOwner& own, int C) {
   constexpr int at_once = 4;
@@ -103,16 +117,21 @@ __device__ inline void add_rows(Float8& sum, const Real* dout, Row row, int n, c
   }
 }
 
-// The first T blocks each add a position's rows, the others each a token's of one segment.
+// Launched with T + segments * V blocks of 256 threads. Block t < T adds the rows of position t; block T + segment * V
+// + token adds the rows of one token in one segment.
+//   dwpe     (T, C) = or +=
+//   partials (segments, V, C) =
+//   dout     (B, T, C);  x (B, T): the tokens
 template <class Real>
 __global__ void __launch_bounds__(embedding_threads)
     embedding_backward_kernel(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate,
                               int segment_rows, int B, int T, int C, int V) {
   __shared__ int list[embedding_piece];
-  __shared__ __align__(16) float shares[embedding_threads * 8];  // (groups, C)
+  __shared__ __align__(16) float group_partials[embedding_threads * 8];  // (groups, C)
   const ColumnOwner own(C);
   Float8 sum{};
   float* out;
+  // 1. Each thread adds up its columns of the block's rows: b * T + t for each b, or those in which the token stands.
   if (int(blockIdx.x) < T) {
     const int t = blockIdx.x;
     const auto of_position = [=](int b) { return b * T + t; };
@@ -129,21 +148,23 @@ __global__ void __launch_bounds__(embedding_threads)
     out = partials + size_t(sum_number) * C;
     accumulate = false;
   }
-  if (own.group < own.groups) store8(shares + own.group * C + own.c, sum);
+  // 2. The groups' sums, added in order.
+  if (own.group < own.groups) store8(group_partials + own.group * C + own.c, sum);
   __syncthreads();
   for (int c = threadIdx.x; c < C; c += embedding_threads) {
     float total = 0;
-    for (int g = 0; g < own.groups; g++) total += shares[g * C + c];
+    for (int g = 0; g < own.groups; g++) total += group_partials[g * C + c];
     out[c] = accumulate ? out[c] + total : total;
   }
 }
 
-// Floats that embedding_backward leaves as `partials`: never more than there are in dout or in wte, whichever is larger.
+// How many floats embedding_backward writes to `partials`: no more than dout or wte has, whichever is larger.
 inline size_t embedding_partials(int B, int T, int C, int V) { return size_t(embedding_segments(B * T, V)) * V * C; }
 
 // dwpe (T, C) = or += dout (B, T, C) summed over B
-// partials (segments, V, C) = the sums of each segment's rows of dout that have the same token, zeros for a token that
-// does not occur; embedding_partials(B, T, C, V) floats for embedding_sums
+// partials (segments, V, C) = for each segment and token, the sum of the segment's rows of dout in which the token
+// stands, or zeros. It has embedding_partials(B, T, C, V) floats; add_partials makes dwte of them, see embedding_sums.
+// dout (B, T, C), x (B, T)
 template <class Real>
 void embedding_backward(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate, int B, int T,
                         int C, int V, cudaStream_t stream) {
@@ -155,7 +176,7 @@ void embedding_backward(float* dwpe, float* partials, const Real* dout, const in
          partials, dout, x, accumulate, segment_rows, B, T, C, V);
 }
 
-// What add_partials has to do with what embedding_backward left in partials: the sum over segments is dwte (V, C).
+// The job for add_partials after embedding_backward: dwte (V, C) = or += partials, summed over the segments.
 inline Sums embedding_sums(float* dwte, const float* partials, int B, int T, int C, int V) {
   return {embedding_segments(B * T, V), V * C, 1, 1, partials, 0, {dwte}, {}};
 }

@@ -17,8 +17,8 @@ void embedding_forward(Real* out, const int* x, const Real* wte, const Real* wpe
   }
 }
 
-// dwte (V, C) += rows of dout (B, T, C), each to its token;  dwpe (T, C) += dout summed over B
-// A thread owns columns, not rows: many rows add to one token, and their order must not depend on the threads.
+// dwte (V, C) += rows of dout (B, T, C), each to its token's row;  dwpe (T, C) += dout summed over B
+// A thread owns columns, not rows, because many rows add to one token, and their order must not depend on the threads.
 template <class Real>
 void embedding_backward(Real* dwte, Real* dwpe, const Real* dout, const int* x, int B, int T, int C) {
   constexpr int strip = 32;

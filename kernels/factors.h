@@ -1,6 +1,6 @@
-// What products multiply. The sums are always of the caller's type, float or double; the factors are of the same type
-// (each number as it is), or of type bfloat16: rounded to the upper half of a float, two at a time by an instruction
-// that AVX512_BF16 brings (vdpbf16ps). Elsewhere it is emulated, which is for tests: it is slower than float.
+// The types of numbers that products multiply. Sums always have the caller's type, float or double. Factors have the
+// same type or are bfloat16: each number is rounded to the upper half of a float, and vdpbf16ps, an instruction of
+// AVX512_BF16, multiplies and adds two pairs at a time. Elsewhere that is emulated, for tests; it is slower than float.
 // defines: bfloat16, bfloat16_bits, Factors, Unit, Sum, units_along, units_across, multiply_add
 #pragma once
 #include <bit>
@@ -16,13 +16,13 @@ struct bfloat16 {
   uint16_t bits;
 };
 
-// To the nearest, ties to even; what is not a number stays none.
+// Rounds to the nearest, ties to even. NaN stays NaN.
 inline uint16_t bfloat16_bits(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return uint16_t((x == x ? bits + 0x7fff + (bits >> 16 & 1) : bits | 0x400000) >> 16);
 }
 
-// How the factors of a product lie in its packed operands: in units of `terms` neighbours in k.
+// How factors lie in a product's packed operands: in units of `terms` neighbours in k, one number or a pair.
 template <class Factor>
 struct Factors {
   using Unit = Factor;
@@ -32,7 +32,7 @@ struct Factors {
 };
 template <>
 struct Factors<bfloat16> {
-  using Unit = uint32_t;  // the first in the low half
+  using Unit = uint32_t;  // a pair, the first number in the low half
   using Sum = float;
   static constexpr int terms = 2;
   static Unit unit(float x, float y) { return bfloat16_bits(x) | uint32_t(bfloat16_bits(y)) << 16; }
@@ -42,7 +42,7 @@ using Unit = typename Factors<Factor>::Unit;
 template <class Factor>
 using Sum = typename Factors<Factor>::Sum;
 
-// A vector of units: of x's numbers (neighbours in k), or of a vector's lanes with those of the next k (y).
+// A vector of units from memory in which neighbours are neighbours in k: x (W * terms).
 template <class Factor>
 inline Vec<Unit<Factor>> units_along(const Sum<Factor>* x) {
   if constexpr (Factors<Factor>::terms == 1)
@@ -57,6 +57,7 @@ inline Vec<Unit<Factor>> units_along(const Sum<Factor>* x) {
 #endif
   }
 }
+// A vector of units from two vectors that are neighbours in k: unit i is the pair x[i], y[i]. Without pairs it is x.
 template <class Factor>
 inline Vec<Unit<Factor>> units_across(const Vec<Sum<Factor>>& x, const Vec<Sum<Factor>>& y) {
   if constexpr (Factors<Factor>::terms == 1)
@@ -76,7 +77,7 @@ inline Vec<Unit<Factor>> units_across(const Vec<Sum<Factor>>& x, const Vec<Sum<F
   }
 }
 
-// sum + a * b, for each lane; pairs of bfloat16 add both their products
+// sum + a * b for each lane of b. A pair of bfloat16 adds both its products.
 template <class Real>
 inline Vec<Real> multiply_add(const Vec<Real>& sum, Real a, const Vec<Real>& b) {
   return sum + a * b;

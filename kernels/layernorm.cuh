@@ -1,6 +1,7 @@
-// Layer normalisation (Ba, Kiros, Hinton, "Layer Normalization", 2016, equation 4; kernels/layernorm.h has it), in one
-// pass over memory with what stands before it in the model: a branch's bias and dropout, and its addition to the
-// residual stream. Going back, one pass gives the gradient of the stream and of the branch.
+// Layer normalisation: Ba, Kiros, Hinton, "Layer Normalization", 2016, equation 4. layernorm.h has the equations and
+// the CPU twin. In the same pass over memory go the steps that stand before it in the model: a branch gets its bias and
+// dropout, and is added to the residual stream. Backward is one pass as well, for the gradients of the stream and of
+// the branch.
 // defines: layernorm_forward, residual_layernorm_forward, layernorm_partials, residual_layernorm_backward,
 //          layernorm_sums
 #pragma once
@@ -15,9 +16,14 @@
 constexpr int layernorm_threads = 128;
 constexpr int layernorm_max_C = 2048;
 
-// A row lies in the registers of `lanes` threads: lane l holds its chunks of eight channels l, l + lanes, ..., `each` of
-// them. The 384 channels of the lecture's model are three chunks for each of 16 lanes, and none is idle. One call of the
-// random number generator is a chunk's eight draws.
+// How rows are spread over threads. `lanes` threads hold a row in their registers: lane l has its chunks l, l + lanes,
+// ..., `each` of them, where a chunk is eight channels. A block has rows_at_once such groups of lanes. The 384 channels
+// of the lecture's model, for example, with lanes = 16 and each = 3:
+//
+//   chunk    0  1  2 ...  15 | 16 17 18 ...  31 | 32 33 34 ...  47
+//   lane     0  1  2 ...  15 |  0  1  2 ...  15 |  0  1  2 ...  15
+//
+// One call of the random number generator gives a chunk's eight draws.
 template <int LANES, int EACH>
 struct RowShape {
   static constexpr int lanes = LANES, each = EACH, max_C = LANES * EACH * 8, rows_at_once = layernorm_threads / LANES;
@@ -51,7 +57,8 @@ __device__ inline float row_sum(float x) {
     return block_sum<Shape::lanes>(x);
 }
 
-// Dropout of one chunk. `scale` is computed on the host: devices divide doubles slowly.
+// x (8) = dropout(x) for one chunk, whose draws have the number `counter`. scale = 1 / (1 - p) comes from the host,
+// because devices divide doubles slowly.
 __device__ inline void dropout8(Float8& x, const Dropout& drop, float scale, uint64_t counter) {
   const Philox4 r = random4(drop.seed, drop.step, drop.site, counter);
 #pragma unroll
@@ -60,6 +67,15 @@ __device__ inline void dropout8(Float8& x, const Dropout& drop, float scale, uin
 
 // ---------------------------------------------------------------------------------------------------------------------
 
+// Launched with ceil(rows / rows_at_once) blocks of 128 threads: a group of `lanes` threads has one row.
+//   stream_out (rows, C) =          inp + dropout(branch + branch_bias); HAS_BRANCH only, else null
+//   norm       (rows, C) =          the normalised row
+//   mean, rstd (rows) = or null     for backward
+//   inp        (rows, C)            the residual stream
+//   branch     (rows, C), branch_bias (C): HAS_BRANCH only, else null
+//   step       (1)                  the iteration, on the device; read only with dropout
+//   weight, bias (C)
+// Draws are numbered over the whole batch, of which these rows begin at drop.first_row * T. one_in_C = 1 / C.
 template <class Shape, bool HAS_BRANCH, class Real>
 __global__ void __launch_bounds__(layernorm_threads)
     residual_layernorm_forward_kernel(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
@@ -68,18 +84,20 @@ __global__ void __launch_bounds__(layernorm_threads)
                                       float one_in_C) {
   constexpr int lanes = Shape::lanes, each = Shape::each;
   const int lane = threadIdx.x % lanes, row = blockIdx.x * Shape::rows_at_once + threadIdx.x / lanes;
-  const int chunks = row < rows ? C / 8 : 0;  // chunks of the row: none behind the last row
+  const int chunks = row < rows ? C / 8 : 0;  // a group behind the last row has none, but takes part in the sums
   const size_t at = size_t(row) * C;
 
+  // 1. Load this lane's chunks, all before anything depends on them, so that the loads are under way together.
   Float8 x[each], added[HAS_BRANCH ? each : 1];
 #pragma unroll
-  for (int j = 0; j < each; j++) {  // before anything depends on them: all loads are under way together
+  for (int j = 0; j < each; j++) {
     const int chunk = lane + j * lanes;
     x[j] = chunk < chunks ? load8(inp + at + chunk * 8) : Float8{};
     if constexpr (HAS_BRANCH) added[j] = chunk < chunks ? load8(branch + at + chunk * 8) : Float8{};
   }
+  // 2. x += dropout(branch + branch_bias). It is rounded as it is stored, and from here on x is the rounded number:
+  //    backward reads what is stored, and must see the numbers that were normalised.
   if constexpr (HAS_BRANCH) {
-    // From here on x is what is stored, rounded: backward, which reads it, sees the numbers that were normalised.
     if (drop.active()) drop.step = uint32_t(*step);
     const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
 #pragma unroll
@@ -96,6 +114,8 @@ __global__ void __launch_bounds__(layernorm_threads)
     }
   }
 
+  // 3. Mean and standard deviation of the row: each lane adds up its chunks, row_sum adds up the lanes. The squares are
+  //    those of x - mean; E[x^2] - E[x]^2 would cancel.
   float sum = 0, squares = 0;
 #pragma unroll
   for (int j = 0; j < each; j++)
@@ -106,13 +126,14 @@ __global__ void __launch_bounds__(layernorm_threads)
   for (int j = 0; j < each; j++) {
     if (lane + j * lanes >= chunks) continue;
 #pragma unroll
-    for (int i = 0; i < 8; i++) squares += (x[j][i] - m) * (x[j][i] - m);  // not E[x^2] - E[x]^2, which cancels
+    for (int i = 0; i < 8; i++) squares += (x[j][i] - m) * (x[j][i] - m);
   }
   const float s = 1 / sqrtf(row_sum<Shape>(squares) * one_in_C + 1e-5f);
   if (mean && lane == 0 && row < rows) {
     mean[row] = m;
     rstd[row] = s;
   }
+  // 4. Normalise, scale, shift, store.
 #pragma unroll
   for (int j = 0; j < each; j++) {
     const int chunk = lane + j * lanes;
@@ -140,7 +161,7 @@ void launch_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* 
   });
 }
 
-// out (rows, C) = ..., mean (rows) = ..., rstd (rows) = ... of inp (rows, C); weight (C), bias (C)
+// out (rows, C) = layernorm of inp (rows, C), mean (rows) = ..., rstd (rows) = ...; weight (C), bias (C)
 // mean and rstd may be null.
 template <class Real>
 void layernorm_forward(Real* out, float* mean, float* rstd, const Real* inp, const float* weight, const float* bias,
@@ -162,27 +183,32 @@ void residual_layernorm_forward(Real* stream_out, Real* norm, float* mean, float
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int layernorm_block_rows = sums_block_rows;  // whose shares of the parameters' gradients a block adds up
+constexpr int layernorm_block_rows = sums_block_rows;  // rows of a block of backward
 
-// The rows that backward reads of inp, dnorm and dstream, on their way to the multiprocessor one step before they are
-// used: shared memory holds the current row of each group of lanes and the next one or, where that would take more than
-// 48 KB, the current one alone. A thread reads only the chunks that it has fetched itself, so that it waits for no other.
-// Rows from `end` on are zeros, and so is dstream if it counts for nothing yet (inputs = 2).
+// Fetches the rows of inp, dnorm and dstream that backward reads, one step before it uses them. Shared memory has
+// places for the current and the next row of each group of lanes or, where two would take more than 48 KB, for the
+// current row alone. A thread reads only chunks that it has fetched itself, so no barrier is needed.
+//
+//   start(first row);  for each row of the group: { advance(row, the group's next row);  ... get(input, j) ... }
+//
+// Rows from `end` on are zeros. So is dstream with inputs = 2, for a caller who writes it for the first time.
 template <class Shape, class Real>
 struct RowsAhead {
   using Chunk = Eight<Real>;
   static constexpr int each = Shape::each;
-  static constexpr size_t bytes = 3 * each * layernorm_threads * sizeof(Chunk);  // of one row of each group
+  static constexpr size_t bytes = 3 * each * layernorm_threads * sizeof(Chunk);  // one row of each group
   static constexpr int places = 2 * bytes <= 48 << 10 ? 2 : 1;
   static constexpr size_t smem = places * bytes;
 
-  const Real* from[3];  // (rows, C)
+  const Real* from[3];  // inp, dnorm, dstream (rows, C)
   int inputs, lane, end, C;
-  int next = 0;  // the place that the next row is fetched into, and after that the current row's
+  int next = 0;  // fetch() fills this place and moves on to the other, where get() finds the row before
 
+  // This thread's chunk j of an input's row, in the place `next`.
   __device__ Real* chunk_of(int input, int j) const {
     return dynamic_smem<Chunk>()[((next * 3 + input) * each + j) * layernorm_threads + threadIdx.x].v;
   }
+  // Begins to copy this thread's chunks of a row.
   __device__ void fetch(int row) {
 #pragma unroll
     for (int a = 0; a < 3; a++)
@@ -200,7 +226,7 @@ struct RowsAhead {
   __device__ void start(int row) {
     if (places == 2) fetch(row);
   }
-  // From now on get() gives this row's chunks; the following row is on its way.
+  // From now on get() returns this row's chunks. The following row is on its way.
   __device__ void advance(int row, int following) {
     fetch(places == 2 ? following : row);
     copy_async_wait<places - 1>();
@@ -208,9 +234,14 @@ struct RowsAhead {
   __device__ Float8 get(int input, int j) const { return load8(chunk_of(input, j)); }
 };
 
-// A block has 64 rows; its groups of lanes take turns at them. The shares of the parameters' gradients stay in registers
-// meanwhile, 24 for each of a lane's chunks: hence whole blocks for long rows, and nothing else is kept between the two
-// passes over a row that can be read again.
+// Launched with ceil(rows / 64) blocks of 128 threads: a block has 64 rows, its groups of lanes take turns at them.
+//   dstream  (rows, C) = or +=, as `first` says    the gradient of the residual stream
+//   dbranch  (rows, C) = or null                   dropout(dstream)
+//   partials (blocks, 3, C) =                      the block's sums for dweight, dbias and dbranch_bias
+//   dnorm, inp (rows, C), mean, rstd (rows), weight (C), step (1) as in forward
+// Each lane keeps its channels' sums for dweight, dbias and dbranch_bias in registers, 24 of them for each chunk, until
+// the block's rows are done. That leaves few registers, so long rows take a whole block, and pass 3 over a row reads it
+// again from shared memory.
 template <class Shape, class Real>
 __global__ void __launch_bounds__(layernorm_threads, 2)
     residual_layernorm_backward_kernel(Real* dstream, Real* dbranch, float* partials, const Real* dnorm,
@@ -221,7 +252,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int block_row = blockIdx.x * layernorm_block_rows, end = min(rows, block_row + layernorm_block_rows);
 
-  // 1. The first rows are on their way; the statistics of all.
+  // 1. Send for the first row of each group. Read mean and rstd of the block's 64 rows.
   RowsAhead<Shape, Real> ahead = {{inp, dnorm, dstream}, first ? 2 : 3, lane, end, C};
   ahead.start(block_row + group);
   if (dbranch && drop.active()) drop.step = uint32_t(*step);
@@ -240,7 +271,8 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     const float m = means[r], s = rstds[r];
     ahead.advance(row, row + rows_at_once);
 
-    // 2. The row's two sums, and its shares of the gradients of weight and bias.
+    // 2. First pass over the row: its terms of dweight and dbias, and the sums over its channels of g = dnorm * weight
+    //    and of g * n, where n is the normalised number.
     float sum_g = 0, sum_gn = 0;
 #pragma unroll
     for (int j = 0; j < each; j++) {
@@ -261,8 +293,8 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     sum_g = row_sum<Shape>(sum_g) * one_in_C;
     sum_gn = row_sum<Shape>(sum_gn) * one_in_C;
 
-    // 3. The gradient of the stream; dropped out as in the forward pass, it is also the gradient of the branch.
-    asm volatile("" ::: "memory");  // the compiler must not keep what pass 2 has read
+    // 3. Second pass: the gradient of the stream and, dropped out as in forward, of the branch.
+    asm volatile("" ::: "memory");  // so that the compiler reads again, and does not keep what pass 2 has read
     const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
 #pragma unroll
     for (int j = 0; j < each; j++) {
@@ -274,7 +306,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
       for (int i = 0; i < 8; i++) dx[i] += (g[i] * w[i] - sum_g - (x[i] - m) * s * sum_gn) * s;
       store8(dstream + at + chunk * 8, dx);
       if (!dbranch) continue;
-      // From the sum as it is, not as it was stored: the branch's gradient is rounded once, not twice.
+      // dx as it was computed, not as it was stored: so the branch's gradient is rounded once, not twice.
       if (drop.active()) dropout8(dx, drop, scale, first_counter + chunk);
       store8(dbranch + at + chunk * 8, dx);
 #pragma unroll
@@ -282,12 +314,14 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     }
   }
 
-  // 4. Adds what the groups of lanes have, in order, where the rows were: shares (3, rows_at_once, max_C).
-  copy_async_wait<0>();  // zeros, from behind the last row
+  // 4. The groups' sums, added in order: registers -> shared, over the rows that were there -> global.
+  copy_async_wait<0>();  // the last fetch, of zeros, must not arrive later
   __syncthreads();
-  float* const shares = dynamic_smem<float>();
+  float* const group_partials = dynamic_smem<float>();  // (3, rows_at_once, max_C)
   const int kinds = dbranch ? 3 : 2;
-  const auto place = [&](int kind, int k, int c) { return shares + (kind * rows_at_once + k) * Shape::max_C + c; };
+  const auto place = [&](int kind, int k, int c) {
+    return group_partials + (kind * rows_at_once + k) * Shape::max_C + c;
+  };
 #pragma unroll
   for (int j = 0; j < each; j++) {
     const int c = (lane + j * lanes) * 8;
@@ -305,16 +339,16 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     }
 }
 
-// Floats that residual_layernorm_backward leaves as `partials`.
+// How many floats residual_layernorm_backward writes to `partials`.
 inline size_t layernorm_partials(int rows, int C) { return partials_size(rows, 3 * C); }
 
-// dstream (B, T, C) = what comes through the normalisation from dnorm (B, T, C), added to what was there before, unless
-// it is the first that comes to the stream; dbranch (B, T, C) = dropout(dstream), with the mask of the branch that was
-// added to the stream just before it was normalised. The equation is in kernels/layernorm.h.
-// partials (blocks, 3, C) = sums over each block's rows: of the gradients of weight and bias, and of dbranch, which is
-// the gradient of branch_bias; layernorm_partials(B * T, C) floats for layernorm_sums
-// inp (B, T, C), mean, rstd (B, T): what was normalised and how. dbranch is null if no branch came before; it may be
-// dnorm.
+// dstream (B, T, C) +=, or = if `first`: the gradient that comes through the normalisation from dnorm (B, T, C).
+// `first` means that nothing has written dstream yet. The equation is in layernorm.h.
+// dbranch (B, T, C) = dropout(dstream), with the mask of the branch that forward added just before it normalised. It is
+// null if there was no branch, and may be dnorm.
+// partials (blocks, 3, C) = each block's sums over its 64 rows, for dweight, dbias and dbranch_bias. It has
+// layernorm_partials(B * T, C) floats; add_partials makes the gradients of them, see layernorm_sums.
+// inp (B, T, C), mean, rstd (B, T): what forward normalised, and how
 template <class Real>
 void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, const Real* dnorm, const Real* inp,
                                  const float* mean, const float* rstd, const float* weight, bool first,
@@ -323,10 +357,10 @@ void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, 
   const float scale = float(dropout_scale(drop.threshold));
   with_row_shape(C, [&](auto shape) {
     using Shape = decltype(shape);
-    constexpr size_t shares = 3 * Shape::rows_at_once * Shape::max_C * sizeof(float);
+    constexpr size_t partials_bytes = 3 * Shape::rows_at_once * Shape::max_C * sizeof(float);
     launch(residual_layernorm_backward_kernel<Shape, Real>,
            {unsigned(ceil_div(B * T, layernorm_block_rows)), layernorm_threads,
-            std::max(shares, RowsAhead<Shape, Real>::smem), stream},
+            std::max(partials_bytes, RowsAhead<Shape, Real>::smem), stream},
            dstream, dbranch, partials, dnorm, inp, mean, rstd, weight, first, drop, scale, step, B * T, T, C,
            1.0f / float(C));
   });
@@ -334,12 +368,12 @@ void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, 
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// What add_partials has to do with what residual_layernorm_backward left in partials for `rows` rows: it is summed into
-// dweight (C), dbias (C) and dbranch_bias (C), which may be null.
+// The job for add_partials after residual_layernorm_backward of `rows` rows: dweight (C), dbias (C) and dbranch_bias
+// (C) = or += partials, summed over the blocks. dbranch_bias may be null.
 inline Sums layernorm_sums(float* dweight, float* dbias, float* dbranch_bias, const float* partials, int rows, int C) {
   return {ceil_div(rows, layernorm_block_rows), C, 1, 3, partials, 0, {dweight, dbias, dbranch_bias}, {}};
 }
-// The same for several layers, of which there may be none.
+// The same for several layers, or for none.
 template <class Slices>
 Sums layernorm_sums(const Slices& dweight, const Slices& dbias, const Slices& dbranch_bias, const Slices& partials,
                     int rows, int C, int layers) {

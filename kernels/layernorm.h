@@ -8,7 +8,7 @@
 
 #include "simd.h"
 
-// out (rows, C) = ..., mean (rows) = ..., rstd (rows) = ... of inp (rows, C); weight (C), bias (C)
+// out (rows, C) = layernorm of inp (rows, C), mean (rows) = ..., rstd (rows) = ...; weight (C), bias (C)
 template <class Real>
 void layernorm_forward(Real* out, Real* mean, Real* rstd, const Real* inp, const Real* weight, const Real* bias,
                        int rows, int C) {
@@ -29,14 +29,14 @@ void layernorm_forward(Real* out, Real* mean, Real* rstd, const Real* inp, const
   }
 }
 
-// dinp (rows, C) +=, dweight (C) +=, dbias (C) +=; dout (rows, C)
-// dinp is += because a layernorm hangs on the residual stream, whose gradient also flows past it.
+// dinp (rows, C) +=, dweight (C) +=, dbias (C) +=; dout (rows, C), inp (rows, C), mean (rows), rstd (rows), weight (C)
+// dinp is += because a layernorm reads the residual stream, whose gradient also flows past it.
 //   With n = (inp - mean) * rstd and g = dout * weight:  dinp += (g - mean(g) - n * mean(g * n)) * rstd
 template <class Real>
 void layernorm_backward(Real* dinp, Real* dweight, Real* dbias, const Real* dout, const Real* inp, const Real* mean,
                         const Real* rstd, const Real* weight, int rows, int C) {
-  // Each chunk of rows sums its own share of dweight and dbias; the shares are then added in order. The chunks depend
-  // on the number of rows alone, so the sums do not depend on the threads.
+  // Each chunk of rows adds up its own partials of dweight and dbias, which are then added in order. The chunks depend
+  // only on the number of rows, so the sums do not depend on the threads.
   constexpr int chunk = 64;
   struct Partials;
   const int chunks = (rows + chunk - 1) / chunk;

@@ -11,7 +11,7 @@
 // T: op transposes. A bias is added to d's columns, one element for each row; its gradient, the sums of dout's columns,
 // is column_sums.cuh's. ReLU's mask has a bit for each element of forward's d, out^T, and is read where dinp^T has that
 // shape.
-// defines: Matmul, relu_mask_bytes
+// defines: Matmul, relu_mask_bytes, head_rows
 #pragma once
 #include <cmath>
 #include <initializer_list>
@@ -20,12 +20,21 @@
 #include <tuple>
 #include <type_traits>
 
+#include "../host/tensors.h"
 #include "column_sums.cuh"
 #include "launch.cuh"
 #include "matmul_library.cuh"
 #include "relu.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
+
+// How many rows of the head the products use. With 16-bit types we include the rows of zeros after row V: cuBLASLt's kernels
+// for 65 rows take three times as long as those for 72. With floats we don't: for 72 rows it sometimes has no kernel at all
+// (seen with cuBLASLt 13.1 on an H100).
+template <class Real>
+constexpr int head_rows(int V) {
+  return sizeof(Real) == 2 ? padded_vocabulary(V) : V;
+}
 
 // Bytes of the mask that forward_relu leaves for backward_input_relu.
 constexpr size_t relu_mask_bytes(int rows, int OC) { return size_t(rows) * mask_stride(OC) / 8; }

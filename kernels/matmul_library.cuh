@@ -2,7 +2,7 @@
 // dimension are in float, whatever the type of the operands. Which algorithm of cuBLASLt is the fastest depends on the
 // card and the shapes, and is found by trying them; the choice can be kept, and then a later run repeats this one. For a
 // product that cuBLASLt has no algorithm for there is a simple kernel of our own.
-// defines: Product, Operands, AlgorithmTable, DeviceMemory, MatmulLibrary
+// defines: Product, Operands, AlgorithmTable, MatmulLibrary
 #pragma once
 #include <dlfcn.h>
 #ifndef CUDA_ON_CPU
@@ -23,9 +23,12 @@
 #include <vector>
 
 #include "../host/error.h"
+#include "../host/files.h"
+#include "../host/text.h"
 #include "device.cuh"
 #include "launch.cuh"
 #include "masks.h"
+#include "runtime.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the library is asked for. It stores matrices by columns.
@@ -115,13 +118,7 @@ class AlgorithmTable {
  private:
   std::string head() const { return "algorithms of matrix products, version 1\n" + machine_ + "\n"; }
   static std::string line(const std::string& key, const std::string& value) { return key + ": " + value + "\n"; }
-  static std::string digest(const std::string& text) {  // FNV-1a
-    uint64_t hash = 0xcbf29ce484222325;
-    for (const char c : text) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
-    char hex[17];
-    std::snprintf(hex, sizeof hex, "%016llx", static_cast<unsigned long long>(hash));
-    return hex;
-  }
+  static std::string digest(const std::string& words) { return hash_text(fnv1a(words.data(), words.size())); }
 
   std::string machine_;
   std::map<std::string, std::string> algorithms_;
@@ -137,20 +134,6 @@ inline void* load_library(const std::string& name) {
          "LD_LIBRARY_PATH");
   return library;
 }
-
-class DeviceMemory {
- public:
-  explicit DeviceMemory(size_t bytes) { CUDA_CHECK(cudaMalloc(&memory_, bytes)); }
-  ~DeviceMemory() { cudaFree(memory_); }
-  DeviceMemory(const DeviceMemory&) = delete;
-  template <class Element>
-  Element* as() const {
-    return reinterpret_cast<Element*>(memory_);
-  }
-
- private:
-  unsigned char* memory_ = nullptr;
-};
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The product that needs no library. cuBLASLt 13.1 has no float32 algorithm for some small shapes (seen on an H100: TN,
@@ -639,19 +622,11 @@ class MatmulLibrary {
   // Of one of several calls in a row. The first, which may load kernels or make plans, is not counted.
   template <class Work>
   float milliseconds(Work work, int calls = 4) {
-    struct Event {
-      cudaEvent_t event;
-      Event() { CUDA_CHECK(cudaEventCreate(&event)); }
-      ~Event() { cudaEventDestroy(event); }
-    } start, stop;
-    float out;
     work();
-    CUDA_CHECK(cudaEventRecord(start.event, stream_));
-    for (int i = 0; i < calls; i++) work();
-    CUDA_CHECK(cudaEventRecord(stop.event, stream_));
-    CUDA_CHECK(cudaEventSynchronize(stop.event));
-    CUDA_CHECK(cudaEventElapsedTime(&out, start.event, stop.event));
-    return out / float(calls);
+    const float total = device_milliseconds(stream_, [&] {
+      for (int i = 0; i < calls; i++) work();
+    });
+    return total / float(calls);
   }
 
   cudaStream_t stream_;

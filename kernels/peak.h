@@ -1,16 +1,16 @@
-// How fast this processor multiplies in each type: the product's innermost loop (kernels/matmul.h, tile) on numbers
-// that stay in registers. `--dtype auto` takes the faster type, and the benchmark's shares are shares of this rate.
+// How fast this processor multiplies in each type: the innermost loop of products (tile in product.h), on numbers that
+// stay in registers. `--dtype auto` takes the faster type, and the benchmark gives its results as shares of this rate.
 // defines: multiply_at_the_peak, Rates, measure_rates, faster_dtype
 #pragma once
 #include <algorithm>
 #include <chrono>
 #include <string>
 
-#include "matmul.h"
+#include "product.h"
 
-// As many independent sums as the tile has, each of them one multiply-add longer with every round. Returns the sum of
-// all, so that the compiler must compute them; they begin with different numbers, so that it computes each. seed: any
-// number that the compiler does not know.
+// Keeps as many independent sums as the tile has, and adds one product to each of them in every round. Returns the sum
+// of all, so that the compiler must compute them. They begin with different numbers, so that it computes each of them.
+// seed is any number that the compiler does not know.
 template <class Factor>
 [[gnu::noinline]] float multiply_in_registers(int rounds, float seed) {
   using namespace product;
@@ -51,7 +51,7 @@ template <class Factor>
   return all;
 }
 
-// Runs `rounds` rounds of the innermost loop of Factor's products, and returns how many operations that is.
+// Runs `rounds` rounds of the innermost loop of Factor's products, and returns how many operations these are.
 template <class Factor>
 double multiply_at_the_peak(int rounds, float seed, float& result) {
   if constexpr (product::tiles_possible<Factor>)
@@ -63,7 +63,7 @@ double multiply_at_the_peak(int rounds, float seed, float& result) {
   return rounds * 2.0 * product::MR * product::NV * lanes<float> * Factors<Factor>::terms;
 }
 
-// What one thread reaches in each type, in GFLOP/s.
+// The rate that one thread reaches in each type, in GFLOP/s.
 struct Rates {
   double bfloat16, float32;
 };
@@ -88,9 +88,10 @@ inline Rates measure_rates() {
   return best;
 }
 
-// bfloat16 must be clearly faster. The ratio of the rates is 2 on Zen 4 and 5, whose bfloat16 instruction does twice the work
-// of float32's; 0.5 on Emerald Rapids, which executes a quarter as many of them; and 14 there in matrix registers. 1.4 is far
-// from all three, so noise does not decide: every run on a machine takes the same type and has the same result.
+// bfloat16 must be clearly faster. The ratio of the rates is 2 on Zen 4 and 5, whose bfloat16 instruction does twice
+// the work of a float32 instruction. On Emerald Rapids, which executes a quarter as many of them, it is 0.5, and in
+// matrix registers 14. The limit of 1.4 is far from all three, so noise does not decide: every run on a machine takes
+// the same type and has the same result.
 inline std::string faster_dtype(const Rates& rates) {
   return rates.bfloat16 > 1.4 * rates.float32 ? "bfloat16" : "float32";
 }

@@ -1,5 +1,5 @@
-// Bias and rectified linear unit, in place, as passes of their own over what a matrix product left (matmul.cuh). Eight
-// neighbouring elements a thread.
+// Bias and rectified linear unit, in place, as passes of their own over the result of a matrix product (matmul.cuh). A
+// thread has eight neighbouring elements.
 // defines: bias_forward, bias_relu_forward, relu_backward
 #pragma once
 #include <climits>
@@ -8,6 +8,8 @@
 #include "device.cuh"
 #include "launch.cuh"
 
+// Launched with blocks of 256 threads, one thread for each eight elements of a row.
+//   x (rows, OC), a row of which is ld elements long: updated;  bias (OC)
 template <class Real, bool RELU>
 __global__ void __launch_bounds__(256) bias_forward_kernel(Real* x, const Real* bias, int rows, int OC, int ld) {
   const unsigned groups = ceil_div(OC, 8), i = blockIdx.x * blockDim.x + threadIdx.x;
@@ -34,20 +36,20 @@ void launch_bias_forward(Real* x, const Real* bias, int rows, int OC, int ld, cu
   launch(bias_forward_kernel<Real, RELU>, {unsigned(ceil_div(threads, 256)), 256, 0, stream}, x, bias, rows, OC, ld);
 }
 
-// x (rows, OC) = x + bias (OC), a row of x is ld elements long
+// x (rows, OC) = x + bias (OC). A row of x is ld elements long.
 template <class Real>
 void bias_forward(Real* x, const Real* bias, int rows, int OC, int ld, cudaStream_t stream) {
   launch_bias_forward<Real, false>(x, bias, rows, OC, ld, stream);
 }
-// x (rows, OC) = max(x + bias (OC), 0)
+// x (rows, OC) = max(x + bias (OC), 0). A row of x is ld elements long.
 template <class Real>
 void bias_relu_forward(Real* x, const Real* bias, int rows, int OC, int ld, cudaStream_t stream) {
   launch_bias_forward<Real, true>(x, bias, rows, OC, ld, stream);
 }
 
-// dx (rows, OC) = 0 where out (rows, OC) is 0, else dx; out is what forward left
-// partials (ceil(rows / 64), OC) = the sums of each 64 rows of what dx becomes, of which add_partials makes the gradient
-// of the bias that was added before ReLU
+// dx (rows, OC) becomes 0 where out (rows, OC), forward's result, is 0.
+// partials (ceil(rows / 64), OC) = the sums of each 64 rows of the new dx. add_partials makes of them the gradient of
+// the bias that was added before ReLU.
 template <class Real>
 void relu_backward(Real* dx, float* partials, const Real* out, int rows, int OC, cudaStream_t stream) {
   require(OC % 8 == 0, "relu_backward: OC = ", OC, " is not a multiple of 8");

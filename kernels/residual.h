@@ -7,6 +7,7 @@
 namespace residual {
 constexpr size_t piece = 64 * draws_at_once;  // elements that a thread takes at a time
 
+// out (B, T, C) = base + dropout(inp), by all threads; base may be null (0)
 template <class Real>
 void apply(Real* out, const Real* base, const Real* inp, const Dropout& drop, int B, int T, int C) {
   const size_t count = size_t(B) * T * C, first = size_t(drop.first_row) * T * C;
@@ -22,7 +23,8 @@ void residual_forward(Real* out, const Real* inp, const Real* branch, const Drop
   residual::apply(out, inp, branch, drop, B, T, C);
 }
 
-// The same for what a product has just written: the branch is in out, and becomes inp + dropout(branch).
+// The same as a product's `after`: the product has written the branch to out (B, T, C), and out becomes inp +
+// dropout(out).
 template <class Real>
 auto add_residual(Real* out, const Real* inp, const Dropout& drop, int T, int C) {
   return [=](size_t first, size_t count) {
@@ -30,7 +32,8 @@ auto add_residual(Real* out, const Real* inp, const Dropout& drop, int T, int C)
   };
 }
 
-// dbranch (B, T, C) = dropout(dout), with forward's mask. The gradient of inp is dout itself: it stays where it is.
+// dbranch (B, T, C) = dropout(dout (B, T, C)), with forward's mask. The gradient of inp is dout itself and stays where
+// it is.
 template <class Real>
 void residual_backward(Real* dbranch, const Real* dout, const Dropout& drop, int B, int T, int C) {
   residual::apply<Real>(dbranch, nullptr, dout, drop, B, T, C);

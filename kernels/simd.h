@@ -1,8 +1,8 @@
 // Vectors of whatever width the target has, in the compiler's vector extensions: one source for AVX-512, AVX2, NEON and
-// plain machines. A vector is only ever a register: memory is loaded and stored through memcpy, so that alignment and
-// aliasing need no thought.
-// defines: worth_threads, lanes, Vec, load, store, broadcast, shuffle, repeat, horizontal_sum, horizontal_max, transpose,
-// exp_vec, multiply_low_halves, scratch
+// plain machines. Vectors live in registers only. Memory is loaded and stored through memcpy, so that you need not
+// think about alignment and aliasing.
+// defines: worth_threads, lanes, Vec, load, store, broadcast, shuffle, repeat, horizontal_sum, horizontal_max,
+// transpose, exp_vec, multiply_low_halves, scratch
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -25,8 +25,8 @@ constexpr int vector_bytes = 32;
 constexpr int vector_bytes = 16;
 #endif
 
-// Waking the other threads costs some microseconds: a loop of fewer elementary operations than this runs on one.
-// Results do not depend on it.
+// Waking the other threads costs some microseconds, so a loop of fewer elementary operations than this runs on one
+// thread. Results do not depend on it.
 constexpr size_t worth_threads = 1 << 15;
 
 template <class Real>
@@ -54,7 +54,9 @@ inline Vec<Real> broadcast(Real x) {
   return x - Vec<Real>{};
 }
 
-// Lane i is that of number index(i), counted through a and then b. The index is a lambda without captures.
+// Lane i of the result is lane index(i) of a and b, one behind the other: 0 ... W - 1 are a's lanes, W ... 2 W - 1 are
+// b's.
+// index is a lambda without captures, so that the compiler knows its results.
 template <class V, class Index, size_t... i>
 inline V shuffle(const V& a, const V& b, Index index, std::index_sequence<i...>) {
 #ifdef __clang__
@@ -70,8 +72,9 @@ inline Vec<Real> shuffle(const Vec<Real>& a, const Vec<Real>& b, Index index) {
   return shuffle(a, b, index, std::make_index_sequence<lanes<Real>>());
 }
 
-// work(0), work(1), ... work(n - 1), written out one after the other: each index is a constant, so that an array of vectors
-// becomes registers. A loop's would, too, but for what stands before and behind the loop the compiler takes memory.
+// Calls work(0), work(1), ..., work(n - 1), written out one after the other. Each index is a constant, so the vectors
+// of an array become registers. A compiler unrolls a loop as well, but only after it has decided where the array lives:
+// it keeps the array in memory before and behind the loop.
 template <class Work, int... i>
 [[gnu::always_inline]] inline void repeat(const Work& work, std::integer_sequence<int, i...>) {
   (work(std::integral_constant<int, i>()), ...);
@@ -81,7 +84,7 @@ template <int n, class Work>
   repeat(work, std::make_integer_sequence<int, n>());
 }
 
-// All lanes combined, by halves: 16 take four steps and not fifteen.
+// Combines all lanes to one number, by halves: 16 lanes take four steps, not fifteen.
 template <class Real, int distance = lanes<Real> / 2, class Combine>
 inline Real horizontal(const Vec<Real>& v, Combine combine) {
   if constexpr (distance == 0)
@@ -100,7 +103,8 @@ inline Real horizontal_max(const Vec<Real>& v) {
   return horizontal<Real>(v, [](const Vec<Real>& a, const Vec<Real>& b) { return a > b ? a : b; });
 }
 
-// v, a square of numbers, becomes its transpose: squares of 2, 4, ... swap the halves beside their diagonal.
+// Transposes v, a square of W x W numbers, in place. Step n = 1, 2, 4, ... looks at squares of 2 n x 2 n and swaps
+// their upper right quarter with the lower left one.
 template <class Real, int n = 1>
 inline void transpose(Vec<Real> v[lanes<Real>]) {
   constexpr int W = lanes<Real>;
@@ -117,17 +121,18 @@ inline void transpose(Vec<Real> v[lanes<Real>]) {
   }
 }
 
-// e^x, elementwise. For float within 1.1 units in the last place of the exact value on [-87.3, 88.3], 0 below and
-// saturating above: x = n ln 2 + r with |r| <= ln 2 / 2, a polynomial in r, and 2^n put into the exponent's bits. The
-// coefficients are the Taylor series' first eight, enough at this |r|. For double: the library's.
+// e^x for each lane. For float it is within 1.1 units in the last place of the exact value on [-87.3, 88.3], 0 below,
+// and e^88.3 above. x = n ln 2 + r with |r| <= ln 2 / 2; e^r is a polynomial in r, the Taylor series' first eight
+// terms, which are enough for such an r; and n is added to the exponent's bits, which multiplies by 2^n. For double the
+// library computes it.
 inline Vec<float> exp_vec(const Vec<float>& x) {
   typedef int32_t Ints __attribute__((vector_size(vector_bytes)));
   const Vec<float> low = broadcast(-87.3f), high = broadcast(88.3f);
   Vec<float> y = x < low ? low : x;
   y = y > high ? high : y;
-  const float magic = 0x1.8p23f;  // adding it rounds to an integer, which then stands in the low bits
+  const float magic = 0x1.8p23f;  // adding it to y rounds y to an integer, whose bits are then the sum's low bits
   const Vec<float> shifted = y * 1.44269504088896f + magic, n = shifted - magic;
-  Vec<float> r = y - n * 0.693359375f;  // ln 2 in two parts: the first is exact in nine bits, so that n * it is exact
+  Vec<float> r = y - n * 0.693359375f;  // ln 2 in two parts: the first has nine bits, so its product with n is exact
   r = r - n * -2.12194440e-4f;
   Vec<float> p = broadcast(1.f / 5040.f);
   p = p * r + 1.f / 720.f;
@@ -149,10 +154,10 @@ inline Vec<double> exp_vec(const Vec<double>& x) {
   return y;
 }
 
-// The products of the low halves of lanes of 64 bits; the high halves are ignored.
+// For each lane of 64 bits, the product of a's and b's low halves. The high halves are ignored.
 inline Vec<uint64_t> multiply_low_halves(const Vec<uint64_t>& a, const Vec<uint64_t>& b) {
 #if defined(__AVX512F__)
-  return Vec<uint64_t>(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));  // g++ warns of the one without mask
+  return Vec<uint64_t>(_mm512_maskz_mul_epu32(0xff, __m512i(a), __m512i(b)));  // without a mask, g++ warns
 #elif defined(__AVX2__)
   return Vec<uint64_t>(_mm256_mul_epu32(__m256i(a), __m256i(b)));
 #elif defined(__SSE2__) && !defined(__AVX__)  // with AVX alone vectors are wider, but not these products
@@ -162,8 +167,9 @@ inline Vec<uint64_t> multiply_low_halves(const Vec<uint64_t>& a, const Vec<uint6
 #endif
 }
 
-// Working memory of a kernel: one buffer for each (thread, use, type), which grows to the largest size asked for and is
-// then reused, so that no step after the first allocates. The content is undefined.
+// Working memory of a kernel, `count` numbers of undefined content. There is one buffer for each (thread, Use, Real),
+// where Use is any type, a tag. A buffer grows to the largest size asked for and is then reused: no step after the
+// first allocates.
 template <class Use, class Real>
 Real* scratch(size_t count) {
   struct Free {
@@ -172,7 +178,7 @@ Real* scratch(size_t count) {
   static thread_local std::unique_ptr<Real, Free> buffer;
   static thread_local size_t capacity = 0;
   if (count > capacity) {
-    buffer.reset();  // before the new one is asked for, so that only one is held
+    buffer.reset();  // before we ask for the new one, so that we never hold both
     capacity = 0;
     const size_t bytes = (count * sizeof(Real) + 63) / 64 * 64;
     buffer.reset(static_cast<Real*>(std::aligned_alloc(64, bytes)));

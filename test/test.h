@@ -14,6 +14,7 @@ inline auto ContainsSubstring(const std::string& part) { return Catch::Matchers:
 #endif
 
 #include "../host/error.h"
+#include "../host/tensors.h"
 
 // Large arrays and files are compared in double parentheses, CHECK((a == b)): a failure would print them otherwise, which
 // takes Catch2 minutes.
@@ -68,4 +69,11 @@ std::string error_of(Body body) {
 inline bool contains(const std::string& text, const std::string& part) {
   UNSCOPED_INFO("in \"" << text << "\" for \"" << part << "\"");
   return text.find(part) != std::string::npos;
+}
+
+// The tensor of that name; an empty one if there is none.
+inline TensorSpec find_tensor(const Layout& layout, const std::string& name) {
+  for (const TensorSpec& spec : layout.tensors())
+    if (spec.name == name) return spec;
+  return {};
 }

@@ -168,12 +168,12 @@ TEST_CASE("data_prep: what cannot be prepared is refused, and nothing is touched
   CHECK(contains(refusal(text + " --out " + text), text + " is a file"));
   CHECK(contains(refusal(text + " " + text + to_out), "two texts"));
   CHECK(contains(refusal(text + to_out + " --shard_token 5"), "unknown flag --shard_token: there are"));
-  CHECK(contains(refusal(text + to_out + " -x"), "unknown flag -x"));
-  CHECK(contains(refusal(text + " --out"), "--out needs a value"));
-  CHECK(contains(refusal(text + " --out="), "--out needs a value"));
+  CHECK(contains(refusal(text + to_out + " -x"), "'-x' is not a flag"));
+  CHECK(contains(refusal(text + " --out"), "--out"));
+  CHECK(contains(refusal(text + " --out="), "--out is a folder, not ''"));
   for (const char* bad : {"0", "-1", "many", "1e6", "2147483648", "99999999999999999999"})
-    CHECK(
-        contains(refusal(text + to_out + " --shard_tokens " + bad), "--shard_tokens "s + bad + ": a number from 1 to"));
+    CHECK(contains(refusal(text + to_out + " --shard_tokens " + bad),
+                   "--shard_tokens is a whole number from 1 to 2147483647, not '"s + bad + "'"));
 }
 
 TEST_CASE("data_prep: an interrupted preparation is noticed, and the next one cleans up") {

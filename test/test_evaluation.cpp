@@ -1,23 +1,26 @@
-// Which validation tokens decide what is best: host/train_loop.h, fixed_loss.
+// Which validation tokens decide what is best: host/evaluation.h, fixed_loss.
 #include <algorithm>
 #include <numeric>
 
-#include "../host/train_loop.h"
+#include "../host/evaluation.h"
 #include "test.h"
 
 namespace {
 
 // Notes which targets it is asked for; the loss of a target is its number, so that sums are exact.
-struct Scorer {
+struct Counting final : Scorer {
   int T;
   std::vector<uint64_t> scored = {};
   int most_windows = 0;
-  ModelShape shape() const {
+  explicit Counting(int length) : T(length) {}
+  int chunk() const override { return 1; }
+  double random_losses(Split, int, int, int) override { return 0; }
+  ModelShape shape() const override {
     ModelShape shape;
     shape.T = T;
     return shape;
   }
-  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) {
+  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) override {
     CHECK(split == Split::val);
     most_windows = std::max(most_windows, B);
     double sum = 0;
@@ -35,7 +38,7 @@ struct Scorer {
 TEST_CASE("A short validation split is scored exactly, up to the bound") {
   for (const uint64_t tokens : {uint64_t(2), uint64_t(129), uint64_t(111'540), fixed_tokens + 1})
     for (const int batch_size : {1, 16}) {
-      Scorer scorer{128};
+      Counting scorer(128);
       const double loss = fixed_loss(scorer, Split::val, tokens, batch_size);
       std::vector<uint64_t> all(tokens - 1);
       std::iota(all.begin(), all.end(), 1);
@@ -50,7 +53,7 @@ TEST_CASE("Of a long validation split the same windows are scored, evenly spaced
     for (const uint64_t tokens : {fixed_tokens + 2, uint64_t(1'000'003), uint64_t(5'000'000'000)}) {
       if (tokens <= uint64_t(T)) continue;
       INFO("T " << T << ", " << tokens << " tokens");
-      Scorer one{T}, many{T};
+      Counting one(T), many(T);
       const double loss = fixed_loss(one, Split::val, tokens, 1);
       CHECK(fixed_loss(many, Split::val, tokens, 24) == loss);
       CHECK(many.most_windows == std::min<int>(24, int(many.scored.size() / size_t(T))));

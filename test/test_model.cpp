@@ -1,5 +1,6 @@
 // The whole model: its gradient by finite differences with dropout on, and what must be exactly equal.
 #define MICROGPT_NO_MAIN
+#include "../host/run.h"
 #include "../train_gpt_cpu.cpp"
 
 #include <functional>
@@ -58,11 +59,11 @@ TEST_CASE("The course's model has 10,788,929 parameters, tensor by tensor") {
     CHECK(spec.stride % 64 == 0);
   }
   CHECK(block == 1773312);
-  CHECK(layout.find("wte").slice == 24960);
-  CHECK(layout.find("wpe").slice == 98304);
-  CHECK(layout.find("headw").slice + layout.find("headb").slice == 25025);
-  CHECK(layout.find("headw").padded == 72 * 384);
-  CHECK(layout.find("headb").padded == 72);
+  CHECK(find_tensor(layout, "wte").slice == 24960);
+  CHECK(find_tensor(layout, "wpe").slice == 98304);
+  CHECK(find_tensor(layout, "headw").slice + find_tensor(layout, "headb").slice == 25025);
+  CHECK(find_tensor(layout, "headw").padded == 72 * 384);
+  CHECK(find_tensor(layout, "headb").padded == 72);
   size_t exported = 0;
   std::set<size_t> places;
   for (const ExportTensor& tensor : export_table(lecture, layout)) {
@@ -282,7 +283,7 @@ TEST_CASE("Clipping scales the gradient to the norm that is asked for") {
   m.dw.headb[64] = 4;  // a norm of 5
   // plain steps show the scaled gradient: with beta1 = 0, the first m is (1 - 0) * g
   update(m, {0, 0, 0.9, 1e-8, 0, 1, 1}, 1);
-  Params<double> moments(m.m_memory.data(), m.param_layout);
+  const auto moments = placed<Params<double>>(m.m_memory.data(), tiny);
   CHECK(moments.wte[0] == Approx(0.6));
   CHECK(moments.headb[64] == Approx(0.8));
   update(m, {0, 0, 0.9, 1e-8, 0, 1, 1}, 10);

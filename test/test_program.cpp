@@ -6,9 +6,11 @@
 #include <sstream>
 
 #include "../host/checkpoint.h"
-#include "../host/cpu_features.h"
+#include "../host/commands.h"
+#include "../host/evaluation.h"
+#include "../host/machine.h"
+#include "../host/run_files.h"
 #include "../host/safetensors.h"
-#include "../host/train_loop.h"
 #include "trainer.h"
 
 TEST_CASE("A run trains, samples, saves and says so") {

@@ -2,7 +2,7 @@
 // device to the other and back. CUDA_ON_CPU_DEVICES and CUDA_ON_CPU_MEMORY (bytes) describe the GPU that it finds.
 #include <csignal>
 
-#include "../host/cpu_features.h"
+#include "../host/machine.h"
 #include "trainer.h"
 
 namespace {

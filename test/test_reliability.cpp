@@ -358,7 +358,7 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
       const Snapshot s{Buffer<float>(layout), Buffer<float>(layout), Buffer<float>(layout)};
       checkpoint.load_params(s.params.data(), layout);
       checkpoint.load_moments(s.m.data(), s.v.data(), layout);
-      const TensorSpec& spec = layout.find(tensor);
+      const TensorSpec spec = find_tensor(layout, tensor);
       for (size_t i = spec.offset; i < spec.offset + spec.slice; i++) {
         const float huge = i % 2 ? -3e38f : 3e38f;
         if (what == Spoil::weights) s.params.data()[i] = huge;

@@ -1,11 +1,10 @@
-// host/threads.h: cores and quotas as Linux tells them, in a copy of the few files that it tells them in.
-#include "../host/threads.h"
+// host/machine.h: cores and quotas as Linux tells them, in a copy of the few files that it tells them in.
+#include "../host/machine.h"
 
 #include <cmath>
 #include <filesystem>
 
 #include "../host/files.h"
-#include "../host/limits.h"
 #include "test.h"
 
 static void put(const std::string& path, const std::string& content) {

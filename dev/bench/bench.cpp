@@ -10,6 +10,7 @@
 // Each figure is the median of several runs after a warm-up, with the fastest and the slowest: machines are noisy, and
 // a share is only as good as the peak that was measured beside it.
 #define MICROGPT_NO_MAIN
+#include "../../host/run.h"  // defines: flops_per_token
 #include "../../train_gpt_cpu.cpp"
 
 #include <sys/resource.h>

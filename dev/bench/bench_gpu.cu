@@ -10,6 +10,7 @@
 // median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
 // was measured beside it, so both stand in one output.
 #define MICROGPT_NO_MAIN
+#include "../../host/run.h"  // defines: flops_per_token, flops_text
 #include "../../train_gpt.cu"
 
 #include <chrono>
@@ -42,18 +43,7 @@ Times of(std::vector<double> seconds) {
 // Seconds that the device takes for what `work` puts onto the stream.
 template <class Work>
 double device_seconds(cudaStream_t stream, Work work) {
-  cudaEvent_t begin, end;
-  CUDA_CHECK(cudaEventCreate(&begin));
-  CUDA_CHECK(cudaEventCreate(&end));
-  CUDA_CHECK(cudaEventRecord(begin, stream));
-  work();
-  CUDA_CHECK(cudaEventRecord(end, stream));
-  CUDA_CHECK(cudaEventSynchronize(end));
-  float ms = 0;
-  CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-  CUDA_CHECK(cudaEventDestroy(begin));
-  CUDA_CHECK(cudaEventDestroy(end));
-  return ms / 1e3;
+  return device_milliseconds(stream, work) / 1e3;
 }
 
 // One of `count` launches: they run as a graph, so that the host's time for a launch does not count.
@@ -686,10 +676,10 @@ class KernelTable {
 
 template <class Real>
 void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
-  const Activations<Real>& a = m.a;
-  const ActivationGrads<Real>& g = m.g;
-  const Statistics<float>& s = m.s;
-  const GradStatistics<float>& gs = m.gs;
+  const Activations<Real>& a = m.acts.a;
+  const ActivationGrads<Real>& g = m.acts.g;
+  const Statistics& s = m.acts.s;
+  const GradStatistics& gs = m.acts.gs;
   const Params<Real>& w = m.w;
   const Params<float>&p = m.p, &dw = m.dw;
   const int B = m.B, T = m.shape.T, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, Vp = padded_vocabulary(V);
@@ -726,9 +716,8 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   });
   table.row("attproj forward", L, FCC, 2 * A + CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C); });
-  table.row("fc forward, bias, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
-    m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, true), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
-  });
+  table.row("fc forward, bias, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask,
+            [&](int l) { m.matmul.forward_relu(a.fc[l], s.mask(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C); });
   table.row("fcproj forward", L, 4 * FCC, 5 * A + 4 * CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C); });
   table.row_of_one("head forward, bias", 1, head, A + logits,
@@ -753,8 +742,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
                                 p.ln2w[l], false, drop.at(site::proj_dropout, l), m.step(), B, T, C, st);
   });
   table.row("fcproj dX, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
-    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true), a.fc[l],
-                                 rows, 4 * C, C);
+    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
   });
   table.row("fcproj dW", L, 4 * FCC, 5 * A + 16 * CC,
             [&](int l) { m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], false, rows, 4 * C, C, C); });
@@ -786,10 +774,9 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
     m.matmul.use_relu_mask(mask);
     table.row(mask ? "fc forward, fcproj dX, by a mask" : "fc forward, fcproj dX, by a pass", 0, 8 * FCC,
               10 * A + 8 * CC * R, [&](int l) {
-                m.matmul.forward_relu(a.fc[l], mask_of(s.fc_mask, l, true), a.ln2[l], w.fcw[l], w.fcb[l], rows, C,
-                                      4 * C);
-                m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], mask_of(s.fc_mask, l, true),
-                                             a.fc[l], rows, 4 * C, C);
+                m.matmul.forward_relu(a.fc[l], s.mask(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+                m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows,
+                                             4 * C, C);
               });
   }
 

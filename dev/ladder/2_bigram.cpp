@@ -7,36 +7,31 @@
 
 namespace bigram {
 
-// clang-format off
-#define PARAMETERS_OF_BIGRAM(ONE, EACH_LAYER) ONE(table, V, V)
-#define ACTIVATIONS_OF_BIGRAM(ONE, EACH_LAYER) ONE(logits, rows, V)
-// clang-format on
-DEFINE_POINTERS(Parameters, PARAMETERS_OF_BIGRAM)
-DEFINE_POINTERS(Activations, ACTIVATIONS_OF_BIGRAM)
+template <class Real>
+struct Parameters {
+  Real* table;
+  void place(Arena& a, size_t V) { a(table, "table", {V, V}); }
+};
+template <class Real>
+struct Activations {
+  Real* logits;
+  void place(Arena& a, size_t V, size_t rows) { a(logits, "logits", {rows, V}); }
+};
 
 template <class Real>
 struct Net {
   static constexpr bool every_position = true;
   int V, T;
 
-  Layout param_layout, act_layout;
+  size_t max_rows;
+  Layout param_layout = layout_of<Parameters<Real>>(size_t(V)),
+         act_layout = layout_of<Activations<Real>>(size_t(V), max_rows);
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
-  Parameters<Real> w{params.data(), param_layout}, dw{grads.data(), param_layout};
-  Activations<Real> a{acts.data(), act_layout};
+  Parameters<Real> w = placed<Parameters<Real>>(params.data(), size_t(V)),
+                   dw = placed<Parameters<Real>>(grads.data(), size_t(V));
+  Activations<Real> a = placed<Activations<Real>>(acts.data(), size_t(V), max_rows);
 
-  Net(int vocabulary, int window, int batch)
-      : V(vocabulary), T(window), param_layout(parameters(V)), act_layout(activations(V, size_t(batch) * T)) {}
-
-  static Layout parameters(size_t V) {
-    Layout layout;
-    PARAMETERS_OF_BIGRAM(ADD_ONE, ADD_EACH_LAYER)
-    return layout;
-  }
-  static Layout activations(size_t V, size_t rows) {
-    Layout layout;
-    ACTIVATIONS_OF_BIGRAM(ADD_ONE, ADD_EACH_LAYER)
-    return layout;
-  }
+  Net(int vocabulary, int window, int batch) : V(vocabulary), T(window), max_rows(size_t(batch) * window) {}
 
   double multiply_adds() const { return 0; }  // nothing is multiplied
 
@@ -70,7 +65,8 @@ void bigram_rung(const ladder::Arguments& arguments) {
   const int V = data.vocabulary.size();
   const size_t rows = size_t(config.batch_size) * window;
   using Net = bigram::Net<float>;
-  ladder::require_memory(config, Net::parameters(V), Net::activations(V, rows), V, window);
+  ladder::require_memory(config, layout_of<bigram::Parameters<float>>(size_t(V)),
+                         layout_of<bigram::Activations<float>>(size_t(V), rows), V, window);
 
   Net net(V, window, config.batch_size);
   ladder::fill_normal(net.w.table, size_t(V) * V, 1, config.seed, 0);

@@ -26,59 +26,55 @@ struct Shape {
 };
 
 // At level l the row of a batch has K / fan^(l+1) positions, each joined from fan of the level below.
-// clang-format off
-#define PARAMETERS_OF_MLP(ONE, EACH_LEVEL)                                                        \
-  ONE(wte, V, E)                                                                                  \
-  ONE(firstw, H, fan * E)         /* the first level joins embeddings, */                         \
-  EACH_LEVEL(joinw, H, fan * H)   /* those above it hidden vectors: of these there is one less */ \
-  EACH_LEVEL(gain, H)                                                                             \
-  EACH_LEVEL(bias, H)                                                                             \
-  ONE(headw, V, H)                                                                                \
-  ONE(headb, V)
-#define ACTIVATIONS_OF_MLP(ONE, EACH_LEVEL)                             \
-  ONE(emb, B * K, E)                                                    \
-  EACH_LEVEL(pre, rows, H)        /* before batch normalisation */      \
-  EACH_LEVEL(act, rows, H)        /* after it and tanh */               \
-  EACH_LEVEL(mean, H)                                                   \
-  EACH_LEVEL(rstd, H)                                                   \
-  EACH_LEVEL(running_mean, H)     /* what evaluation normalises with */ \
-  EACH_LEVEL(running_var, H)                                            \
-  ONE(logits, B, V)                                                     \
-  ONE(dact, rows, H)                                                    \
-  ONE(dpre, rows, H)                                                    \
-  ONE(demb, B * K, E)
-// clang-format on
-DEFINE_POINTERS(Parameters, PARAMETERS_OF_MLP)
-DEFINE_POINTERS(Activations, ACTIVATIONS_OF_MLP)
+template <class Real>
+struct Parameters {
+  Real *wte, *firstw, *headw, *headb;
+  Slices<Real> joinw, gain, bias;
 
-inline Layout parameters(const Shape& s) {
-  const size_t V = s.V, E = s.E, H = s.H, fan = s.fan;
-  const int L = s.levels();
-  Layout layout;
-#define ADD_EACH_LEVEL(name, ...) layout.add(#name, #name[0] == 'j' ? L - 1 : L, {__VA_ARGS__});
-  PARAMETERS_OF_MLP(ADD_ONE, ADD_EACH_LEVEL)
-  return layout;
-}
-inline Layout activations(const Shape& s, int batch) {
-  const size_t V = s.V, B = batch, K = s.K, E = s.E, H = s.H, rows = B * K / s.fan;
-  const int L = s.levels();
-  Layout layout;
-  ACTIVATIONS_OF_MLP(ADD_ONE, ADD_EACH_LAYER)
-  return layout;
-}
+  void place(Arena& a, const Shape& s) {
+    const size_t V = s.V, E = s.E, H = s.H, fan = s.fan, L = s.levels();
+    a(wte, "wte", {V, E});
+    a(firstw, "firstw", {H, fan * E});       // the first level joins embeddings,
+    a(joinw, "joinw", {L - 1, H, fan * H});  // those above it hidden vectors
+    a(gain, "gain", {L, H});
+    a(bias, "bias", {L, H});
+    a(headw, "headw", {V, H});
+    a(headb, "headb", {V});
+  }
+};
+template <class Real>
+struct Activations {
+  Slices<Real> pre, act, mean, rstd, running_mean, running_var;
+  Real *emb, *logits, *dact, *dpre, *demb;
+
+  void place(Arena& a, const Shape& s, size_t B) {
+    const size_t V = s.V, K = s.K, E = s.E, H = s.H, L = s.levels(), rows = B * K / s.fan;
+    a(emb, "emb", {B * K, E});
+    a(pre, "pre", {L, rows, H});  // before batch normalisation
+    a(act, "act", {L, rows, H});  // after it and tanh
+    a(mean, "mean", {L, H});
+    a(rstd, "rstd", {L, H});
+    a(running_mean, "running_mean", {L, H});  // what evaluation normalises with
+    a(running_var, "running_var", {L, H});
+    a(logits, "logits", {B, V});
+    a(dact, "dact", {rows, H});
+    a(dpre, "dpre", {rows, H});
+    a(demb, "demb", {B * K, E});
+  }
+};
 
 template <class Real>
 struct Net {
   static constexpr bool every_position = false;
   Shape s;
   int V = s.V, T = s.K, L = s.levels();
-  Layout param_layout, act_layout;
+  int max_B;  // rows of a batch that the activations have room for
+  Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
-  Parameters<Real> w{params.data(), param_layout}, dw{grads.data(), param_layout};
-  Activations<Real> a{acts.data(), act_layout};
+  Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);
+  Activations<Real> a = placed<Activations<Real>>(acts.data(), s, size_t(max_B));
 
-  Net(const Shape& shape, int batch)
-      : s(shape), param_layout(parameters(shape)), act_layout(activations(shape, batch)) {
+  Net(const Shape& shape, int batch) : s(shape), max_B(batch) {
     for (int l = 0; l < L; l++) std::fill_n(a.running_var[l], s.H, Real(1));
   }
 
@@ -223,7 +219,8 @@ inline void run(const std::string& rung, const std::string& name, Config config,
   if (power != shape.K) fail("--block_size ", shape.K, " is not a power of --fan ", shape.fan);
   const Data data = ladder::open_text(config, shape.K);
   shape.V = data.vocabulary.size();
-  ladder::require_memory(config, parameters(shape), activations(shape, config.batch_size), shape.V, shape.K);
+  ladder::require_memory(config, layout_of<Parameters<float>>(shape),
+                         layout_of<Activations<float>>(shape, size_t(config.batch_size)), shape.V, shape.K);
 
   Net<float> net(shape, config.batch_size);
   net.init(config.seed, scaled);

@@ -26,51 +26,48 @@ struct Shape {
   int receptive_field() const { return 1 + stacks * ((1 << doublings) - 1); }
 };
 
-// clang-format off
-#define PARAMETERS_OF_WAVENET(ONE, EACH_LAYER)                                                    \
-  ONE(wte, V, C)                                                                                  \
-  EACH_LAYER(convw, 2 * C, 2 * C) /* (filter and gate, past and present) */                       \
-  EACH_LAYER(convb, 2 * C)                                                                        \
-  EACH_LAYER(resw, C, C)          /* the last layer ends in the skips: it has no residual path */ \
-  EACH_LAYER(resb, C)                                                                             \
-  EACH_LAYER(skipw, S, C)                                                                         \
-  ONE(skipb, S)                                                                                   \
-  ONE(postw, S, S)                                                                                \
-  ONE(postb, S)                                                                                   \
-  ONE(headw, V, S)                                                                                \
-  ONE(headb, V)
-#define ACTIVATIONS_OF_WAVENET(ONE, EACH_LAYER)                                               \
-  EACH_LAYER(inp, rows, C)        /* the stream where it enters the layer */                  \
-  EACH_LAYER(conv, rows, 2 * C)   /* tanh of the filter, sigmoid of the gate */               \
-  EACH_LAYER(z, rows, C)          /* their product */                                         \
-  ONE(taps, rows, 2 * C)          /* past and present side by side, of one layer at a time */ \
-  ONE(skip, rows, S)              /* the skips' sum, after ReLU */                            \
-  ONE(post, rows, S)                                                                          \
-  ONE(logits, rows, V)                                                                        \
-  ONE(dpost, rows, S)                                                                         \
-  ONE(dskip, rows, S)                                                                         \
-  ONE(dstream, rows, C)                                                                       \
-  ONE(dz, rows, C)                                                                            \
-  ONE(dconv, rows, 2 * C)                                                                     \
-  ONE(dtaps, rows, 2 * C)
-// clang-format on
-DEFINE_POINTERS(Parameters, PARAMETERS_OF_WAVENET)
-DEFINE_POINTERS(Activations, ACTIVATIONS_OF_WAVENET)
+template <class Real>
+struct Parameters {
+  Slices<Real> convw, convb, resw, resb, skipw;
+  Real *wte, *skipb, *postw, *postb, *headw, *headb;
 
-inline Layout parameters(const Shape& s) {
-  const size_t V = s.V, C = s.C, S = s.S;
-  Layout layout;
-#define ADD_WITHOUT_LAST(name, ...) layout.add(#name, s.L() - (#name[0] == 'r'), {__VA_ARGS__});
-  PARAMETERS_OF_WAVENET(ADD_ONE, ADD_WITHOUT_LAST)
-  return layout;
-}
-inline Layout activations(const Shape& s, size_t rows) {
-  const size_t V = s.V, C = s.C, S = s.S;
-  const int L = s.L();
-  Layout layout;
-  ACTIVATIONS_OF_WAVENET(ADD_ONE, ADD_EACH_LAYER)
-  return layout;
-}
+  void place(Arena& a, const Shape& s) {
+    const size_t V = s.V, C = s.C, S = s.S, L = s.L();
+    a(wte, "wte", {V, C});
+    a(convw, "convw", {L, 2 * C, 2 * C});  // (filter and gate, past and present)
+    a(convb, "convb", {L, 2 * C});
+    a(resw, "resw", {L - 1, C, C});  // the last layer ends in the skips: it has no residual path
+    a(resb, "resb", {L - 1, C});
+    a(skipw, "skipw", {L, S, C});
+    a(skipb, "skipb", {S});
+    a(postw, "postw", {S, S});
+    a(postb, "postb", {S});
+    a(headw, "headw", {V, S});
+    a(headb, "headb", {V});
+  }
+};
+template <class Real>
+struct Activations {
+  Slices<Real> inp, conv, z;
+  Real *taps, *skip, *post, *logits, *dpost, *dskip, *dstream, *dz, *dconv, *dtaps;
+
+  void place(Arena& a, const Shape& s, size_t B) {
+    const size_t V = s.V, C = s.C, S = s.S, L = s.L(), rows = B * s.T;
+    a(inp, "inp", {L, rows, C});        // the stream where it enters the layer
+    a(conv, "conv", {L, rows, 2 * C});  // tanh of the filter, sigmoid of the gate
+    a(z, "z", {L, rows, C});            // their product
+    a(taps, "taps", {rows, 2 * C});     // past and present side by side, of one layer at a time
+    a(skip, "skip", {rows, S});         // the skips' sum, after ReLU
+    a(post, "post", {rows, S});
+    a(logits, "logits", {rows, V});
+    a(dpost, "dpost", {rows, S});
+    a(dskip, "dskip", {rows, S});
+    a(dstream, "dstream", {rows, C});
+    a(dz, "dz", {rows, C});
+    a(dconv, "dconv", {rows, 2 * C});
+    a(dtaps, "dtaps", {rows, 2 * C});
+  }
+};
 
 // taps (B, T, 2C) = for each position its inp (B, T, C) `dilation` positions back, 0 before the start, and its own
 template <class Real>
@@ -146,14 +143,14 @@ struct Net {
   static constexpr bool every_position = true;
   Shape s;
   int V = s.V, T = s.T, C = s.C, S = s.S, L = s.L();
-  Layout param_layout, act_layout;
+  int max_B;  // rows of a batch that the activations have room for
+  Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
-  Parameters<Real> w{params.data(), param_layout}, dw{grads.data(), param_layout};
-  Activations<Real> a{acts.data(), act_layout};
+  Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);
+  Activations<Real> a = placed<Activations<Real>>(acts.data(), s, size_t(max_B));
   Memory<Real> memory;
 
-  Net(const Shape& shape, int batch)
-      : s(shape), param_layout(parameters(shape)), act_layout(activations(shape, size_t(batch) * shape.T)) {}
+  Net(const Shape& shape, int batch) : s(shape), max_B(batch) {}
 
   void init(uint64_t seed) {
     uint32_t number = 0;
@@ -308,11 +305,11 @@ void wavenet_rung(const ladder::Arguments& arguments) {
     return;
   const Data data = ladder::open_text(config, shape.T);
   shape.V = data.vocabulary.size();
-  const size_t rows = size_t(config.batch_size) * shape.T;
   if (shape.receptive_field() > shape.T)
     std::fprintf(stderr, "the receptive field, %d, is larger than --block_size %d: the rest of it is not trained\n",
                  shape.receptive_field(), shape.T);
-  ladder::require_memory(config, wavenet::parameters(shape), wavenet::activations(shape, rows), shape.V, shape.T);
+  ladder::require_memory(config, layout_of<wavenet::Parameters<float>>(shape),
+                         layout_of<wavenet::Activations<float>>(shape, size_t(config.batch_size)), shape.V, shape.T);
   std::fprintf(stderr, "receptive field: %d characters\n", shape.receptive_field());
 
   using Net = wavenet::Net<float>;

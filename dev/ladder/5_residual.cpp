@@ -22,69 +22,66 @@ struct Shape {
   bool skips = true;
 };
 
-// clang-format off
-#define PARAMETERS_OF_RESIDUAL(ONE, EACH_BLOCK) \
-  ONE(wte, V, E)                                \
-  ONE(inw, C, K * E)                            \
-  ONE(inb, C)                                   \
-  EACH_BLOCK(lnw, C)                            \
-  EACH_BLOCK(lnb, C)                            \
-  EACH_BLOCK(fcw, C, C)                         \
-  EACH_BLOCK(fcb, C)                            \
-  EACH_BLOCK(projw, C, C)                       \
-  EACH_BLOCK(projb, C)                          \
-  ONE(lnfw, C)                                  \
-  ONE(lnfb, C)                                  \
-  ONE(headw, V, C)                              \
-  ONE(headb, V)
-#define ACTIVATIONS_OF_RESIDUAL(ONE, EACH_BLOCK)                                  \
-  ONE(emb, B * K, E)                                                              \
-  EACH_BLOCK(inp, B, C)           /* the stream where it enters the block */      \
-  EACH_BLOCK(ln, B, C)                                                            \
-  EACH_BLOCK(ln_mean, B)                                                          \
-  EACH_BLOCK(ln_rstd, B)                                                          \
-  EACH_BLOCK(fc, B, C)            /* after ReLU */                                \
-  ONE(out, B, C)                  /* the stream behind the last block */          \
-  ONE(lnf, B, C)                                                                  \
-  ONE(lnf_mean, B)                                                                \
-  ONE(lnf_rstd, B)                                                                \
-  ONE(logits, B, V)                                                               \
-  EACH_BLOCK(dout, B, C)          /* gradients of the stream behind each block */ \
-  ONE(dstream, B, C)                                                              \
-  ONE(dfc, B, C)                                                                  \
-  ONE(dnorm, B, C)                                                                \
-  ONE(demb, B * K, E)
-// clang-format on
-DEFINE_POINTERS(Parameters, PARAMETERS_OF_RESIDUAL)
-DEFINE_POINTERS(Activations, ACTIVATIONS_OF_RESIDUAL)
+template <class Real>
+struct Parameters {
+  Real *wte, *inw, *inb, *lnfw, *lnfb, *headw, *headb;
+  Slices<Real> lnw, lnb, fcw, fcb, projw, projb;
 
-inline Layout parameters(const Shape& s) {
-  const size_t V = s.V, K = s.K, E = s.E, C = s.C;
-  const int L = s.L;
-  Layout layout;
-  PARAMETERS_OF_RESIDUAL(ADD_ONE, ADD_EACH_LAYER)
-  return layout;
-}
-inline Layout activations(const Shape& s, int batch) {
-  const size_t V = s.V, K = s.K, E = s.E, C = s.C, B = batch;
-  const int L = s.L;
-  Layout layout;
-  ACTIVATIONS_OF_RESIDUAL(ADD_ONE, ADD_EACH_LAYER)
-  return layout;
-}
+  void place(Arena& a, const Shape& s) {
+    const size_t V = s.V, K = s.K, E = s.E, C = s.C, L = s.L;
+    a(wte, "wte", {V, E});
+    a(inw, "inw", {C, K * E});
+    a(inb, "inb", {C});
+    a(lnw, "lnw", {L, C});
+    a(lnb, "lnb", {L, C});
+    a(fcw, "fcw", {L, C, C});
+    a(fcb, "fcb", {L, C});
+    a(projw, "projw", {L, C, C});
+    a(projb, "projb", {L, C});
+    a(lnfw, "lnfw", {C});
+    a(lnfb, "lnfb", {C});
+    a(headw, "headw", {V, C});
+    a(headb, "headb", {V});
+  }
+};
+template <class Real>
+struct Activations {
+  Slices<Real> inp, ln, ln_mean, ln_rstd, fc, dout;
+  Real *emb, *out, *lnf, *lnf_mean, *lnf_rstd, *logits, *dstream, *dfc, *dnorm, *demb;
+
+  void place(Arena& a, const Shape& s, size_t B) {
+    const size_t V = s.V, K = s.K, E = s.E, C = s.C, L = s.L;
+    a(emb, "emb", {B * K, E});
+    a(inp, "inp", {L, B, C});  // the stream where it enters the block
+    a(ln, "ln", {L, B, C});
+    a(ln_mean, "ln_mean", {L, B});
+    a(ln_rstd, "ln_rstd", {L, B});
+    a(fc, "fc", {L, B, C});  // after ReLU
+    a(out, "out", {B, C});   // the stream behind the last block
+    a(lnf, "lnf", {B, C});
+    a(lnf_mean, "lnf_mean", {B});
+    a(lnf_rstd, "lnf_rstd", {B});
+    a(logits, "logits", {B, V});
+    a(dout, "dout", {L, B, C});  // gradients of the stream behind each block
+    a(dstream, "dstream", {B, C});
+    a(dfc, "dfc", {B, C});
+    a(dnorm, "dnorm", {B, C});
+    a(demb, "demb", {B * K, E});
+  }
+};
 
 template <class Real>
 struct Net {
   static constexpr bool every_position = false;
   Shape s;
   int V = s.V, T = s.K, C = s.C, L = s.L;
-  Layout param_layout, act_layout;
+  int max_B;  // rows of a batch that the activations have room for
+  Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
-  Parameters<Real> w{params.data(), param_layout}, dw{grads.data(), param_layout};
-  Activations<Real> a{acts.data(), act_layout};
+  Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);
+  Activations<Real> a = placed<Activations<Real>>(acts.data(), s, size_t(max_B));
 
-  Net(const Shape& shape, int batch)
-      : s(shape), param_layout(parameters(shape)), act_layout(activations(shape, batch)) {}
+  Net(const Shape& shape, int batch) : s(shape), max_B(batch) {}
 
   // He et al., "Delving Deep into Rectifiers", 2015, equation 10: variance 2 / inputs keeps a signal's size through
   // ReLUs.
@@ -167,7 +164,8 @@ void residual_rung(const ladder::Arguments& arguments) {
   const Data data = ladder::open_text(config, shape.K);
   shape.V = data.vocabulary.size();
   shape.L = deepest;
-  ladder::require_memory(config, parameters(shape), activations(shape, config.batch_size), shape.V, shape.K);
+  ladder::require_memory(config, layout_of<Parameters<float>>(shape),
+                         layout_of<Activations<float>>(shape, size_t(config.batch_size)), shape.V, shape.K);
 
   ladder::Result result;
   result.rung = "residual";

@@ -24,84 +24,80 @@ struct Shape {
   int F() const { return residual ? 4 * C : C; }
 };
 
-// The second entry says how many layers have it: all, or those of a network with layernorms, with a hidden layer, with
-// projections.
-// clang-format off
-#define PARAMETERS_OF_TRANSFORMER(ONE, EACH_LAYER) \
-  ONE(wte, V, C)                                   \
-  ONE(wpe, T, C)                                   \
-  EACH_LAYER(ln1w, with_norm, C)                   \
-  EACH_LAYER(ln1b, with_norm, C)                   \
-  EACH_LAYER(qkvw, all, 3 * C, C)                  \
-  EACH_LAYER(attprojw, with_proj, C, C)            \
-  EACH_LAYER(attprojb, with_proj, C)               \
-  EACH_LAYER(ln2w, with_norm, C)                   \
-  EACH_LAYER(ln2b, with_norm, C)                   \
-  EACH_LAYER(fcw, with_hidden, F, C)               \
-  EACH_LAYER(fcb, with_hidden, F)                  \
-  EACH_LAYER(fcprojw, with_proj, C, F)             \
-  EACH_LAYER(fcprojb, with_proj, C)                \
-  EACH_LAYER(lnfw, last_norm, C)                   \
-  EACH_LAYER(lnfb, last_norm, C)                   \
-  ONE(headw, V, C)                                 \
-  ONE(headb, V)
-#define ACTIVATIONS_OF_TRANSFORMER(ONE, EACH_LAYER)                        \
-  EACH_LAYER(inp, rows, C)                                                 \
-  EACH_LAYER(ln1, rows, C)                                                 \
-  EACH_LAYER(ln1_mean, rows)                                               \
-  EACH_LAYER(ln1_rstd, rows)                                               \
-  EACH_LAYER(qkv, rows, 3 * C)                                             \
-  EACH_LAYER(att, rows, C)                                                 \
-  EACH_LAYER(lse, rows, heads)                                             \
-  EACH_LAYER(mid, rows, C)        /* between attention and feed-forward */ \
-  EACH_LAYER(ln2, rows, C)                                                 \
-  EACH_LAYER(ln2_mean, rows)                                               \
-  EACH_LAYER(ln2_rstd, rows)                                               \
-  EACH_LAYER(fc, rows, F)         /* after ReLU */                         \
-  ONE(out, rows, C)                                                        \
-  ONE(lnf, rows, C)                                                        \
-  ONE(lnf_mean, rows)                                                      \
-  ONE(lnf_rstd, rows)                                                      \
-  ONE(logits, rows, V)                                                     \
-  ONE(dstream, rows, C)                                                    \
-  ONE(dbranch, rows, C)                                                    \
-  ONE(dnorm, rows, C)                                                      \
-  ONE(datt, rows, C)                                                       \
-  ONE(dqkv, rows, 3 * C)                                                   \
-  ONE(dfc, rows, F)
-// clang-format on
-DEFINE_POINTERS(Parameters, PARAMETERS_OF_TRANSFORMER)
-DEFINE_POINTERS(Activations, ACTIVATIONS_OF_TRANSFORMER)
+template <class Real>
+struct Parameters {
+  Slices<Real> ln1w, ln1b, qkvw, attprojw, attprojb, ln2w, ln2b, fcw, fcb, fcprojw, fcprojb, lnfw, lnfb;
+  Real *wte, *wpe, *headw, *headb;
 
-inline Layout parameters(const Shape& s) {
-  const size_t V = s.V, T = s.T, C = s.C, F = s.F();
-  const int all = s.L, with_norm = s.layernorm ? s.L : 0, last_norm = s.layernorm ? 1 : 0,
-            with_hidden = s.feed_forward ? s.L : 0, with_proj = s.residual ? s.L : 0;
-  Layout layout;
-#define ADD_LAYERS(name, layers, ...) layout.add(#name, layers, {__VA_ARGS__});
-  PARAMETERS_OF_TRANSFORMER(ADD_ONE, ADD_LAYERS)
-  return layout;
-}
-inline Layout activations(const Shape& s, size_t rows) {
-  const size_t V = s.V, C = s.C, F = s.F(), heads = s.heads;
-  const int L = s.L;
-  Layout layout;
-  ACTIVATIONS_OF_TRANSFORMER(ADD_ONE, ADD_EACH_LAYER)
-  return layout;
-}
+  void place(Arena& a, const Shape& s) {
+    const size_t V = s.V, T = s.T, C = s.C, F = s.F(), L = s.L;
+    // What the network has no use for yet has no layers.
+    const size_t norms = s.layernorm ? L : 0, last_norm = s.layernorm, hidden = s.feed_forward ? L : 0,
+                 projections = s.residual ? L : 0;
+    a(wte, "wte", {V, C});
+    a(wpe, "wpe", {T, C});
+    a(ln1w, "ln1w", {norms, C});
+    a(ln1b, "ln1b", {norms, C});
+    a(qkvw, "qkvw", {L, 3 * C, C});
+    a(attprojw, "attprojw", {projections, C, C});
+    a(attprojb, "attprojb", {projections, C});
+    a(ln2w, "ln2w", {norms, C});
+    a(ln2b, "ln2b", {norms, C});
+    a(fcw, "fcw", {hidden, F, C});
+    a(fcb, "fcb", {hidden, F});
+    a(fcprojw, "fcprojw", {projections, C, F});
+    a(fcprojb, "fcprojb", {projections, C});
+    a(lnfw, "lnfw", {last_norm, C});
+    a(lnfb, "lnfb", {last_norm, C});
+    a(headw, "headw", {V, C});
+    a(headb, "headb", {V});
+  }
+};
+template <class Real>
+struct Activations {
+  Slices<Real> inp, ln1, ln1_mean, ln1_rstd, qkv, att, lse, mid, ln2, ln2_mean, ln2_rstd, fc;
+  Real *out, *lnf, *lnf_mean, *lnf_rstd, *logits, *dstream, *dbranch, *dnorm, *datt, *dqkv, *dfc;
+
+  void place(Arena& a, const Shape& s, size_t B) {
+    const size_t V = s.V, C = s.C, F = s.F(), L = s.L, heads = s.heads, rows = B * s.T;
+    a(inp, "inp", {L, rows, C});
+    a(ln1, "ln1", {L, rows, C});
+    a(ln1_mean, "ln1_mean", {L, rows});
+    a(ln1_rstd, "ln1_rstd", {L, rows});
+    a(qkv, "qkv", {L, rows, 3 * C});
+    a(att, "att", {L, rows, C});
+    a(lse, "lse", {L, rows, heads});
+    a(mid, "mid", {L, rows, C});  // between attention and feed-forward
+    a(ln2, "ln2", {L, rows, C});
+    a(ln2_mean, "ln2_mean", {L, rows});
+    a(ln2_rstd, "ln2_rstd", {L, rows});
+    a(fc, "fc", {L, rows, F});  // after ReLU
+    a(out, "out", {rows, C});
+    a(lnf, "lnf", {rows, C});
+    a(lnf_mean, "lnf_mean", {rows});
+    a(lnf_rstd, "lnf_rstd", {rows});
+    a(logits, "logits", {rows, V});
+    a(dstream, "dstream", {rows, C});
+    a(dbranch, "dbranch", {rows, C});
+    a(dnorm, "dnorm", {rows, C});
+    a(datt, "datt", {rows, C});
+    a(dqkv, "dqkv", {rows, 3 * C});
+    a(dfc, "dfc", {rows, F});
+  }
+};
 
 template <class Real>
 struct Net {
   static constexpr bool every_position = true;
   Shape s;
   int V = s.V, T = s.T, C = s.C, F = s.F(), L = s.L;
-  Layout param_layout, act_layout;
+  int max_B;  // rows of a batch that the activations have room for
+  Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
-  Parameters<Real> w{params.data(), param_layout}, dw{grads.data(), param_layout};
-  Activations<Real> a{acts.data(), act_layout};
+  Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);
+  Activations<Real> a = placed<Activations<Real>>(acts.data(), s, size_t(max_B));
 
-  Net(const Shape& shape, int batch)
-      : s(shape), param_layout(parameters(shape)), act_layout(activations(shape, size_t(batch) * shape.T)) {}
+  Net(const Shape& shape, int batch) : s(shape), max_B(batch) {}
 
   // As PyTorch begins, and the lecture with it: embeddings N(0, 1), weights uniform below 1 / sqrt(inputs), here normal
   // with the same variance, 1 / (3 inputs).
@@ -247,8 +243,8 @@ void transformer_rung(const ladder::Arguments& arguments) {
   for (const Step& step : steps) {
     step.change(shape, heads, blocks);
     if (step.adds == std::string("dropout")) config.dropout = dropout;
-    const size_t rows = size_t(config.batch_size) * shape.T;
-    ladder::require_memory(config, transformer::parameters(shape), transformer::activations(shape, rows), shape.V,
+    ladder::require_memory(config, layout_of<transformer::Parameters<float>>(shape),
+                           layout_of<transformer::Activations<float>>(shape, size_t(config.batch_size)), shape.V,
                            shape.T);
     using Net = transformer::Net<float>;
     Net net(shape, config.batch_size);

@@ -9,7 +9,9 @@
 
 #include "../../train_gpt_cpu.cpp"  // without its main: the last rung
 
+#include "../../host/evaluation.h"
 #include "../../host/plot.h"
+#include "../../host/run.h"
 #include "charts.h"
 #include "rungs.h"
 
@@ -98,7 +100,7 @@ void small_rung(Config config, const std::string& out_dir) {
   if (!holds_small(folder, data)) train_small(config, folder);
 
   const Checkpoint checkpoint(folder + "/ckpt_last.safetensors");
-  const auto model = load_model<cpu::CpuModel<float>>(config, checkpoint, &data);
+  const auto model = load_trainer(trainer_type<cpu::CpuModel<float>>(), config, checkpoint, &data);
   ladder::Row row;
   row.name = "transformer, preset small";
   row.parameters = double(model->layout().count());

@@ -5,7 +5,7 @@
 #include <nlohmann/json.hpp>
 
 #include "../../host/files.h"
-#include "../../host/threads.h"
+#include "../../host/machine.h"
 
 namespace ladder {
 

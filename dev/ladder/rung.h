@@ -11,7 +11,12 @@
 
 #include "../../host/batch.h"
 #include "../../host/config.h"
-#include "../../host/train_loop.h"
+#include "../../host/evaluation.h"
+#include "../../host/files.h"
+#include "../../host/progress.h"
+#include "../../host/run_files.h"
+#include "../../host/sampler.h"
+#include "../../host/schedule.h"
 #include "../../kernels/adamw.h"
 #include "../../kernels/crossentropy.h"
 #include "../../kernels/dropout.h"
@@ -34,7 +39,7 @@ Data open_text(const Config& config, int T);
 void require_memory(const Config& config, const Layout& params, const Layout& acts, int V, int T);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// A network, as the model below sees it. Tables of tensors as in train_gpt_cpu.cpp give its layouts and pointers.
+// A network, as the model below sees it. Its tensors are structs with a function `place`, as in train_gpt_cpu.cpp.
 //   static constexpr bool every_position   forward predicts what follows each of the T tokens of a row; else only what
 //                                          follows the last one
 //   Layout param_layout, act_layout        what is learned, and everything else that forward and backward write
@@ -49,9 +54,6 @@ struct Mode {
   Dropout drop = {};
 };
 
-#define ADD_ONE(name, ...) layout.add(#name, 1, {__VA_ARGS__});
-#define ADD_EACH_LAYER(name, ...) layout.add(#name, L, {__VA_ARGS__});
-
 // tensor (count) = N(0, std); its numbers depend on the seed and its own number alone
 template <class Real>
 void fill_normal(Real* tensor, size_t count, double std, uint64_t seed, uint32_t number) {
@@ -62,9 +64,9 @@ void fill_normal(Real* tensor, size_t count, double std, uint64_t seed, uint32_t
   }
 }
 
-// What the trainer's loop asks of a model (host/train_loop.h), for any network.
+// What an evaluation asks of a model (host/trainer.h), and training steps, for any network.
 template <class Net>
-class LanguageModel {
+class LanguageModel final : public Scorer {
  public:
   LanguageModel(Net& net, const Config& config, const Data& data)
       : net_(net),
@@ -79,13 +81,13 @@ class LanguageModel {
         v_(net.param_layout) {}
 
   // Where only the last position is predicted, a text is scored one target after the other, each with its full context.
-  ModelShape shape() const {
+  ModelShape shape() const override {
     ModelShape shape;
     shape.V = net_.V;
     shape.T = Net::every_position ? net_.T : 1;
     return shape;
   }
-  int chunk() const { return 1; }
+  int chunk() const override { return 1; }
 
   // One update on one batch, before which each_gradient is called; returns the batch's loss.
   double train_step(int iteration, const std::function<void()>& each_gradient = {}) {
@@ -102,7 +104,7 @@ class LanguageModel {
     return loss;
   }
 
-  double random_losses(Split split, int iteration, int first, int count) {
+  double random_losses(Split split, int iteration, int first, int count) override {
     double sum = 0;
     for (int k = first; k < first + count; k++) {
       draw(data_[split], iteration, split == Split::train ? site::eval_train : site::eval_val,
@@ -112,7 +114,8 @@ class LanguageModel {
     return sum;
   }
 
-  double window_losses(Split split, uint64_t at, int B, int n) {
+  double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) override {
+    if (stride != 0) fail("a rung scores windows one after the other, not ", stride, " tokens apart");
     const Tokens& tokens = data_[split];
     tokens.copy(at + 1, size_t(B) * n, y_.data());
     if (Net::every_position) {

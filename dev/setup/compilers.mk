@@ -8,7 +8,7 @@ CXX      ?= g++
 COMPILER := $(lastword $(filter-out -%,$(CXX)))
 CCBIN    := $(if $(filter environment command,$(origin CXX)),-ccbin $(COMPILER))
 MARCH    ?= native
-# The kernels' instruction set. On a machine without it a program says so and ends (host/cpu_check.cpp).
+# The kernels' instruction set. On a machine without it a program says so and ends (check_cpu in host/machine.cpp).
 ARCH_FLAG := $(if $(filter x86_64 i%86,$(shell uname -m)),-march=$(MARCH),-mcpu=$(MARCH))
 
 # As many compilers at a time as there are processors, or fewer if memory has no room for them. You choose with -j; but

@@ -2,7 +2,7 @@
 #include <sstream>
 
 #include "../../../host/config.h"
-#include "../../../host/train_loop.h"
+#include "../../../host/run.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

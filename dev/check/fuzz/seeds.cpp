@@ -4,11 +4,11 @@
 #include <nlohmann/json.hpp>
 
 #include "../../../host/checkpoint.h"
+#include "../../../host/commands.h"
 #include "../../../host/config.h"
 #include "../../../host/metrics.h"
 #include "../../../host/ngram.h"
 #include "../../../host/shards.h"
-#include "../../../host/train_loop.h"
 
 // A safetensors file without its checksums.
 static std::string without_checksums(const std::string& path) {

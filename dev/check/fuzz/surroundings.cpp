@@ -4,9 +4,8 @@
 #include <cmath>
 #include <map>
 
-#include "../../../host/limits.h"
+#include "../../../host/machine.h"
 #include "../../../host/progress.h"
-#include "../../../host/threads.h"
 #include "fuzz.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {

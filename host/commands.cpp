@@ -1,0 +1,111 @@
+#include "commands.h"
+
+#include <cstdio>
+#include <cstdlib>
+
+#include "checkpoint.h"
+#include "error.h"
+#include "evaluation.h"
+#include "files.h"
+#include "run.h"
+#include "run_files.h"
+#include "sampler.h"
+#include "signals.h"
+
+void require_one_process() {
+  // The innermost launcher comes first: mpirun starts its helpers by srun. SLURM_STEP_NUM_TASKS counts the processes
+  // that srun did start; SLURM_NTASKS, which we do not ask, counts those that a job's script may start.
+  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}) {
+    const char* size = std::getenv(name);
+    if (!size || (name == std::string("WORLD_SIZE") && !std::getenv("RANK"))) continue;
+    if (std::atoi(size) > 1)
+      fail(name, " is ", size, ", but a training run is one process: start it without mpirun, srun or torchrun (runs ",
+           "that have nothing to do with each other, each with an --out_dir of its own, start with that unset: env -u ",
+           name, " ./train_gpt)");
+    return;
+  }
+}
+
+std::string dtype_so_far(const Config& config) {
+  const auto dtype_in = [](const std::string& path) { return recorded_dtype(Checkpoint(path, Verify::header).info()); };
+  if (config.command != "train") return dtype_in(checkpoint_path(config));
+  return config.init_from == "resume" ? dtype_in(last_checkpoint(config.out_dir)) : "";
+}
+
+std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabulary) {
+  if (!config.given.count("start")) return {0};  // the newline, in any text that has lines
+  const bool from_file = config.start.rfind("FILE:", 0) == 0;
+  const std::string prompt = from_file ? read_file(config.start.substr(5)) : config.start;
+  const std::vector<uint16_t> tokens = vocabulary.encode(prompt, "--start");
+  if (tokens.empty()) fail("--start is empty: the model needs at least one character to go on from");
+  return {tokens.begin(), tokens.end()};
+}
+
+std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, const Checkpoint& checkpoint,
+                                      const Data* data) {
+  apply_settings(config, checkpoint.info().settings);
+  const ModelShape& shape = checkpoint.info().shape;
+  possible_plan(type, config, shape, data, false);
+  std::unique_ptr<Trainer> trainer = type.make(config, shape, data, false);
+  const Buffer<float> params(trainer->layout());
+  checkpoint.load_params(params.data(), trainer->layout());
+  trainer->restore(params.data(), nullptr, nullptr);
+  return trainer;
+}
+
+static int sample(const TrainerType& type, Config config) {
+  const Checkpoint checkpoint(checkpoint_path(config));
+  const std::vector<int> prompt = prompt_tokens(config, checkpoint.vocabulary());
+  const bool prompt_given = config.given.count("start");
+  config.batch_size = 1;
+  config.given.insert("batch_size");
+  const auto trainer = load_trainer(type, config, checkpoint, nullptr);
+  const auto print = [&](int token) {
+    const std::string piece = checkpoint.vocabulary().decode(token);
+    std::fwrite(piece.data(), 1, piece.size(), stdout);
+    return std::fflush(stdout) == 0;  // closed: no reader is left
+  };
+  for (int k = 0; k < config.num_samples; k++) {
+    if (k > 0) std::printf("---------------\n");
+    if (prompt_given)
+      for (const int token : prompt) print(token);
+    generate(*trainer, prompt, {config.max_new_tokens, {config.temperature, config.top_k}, config.seed, k}, print);
+    std::printf("\n");
+  }
+  return 0;
+}
+
+static int eval(const TrainerType& type, Config config) {
+  const Checkpoint checkpoint(checkpoint_path(config));
+  const Data data = open_data(config.data, &checkpoint.vocabulary());
+  data.train.require_window(checkpoint.info().shape.T);
+  data.val.require_window(checkpoint.info().shape.T);
+  const auto trainer = load_trainer(type, config, checkpoint, &data);
+  catch_signals();
+  try {
+    const EvalPoint point = evaluate(*trainer, config, checkpoint.info().iteration);
+    std::printf("step %d: train loss %.4f, val loss %.4f\n", point.iter, point.train, point.val);
+    const double val_exact = exact_loss(*trainer, Split::val, data.val.size(), config.batch_size);
+    std::printf("val exact: %s\n", loss_text(val_exact).c_str());
+  } catch (const Interrupted&) { return 128 + stop_signal(); }
+  return 0;
+}
+
+int export_command(const Config& config) {
+  const Checkpoint checkpoint(checkpoint_path(config));
+  const ModelShape& shape = checkpoint.info().shape;
+  const Layout layout = parameter_layout(shape);
+  const Buffer<float> params(layout);
+  checkpoint.load_params(params.data(), layout);
+  make_folder(config.out_dir);
+  const std::string path = config.out_dir + "/microGPT_model.pth";
+  export_pth(path, shape, layout, params.data());
+  std::fprintf(stderr, "wrote %s\n", path.c_str());
+  return 0;
+}
+
+int run_command(const TrainerType& type, const Config& config) {
+  if (config.command == "sample") return sample(type, config);
+  if (config.command == "eval") return eval(type, config);
+  return TrainingRun(type, config).go();
+}

@@ -1,0 +1,29 @@
+// The commands train, sample, eval and export, for any trainer.
+// defines: require_one_process, dtype_so_far, prompt_tokens, load_trainer, run_command, export_command
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "checkpoint.h"
+#include "config.h"
+#include "text.h"
+#include "trainer.h"
+
+// Refuses to be one of several processes, by what mpirun, srun and torchrun say in the environment.
+void require_one_process();
+
+// The type of the run that this one goes on with, samples from or evaluates; empty: none, or none is recorded.
+std::string dtype_so_far(const Config& config);
+
+// The tokens that --start asks for; without it a newline.
+std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabulary);
+
+// A trainer with a checkpoint's weights, which only samples or is evaluated. What the command line does not say is as
+// it was when the checkpoint was trained.
+std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, const Checkpoint& checkpoint,
+                                      const Data* data);
+
+// Does what config.command says: train, sample or eval. Returns the program's exit code.
+int run_command(const TrainerType& type, const Config& config);
+int export_command(const Config& config);  // needs no trainer

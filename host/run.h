@@ -1,0 +1,73 @@
+// The training loop: evaluate, step, log, save.
+// defines: flops_per_token, flops_text, TrainingRun
+#pragma once
+#include <chrono>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "checkpoint.h"
+#include "config.h"
+#include "data.h"
+#include "files.h"
+#include "progress.h"
+#include "run_files.h"
+#include "trainer.h"
+
+double flops_per_token(const ModelShape& shape);    // of a training step: 3 x forward, attention causal
+std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
+
+// A run of the command train, from its settings to its last file. What it prints, and when, is in doc/reliability.md
+// and in the README.
+class TrainingRun {
+ public:
+  // Opens what is there (the text and, to go on, the checkpoint), refuses what cannot work, and makes the trainer.
+  TrainingRun(const TrainerType& type, Config config);
+  // Trains. Returns the program's exit code; after a signal that is 128 plus the signal's number.
+  int go();
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  struct NotFinite {  // thrown when a number has become infinite or NaN, in this iteration or one before
+    std::string what;
+    int iteration;
+    bool evaluation = false;
+  };
+
+  // The parts of prepare.
+  static std::unique_ptr<Checkpoint> open_resumed(Config& config);
+  void prepare(const TrainerType& type);
+  void prepare_parameters();
+  void score_best_again();
+
+  // The loop and its parts.
+  void train();
+  bool judged() const;
+  bool checkpoint_is_due();
+  void evaluate_and_save();
+  void step(ProgressBar& bar);
+  void log();
+  void finish();
+  void write_sample();
+
+  double fixed_val_loss();
+  bool note_if_best(double loss);
+  Snapshot& take_snapshot();
+  void save(bool best);
+  std::string find_not_finite(const NotFinite& bad);
+
+  Config config_;
+  std::unique_ptr<Checkpoint> resumed_;  // until its tensors are in the trainer
+  Data data_;
+  ModelShape shape_;
+  std::optional<Lock> lock_;
+  std::unique_ptr<Trainer> trainer_;
+  CheckpointInfo info_;  // info_.iteration is the number of the next update
+  std::optional<CheckpointWriter> writer_;
+  std::optional<RunFiles> files_;
+
+  Clock::time_point start_, last_save_;
+  double step_seconds_ = 0;  // since the last line of the log, as is steps_
+  int steps_ = 0;
+  double newest_loss_ = 0;  // of the newest step
+};

@@ -1,0 +1,147 @@
+// What the trainer asks of CUDA besides kernels: memory, a stream, a graph, time.
+// defines: DeviceMemory, DeviceBuffer, copy_to_device, Stream, Graph, device_milliseconds,
+//          plant_canaries_on_device, check_canaries_on_device
+#pragma once
+#include <cuda_runtime.h>
+
+#include <cmath>
+#include <cstddef>
+#include <utility>
+#include <vector>
+
+#include "../host/error.h"
+#include "../host/tensors.h"
+#include "launch.cuh"
+
+// Bytes on the device, as cudaMalloc leaves them.
+class DeviceMemory {
+ public:
+  DeviceMemory() = default;
+  explicit DeviceMemory(size_t bytes) { CUDA_CHECK(cudaMalloc(&memory_, bytes)); }
+  DeviceMemory(DeviceMemory&& other) noexcept : memory_(std::exchange(other.memory_, nullptr)) {}
+  DeviceMemory& operator=(DeviceMemory&& other) noexcept {
+    std::swap(memory_, other.memory_);
+    return *this;
+  }
+  ~DeviceMemory() { cudaFree(memory_); }
+  template <class Element>
+  Element* as() const {
+    return reinterpret_cast<Element*>(memory_);
+  }
+
+ private:
+  unsigned char* memory_ = nullptr;
+};
+
+// `count` elements on the device, zeroed. `what` names them in the message when there is no memory for them.
+template <class Element>
+class DeviceBuffer {
+ public:
+  DeviceBuffer() = default;
+  DeviceBuffer(size_t count, const char* what) : memory_(allocate(count * sizeof(Element), what)) {
+    CUDA_CHECK(cudaMemset(data(), 0, count * sizeof(Element)));
+  }
+  Element* data() const { return memory_.as<Element>(); }
+
+ private:
+  static DeviceMemory allocate(size_t bytes, const char* what) {
+    try {
+      return DeviceMemory(bytes);
+    } catch (const CudaError&) {
+      cudaGetLastError();  // so that the error is not found again at the next launch
+      size_t free = 0, total = 0;
+      CUDA_CHECK(cudaMemGetInfo(&free, &total));
+      fail("out of GPU memory: ", bytes / 1000000, " MB for ", what, " were asked for, ", free / 1000000, " MB of ",
+           total / 1000000, " MB are free; lower --batch_size (activations) or ",
+           "--n_embd, --n_layer, --block_size (all)");
+    }
+  }
+  DeviceMemory memory_;
+};
+
+// Copies to the device and waits until it has arrived: cudaMemcpy from ordinary memory may return before, and the stream
+// of the kernels does not wait for it, nor for the zeros of a new buffer.
+template <class Element>
+void copy_to_device(Element* to, const Element* from, size_t count) {
+  CUDA_CHECK(cudaMemcpy(to, from, count * sizeof(Element), cudaMemcpyHostToDevice));
+  CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+// A queue of kernels and copies, which the device works off in order.
+class Stream {
+ public:
+  Stream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+  ~Stream() { cudaStreamDestroy(stream_); }
+  Stream(const Stream&) = delete;
+  operator cudaStream_t() const { return stream_; }
+
+ private:
+  cudaStream_t stream_;
+};
+
+// The kernels that `body` puts onto a stream, recorded once and then launched again and again as a whole, which saves the
+// time between one kernel and the next.
+class Graph {
+ public:
+  ~Graph() {
+    if (graph_) cudaGraphExecDestroy(graph_);
+  }
+  template <class Body>
+  void capture(cudaStream_t stream, Body body) {
+    cudaGraph_t captured;
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    body();
+    CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
+    CUDA_CHECK(cudaGraphInstantiate(&graph_, captured, 0));
+    CUDA_CHECK(cudaGraphDestroy(captured));
+  }
+  bool captured() const { return graph_; }
+  void launch(cudaStream_t stream) { CUDA_CHECK(cudaGraphLaunch(graph_, stream)); }
+
+ private:
+  cudaGraphExec_t graph_ = nullptr;
+};
+
+// How long the device takes for what `work` puts onto the stream.
+template <class Work>
+float device_milliseconds(cudaStream_t stream, Work work) {
+  struct Event {
+    cudaEvent_t event;
+    Event() { CUDA_CHECK(cudaEventCreate(&event)); }
+    ~Event() { cudaEventDestroy(event); }
+  } begin, end;
+  float milliseconds = 0;
+  CUDA_CHECK(cudaEventRecord(begin.event, stream));
+  work();
+  CUDA_CHECK(cudaEventRecord(end.event, stream));
+  CUDA_CHECK(cudaEventSynchronize(end.event));
+  CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin.event, end.event));
+  return milliseconds;
+}
+
+// In builds with canaries the gaps between tensors hold NaN (host/tensors.h). Training is slow then. zero: they hold 0
+// instead, as in the gradients' buffer, over all of which clipping sums.
+template <class Element>
+void plant_canaries_on_device([[maybe_unused]] Element* buffer, [[maybe_unused]] const Layout& layout) {
+  if constexpr (canary_gap > 0)
+    for (const TensorSpec& spec : layout.tensors())
+      for (int l = 0; l < spec.layers; l++)
+        CUDA_CHECK(cudaMemset(buffer + spec.offset + size_t(l) * spec.stride + spec.padded, 0xff,
+                              (spec.stride - spec.padded) * sizeof(Element)));
+}
+template <class Element>
+void check_canaries_on_device([[maybe_unused]] const Element* buffer, [[maybe_unused]] const Layout& layout,
+                              [[maybe_unused]] const char* name, [[maybe_unused]] bool zero = false) {
+  if constexpr (canary_gap > 0) {
+    std::vector<Element> copy(layout.size());
+    CUDA_CHECK(cudaMemcpy(copy.data(), buffer, copy.size() * sizeof(Element), cudaMemcpyDeviceToHost));
+    std::vector<float> values(copy.begin(), copy.end());
+    for (const TensorSpec& spec : layout.tensors())
+      for (int l = 0; l < spec.layers && zero; l++)
+        for (size_t i = spec.padded; i < spec.stride; i++) {
+          float& gap = values[spec.offset + size_t(l) * spec.stride + i];
+          gap = gap == 0 ? NAN : 0;
+        }
+    check_canaries(values.data(), layout, name);
+  }
+}

@@ -97,9 +97,9 @@ build/fuzz/host/%.o: host/%.cpp
 	$(compile_fuzz)
 
 # Which lines and branches do the tests run? g++ counts in a build of its own. Left out are tests that say nothing of
-# our code's lines (the Makefile's, the documentation's, those of CUDA on the CPU), and those whose subject counting
-# disturbs: a program that ends by a signal loses its counts, and one that counts opens and writes files, which the tests
-# of failing system calls would number with the program's own.
+# our code's lines (the Makefile's, the documentation's, those of CUDA on the CPU), and those that counting disturbs: a
+# program that ends by a signal loses its counts, and one that counts opens and writes files, which the tests of failing
+# system calls would number with the program's own.
 COVERAGE       := build/coverage
 COVERAGE_TESTS ?= ~[.]~[\#test_make]~[\#test_docs]~[cuda_on_cpu]~[reliability]~"data_prep: every call that writes*"$\
                   ~"Inputs: a folder that cannot*"~"Inputs: surroundings*"
@@ -116,7 +116,8 @@ TIDY_FILES ?= $(wildcard host/*.cpp) data_prep.cpp train_gpt_cpu.cpp
 tidy:
 	@command -v $(TIDY) >/dev/null || { echo '$(TIDY) was not found'; exit 1; }
 	@printf '%s\n' $(TIDY_FILES) | \
-	  xargs -P $(JOBS) -I FILE $(TIDY) --quiet --warnings-as-errors='*' FILE -- -std=c++20 $(ARCH_FLAG) $(OPENMP) 2>/dev/null
+	  xargs -P $(JOBS) -I FILE \
+	  $(TIDY) --quiet --warnings-as-errors='*' FILE -- -std=c++20 $(ARCH_FLAG) $(OPENMP) 2>/dev/null
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measure

@@ -10,10 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
-#include <filesystem>
-#include <iomanip>
 #include <map>
-#include <memory>
 #include <string>
 #include <vector>
 
@@ -21,7 +18,7 @@
 #include "host/config.h"    // defines: Config, parse_command_line
 #include "host/data.h"      // defines: Data, Split
 #include "host/error.h"     // defines: fail, run_main
-#include "host/files.h"     // defines: read_file, write_file
+#include "host/files.h"     // defines: make_folder
 #include "host/memory.h"    // defines: MemoryPlan
 #include "host/schedule.h"  // defines: learning_rate_at
 #include "host/tensors.h"   // defines: ModelShape, Params, Arena, Layout
@@ -38,11 +35,6 @@
 #include "kernels/matmul.cuh"
 #include "kernels/runtime.cuh"
 #include "kernels/sampler.cuh"
-
-namespace cpu {
-int run(Config config, const std::string& why);  // train_gpt_cpu.cpp
-std::string kernels_text();
-}  // namespace cpu
 
 // ---------------------------------------------------------------------------------------------------------------------
 // The tensors. Params, what is learned, is in host/tensors.h: both trainers and all files share it. Gradients, and AdamW's
@@ -311,20 +303,12 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 // ---------------------------------------------------------------------------------------------------------------------
 // Update: clip the gradient's norm if asked to, then AdamW over the whole buffer at once.
 
-struct Optimizer {
-  double beta1, beta2, eps, grad_clip;
-  bool loss_scaling;      // float16: the loss scale follows the gradients' size
-  const AdamWStep* ring;  // (ring_size) on the device: what depends on the iteration
-  int ring_size;
-  double* norm_parts;  // (gradient_norm_partials) scratch on the device
-};
-
 template <class Real>
 void update(GPT<Real>& m, const Optimizer& o) {
   Range range("update");
   const size_t count = m.param_layout.size();
   if (o.grad_clip > 0 || o.loss_scaling)
-    prepare_update(m.state, o.norm_parts, m.grads_memory.data(), count, o.grad_clip, o.loss_scaling, m.stream);
+    prepare_update(m.state, o.norm_partials, m.grads_memory.data(), count, o.grad_clip, o.loss_scaling, m.stream);
   adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(),
                m.grads_memory.data(), count, o.beta1, o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
 }
@@ -361,18 +345,12 @@ class GpuModel final : public Trainer {
     if (data)
       for (const Split split : {Split::train, Split::val}) tokens_.emplace_back((*data)[split]);
     set_state({});
-    load_algorithms();
+    gpt_.matmul.load_table_from(algorithms_path());
     if (training) prepare_training();
   }
 
   static MemoryPlan plan(const Config& config, const ModelShape& shape, const Data* data, bool training) {
-    const int HS = shape.HS();
-    if (HS != 16 && HS != 32 && HS != 64 && HS != 128)
-      fail("a head size (n_embd / n_head) of ", HS,
-           ": the GPU's kernels have 16, 32, 64 and 128; --device cpu has any");
-    if (shape.C > layernorm_max_C)
-      fail("n_embd ", shape.C, ": the GPU's kernels keep a row in registers, of up to ", layernorm_max_C,
-           " channels; --device cpu has any");
+    require_kernels_for(shape.HS(), shape.C);
     const double params = 4.0 * double(parameter_layout(shape).size());
     MemoryPlan plan;
     plan.add("parameters", params);
@@ -384,73 +362,51 @@ class GpuModel final : public Trainer {
     plan.add("cuBLASLt's workspace", double(Matmul::workspace_bytes));
     return plan;
   }
-  static AvailableMemory memory() {
-    size_t free = 0, total = 0;
-    CUDA_CHECK(cudaMemGetInfo(&free, &total));
-    return {double(free), "on this GPU there are free"};
-  }
+  static AvailableMemory memory() { return {free_device_memory(), "on this GPU there are free"}; }
 
   ModelShape shape() const override { return gpt_.shape; }
   const Layout& layout() const override { return gpt_.param_layout; }
   std::string describe() const override {
-    const cudaDeviceProp card = current_card();
-    return text(config_.dtype, " on ", card.name, ", ", card.totalGlobalMem / 1000000000, " GB, ",
-                card.multiProcessorCount, " multiprocessors",
+    return text(config_.dtype, " on ", card_text(),
                 peak_flops_ > 0 ? text(", measured peak ", std::round(peak_flops_ / 1e12), " TFLOP/s") : "");
   }
   double peak_flops() const override { return peak_flops_; }
   int chunk() const override { return ring_size; }
 
   void restore(const float* params, const float* m, const float* v) override {
-    upload(gpt_.params_memory.data(), params);
-    if (m) upload(gpt_.m_memory.data(), m);
-    if (v) upload(gpt_.v_memory.data(), v);
+    const size_t count = layout().size();
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    copy_to_device(gpt_.params_memory.data(), params, count);
+    if (m) copy_to_device(gpt_.m_memory.data(), m, count);
+    if (v) copy_to_device(gpt_.v_memory.data(), v, count);
     if constexpr (GPT<Real>::has_working_copy) {
-      std::vector<Real> working(params, params + layout().size());
-      copy_to_device(gpt_.working_memory.data(), working.data(), working.size());
+      std::vector<Real> working(params, params + count);
+      copy_to_device(gpt_.working_memory.data(), working.data(), count);
     }
   }
   void snapshot(float* params, float* m, float* v) const override {
-    download(params, gpt_.params_memory.data());
-    if (m) download(m, gpt_.m_memory.data());
-    if (v) download(v, gpt_.v_memory.data());
+    const size_t count = layout().size();
+    copy_to_host(params, gpt_.params_memory.data(), count, stream_);
+    if (m) copy_to_host(m, gpt_.m_memory.data(), count, stream_);
+    if (v) copy_to_host(v, gpt_.v_memory.data(), count, stream_);
   }
 
   std::string first_not_finite() const override {
-    const auto look = [](const auto* buffer, const Layout& of, Order order) {
-      std::vector<std::decay_t<decltype(*buffer)>> copy;
-      std::vector<float> values;
-      const auto slice = [&](size_t offset, size_t count) {
-        copy.resize(count);
-        CUDA_CHECK(cudaMemcpy(copy.data(), buffer + offset, count * sizeof copy[0], cudaMemcpyDeviceToHost));
-        values = std::vector<float>(copy.begin(), copy.end());
-        return values.data();
-      };
-      return ::first_not_finite(slice, of, order);
-    };
-    std::string name = look(gpt_.acts.a.inp[0], gpt_.acts.of_real, Order::forward);
-    if (!name.empty()) return name;
-    name = look(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
-    return name.empty() ? name : "the gradient of " + name;
+    const std::string name = first_not_finite_on_device(gpt_.acts.a.inp[0], gpt_.acts.of_real, Order::forward);
+    const std::string of = first_not_finite_on_device(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
+    return !name.empty() || of.empty() ? name : "the gradient of " + of;
   }
 
   std::map<std::string, std::string> state() const override {
-    const TrainState state = read_state();
+    TrainState state;
+    copy_to_host(&state, gpt_.state, 1, stream_);
     std::map<std::string, std::string> out = {{"matmul", algorithms_}};
-    if (loss_scaling) {
-      out["loss_scale"] = text(std::setprecision(9), state.loss_scale);  // digits that read back as the same number
-      out["steps_since_overflow"] = text(state.steps_since_overflow);
-    }
+    if (loss_scaling) save_loss_scale(out, state);
     return out;
   }
   void set_state(const std::map<std::string, std::string>& saved) override {
     TrainState state = initial_state(loss_scaling);
-    if (saved.count("loss_scale") && loss_scaling) {
-      try {
-        state.loss_scale = std::stof(saved.at("loss_scale"));
-        state.steps_since_overflow = std::stoi(saved.at("steps_since_overflow"));
-      } catch (const std::logic_error&) { fail("the checkpoint's loss_scale or steps_since_overflow is no number"); }
-    }
+    if (loss_scaling) load_loss_scale(state, saved);
     copy_to_device(gpt_.state, &state, 1);
     step_ = state.step;
     if (saved.count("matmul") && saved.at("matmul") != algorithms_)
@@ -477,9 +433,7 @@ class GpuModel final : public Trainer {
     }
     step_ += count;
     std::vector<float> ring(ring_size), losses;
-    CUDA_CHECK(
-        cudaMemcpyAsync(ring.data(), loss_ring_.data(), ring_size * sizeof(float), cudaMemcpyDeviceToHost, stream_));
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    copy_to_host(ring.data(), loss_ring_.data(), ring_size, stream_);
     for (int i = iteration; i < iteration + count; i++) losses.push_back(ring[size_t(i % ring_size)]);
     check_all_canaries(gpt_);
     return losses;
@@ -515,20 +469,13 @@ class GpuModel final : public Trainer {
     forward(gpt_, 1, shape().T, {}, false);
     const Real* logits = gpt_.forward_only.logits + size_t(n - 1) * padded_vocabulary(shape().V);
     sample_token(token_.data(), logits, shape().V, choice.temperature, choice.top_k, choice.uniform, stream_);
-    CUDA_CHECK(cudaMemcpyAsync(&token, token_.data(), sizeof token, cudaMemcpyDeviceToHost, stream_));
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    copy_to_host(&token, token_.data(), 1, stream_);
     return token;
   }
 
   GPT<Real>& gpt() { return gpt_; }
   bool use_graph = true;  // false: every kernel is launched by itself, which a profiler shows more clearly
 
- private:
-  static constexpr int ring_size = 50;
-  static constexpr int graph_batches = 64;  // steps of more are not captured: launches are not what takes their time
-  static constexpr bool loss_scaling = std::is_same_v<Real, fp16>;
-
- public:
   // The whole of a training step, as work on the stream.
   void enqueue_step(int batches) {
     const int B = gpt_.B, T = shape().T;
@@ -550,9 +497,9 @@ class GpuModel final : public Trainer {
  private:
   void prepare_training() {
     const int batches = config_.gradient_accumulation_steps;
-    norm_parts_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");
+    norm_partials_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");
     optimizer_ = {config_.beta1, config_.beta2,      1e-8,      config_.grad_clip,
-                  loss_scaling,  adamw_ring_.data(), ring_size, norm_parts_.data()};
+                  loss_scaling,  adamw_ring_.data(), ring_size, norm_partials_.data()};
     plant_all_canaries(gpt_);
     peak_flops_ = gpt_.matmul.template measure_peak<Real>() * 1e12;
     choose_relu();
@@ -562,7 +509,8 @@ class GpuModel final : public Trainer {
     add_losses(false, gpt_.B * shape().T);
     CUDA_CHECK(cudaStreamSynchronize(stream_));
     algorithms_ = gpt_.matmul.name();
-    save_algorithms();
+    make_folder(config_.out_dir);
+    gpt_.matmul.save_table_to(algorithms_path());
     if (batches <= graph_batches) graph_.capture(stream_, [&] { enqueue_step(batches); });
     set_state({});
   }
@@ -592,8 +540,7 @@ class GpuModel final : public Trainer {
   }
   double read_losses() {
     double total = 0;
-    CUDA_CHECK(cudaMemcpyAsync(&total, loss_total_.data(), sizeof total, cudaMemcpyDeviceToHost, stream_));
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    copy_to_host(&total, loss_total_.data(), 1, stream_);
     return total;
   }
 
@@ -601,31 +548,13 @@ class GpuModel final : public Trainer {
     if (step != step_) copy_to_device(&gpt_.state->step, &step, 1);
     step_ = step;
   }
-  TrainState read_state() const {
-    TrainState state;
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
-    CUDA_CHECK(cudaMemcpy(&state, gpt_.state, sizeof state, cudaMemcpyDeviceToHost));
-    return state;
-  }
-  void upload(float* to, const float* from) {
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
-    copy_to_device(to, from, layout().size());
-  }
-  void download(float* to, const float* from) const {
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
-    CUDA_CHECK(cudaMemcpy(to, from, layout().size() * sizeof(float), cudaMemcpyDeviceToHost));
-  }
 
   // The algorithms of the matrix products are measured once and then kept beside the run's other files, so that later
   // and resumed runs repeat it bit for bit.
   std::string algorithms_path() const { return config_.out_dir + "/matmul_algorithms.txt"; }
-  void load_algorithms() {
-    if (std::filesystem::exists(algorithms_path())) gpt_.matmul.load_table(read_file(algorithms_path()));
-  }
-  void save_algorithms() {
-    make_folder(config_.out_dir);
-    write_file(algorithms_path(), gpt_.matmul.save_table());
-  }
+
+  static constexpr int ring_size = 50, graph_batches = 64;  // a step of more batches is launched without a graph
+  static constexpr bool loss_scaling = std::is_same_v<Real, fp16>;
 
   Config config_;
   Stream stream_;
@@ -635,7 +564,7 @@ class GpuModel final : public Trainer {
   DeviceBuffer<AdamWStep> adamw_ring_;  // (ring_size) likewise
   DeviceBuffer<double> loss_total_;
   DeviceBuffer<int> token_;
-  DeviceBuffer<double> norm_parts_;
+  DeviceBuffer<double> norm_partials_;
   Optimizer optimizer_{};
   Graph graph_;
   std::string algorithms_;  // the name of those that the products of training and evaluation take
@@ -646,16 +575,7 @@ class GpuModel final : public Trainer {
 // ---------------------------------------------------------------------------------------------------------------------
 
 inline int run_on_gpu(Config config) {
-  const cudaDeviceProp card = current_card();
-  const bool turing = card.major < 8;
-  if (config.dtype == "auto") {
-    config.dtype = dtype_so_far(config);
-    if (turing && config.dtype != "float32") config.dtype.clear();
-  }
-  if (config.dtype.empty()) config.dtype = turing ? "float16" : "bfloat16";
-  if (turing && (config.dtype == "bfloat16" || config.dtype == "tf32"))
-    fail("--dtype ", config.dtype, ": ", card.name, " has no ", config.dtype,
-         " arithmetic (compute capability 8.0 has); --dtype float16 or float32");
+  config.dtype = dtype_on(current_card(), config.dtype, config.dtype == "auto" ? dtype_so_far(config) : "");
   if (config.command == "train") apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
   config.device = "cuda";
   if (config.dtype == "bfloat16") return run_command(trainer_type<GpuModel<bf16>>(), config);

@@ -1,5 +1,5 @@
 // The commands train, sample, eval and export, for any trainer.
-// defines: require_one_process, dtype_so_far, prompt_tokens, load_trainer, run_command, export_command
+// defines: require_one_process, dtype_so_far, prompt_tokens, load_trainer, run_command, export_command, cpu::run
 #pragma once
 #include <memory>
 #include <string>
@@ -27,3 +27,9 @@ std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, c
 // Does what config.command says: train, sample or eval. Returns the program's exit code.
 int run_command(const TrainerType& type, const Config& config);
 int export_command(const Config& config);  // needs no trainer
+
+// The CPU trainer, to which the GPU program turns where there is no GPU: train_gpt_cpu.cpp.
+namespace cpu {
+int run(Config config, const std::string& why);  // does what the command line says; why: there is no GPU
+std::string kernels_text();                      // for --version
+}  // namespace cpu

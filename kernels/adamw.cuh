@@ -5,10 +5,15 @@
 // Precision Training", 2018, section 3.2. The scale follows the gradients: an update whose gradients are not finite is
 // left out and the scale halved; after many good ones it is doubled.
 // defines: TrainState, AdamWStep, adamw_step, adamw_update, prepare_update, gradient_norm_partials, initial_state,
-//          end_step, loss_scale_start
+//          end_step, loss_scale_start, save_loss_scale, load_loss_scale, Optimizer
 #pragma once
 #include <cmath>
+#include <iomanip>
+#include <map>
+#include <stdexcept>
+#include <string>
 
+#include "../host/error.h"
 #include "block.cuh"
 #include "device.cuh"
 #include "launch.cuh"
@@ -155,6 +160,18 @@ inline TrainState initial_state(bool loss_scaling) {
   if (loss_scaling) state.loss_scale = loss_scale_start;
   return state;
 }
+// To and from a checkpoint's metadata.
+inline void save_loss_scale(std::map<std::string, std::string>& saved, const TrainState& state) {
+  saved["loss_scale"] = text(std::setprecision(9), state.loss_scale);  // digits that read back as the same number
+  saved["steps_since_overflow"] = text(state.steps_since_overflow);
+}
+inline void load_loss_scale(TrainState& state, const std::map<std::string, std::string>& saved) {
+  if (!saved.count("loss_scale")) return;
+  try {
+    state.loss_scale = std::stof(saved.at("loss_scale"));
+    state.steps_since_overflow = std::stoi(saved.at("steps_since_overflow"));
+  } catch (const std::logic_error&) { fail("the checkpoint's loss_scale or steps_since_overflow is no number"); }
+}
 constexpr int loss_scale_interval = 2000;  // good steps until the scale is doubled, as in PyTorch
 // Gradients that never overflow, because they are all 0 for example, would double the scale to infinity. float16 spans
 // 2^40 from its smallest number to its largest; a scale of 2^24 turns the smallest into 1.
@@ -183,3 +200,12 @@ inline void end_step(TrainState* state, float* loss_ring, int ring_size, double 
   require(ring_size > 0, "end_step: ring_size = ", ring_size);
   launch(end_step_kernel, {1, 32, 0, stream}, state, loss_ring, ring_size, dloss, loss_scaling);
 }
+
+// What the trainer's update asks for.
+struct Optimizer {
+  double beta1, beta2, eps, grad_clip;
+  bool loss_scaling;      // float16: the loss scale follows the gradients' size
+  const AdamWStep* ring;  // (ring_size) on the device: what depends on the iteration
+  int ring_size;
+  double* norm_partials;  // (gradient_norm_partials) scratch on the device
+};

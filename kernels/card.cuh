@@ -1,6 +1,6 @@
 // Which card the program uses: the first that can do something, which is found out by letting it. A new machine may have
 // a driver that is too old, a card that is, or one that another program has for itself.
-// defines: no_gpu, cards_text
+// defines: no_gpu, cards_text, card_text, dtype_on, require_kernels_for
 #pragma once
 #include <cstdio>
 #include <cstdlib>
@@ -8,6 +8,7 @@
 
 #include "../host/error.h"
 #include "launch.cuh"
+#include "layernorm.cuh"
 #include "matmul_library.cuh"
 #include "runtime.cuh"
 
@@ -128,4 +129,33 @@ inline std::string cards_text() {
                         card.totalGlobalMem / 1000000000, " GB");
   }
   return out + "\n";
+}
+
+// "NVIDIA H100, 85 GB, 132 multiprocessors"
+inline std::string card_text() {
+  const cudaDeviceProp card = current_card();
+  return text(card.name, ", ", card.totalGlobalMem / 1000000000, " GB, ", card.multiProcessorCount, " multiprocessors");
+}
+
+// The type that --dtype means on this card; so_far: that of the run that goes on, or empty. Turing has no bfloat16.
+inline std::string dtype_on(const cudaDeviceProp& card, std::string dtype, const std::string& so_far) {
+  const bool turing = card.major < 8;
+  if (dtype == "auto") {
+    dtype = so_far;
+    if (turing && dtype != "float32") dtype.clear();
+  }
+  if (dtype.empty()) dtype = turing ? "float16" : "bfloat16";
+  if (turing && (dtype == "bfloat16" || dtype == "tf32"))
+    fail("--dtype ", dtype, ": ", card.name, " has no ", dtype,
+         " arithmetic (compute capability 8.0 has); --dtype float16 or float32");
+  return dtype;
+}
+
+// Refuses a model whose shapes no kernel was written for.
+inline void require_kernels_for(int HS, int C) {
+  if (HS != 16 && HS != 32 && HS != 64 && HS != 128)
+    fail("a head size (n_embd / n_head) of ", HS, ": the GPU's kernels have 16, 32, 64 and 128; --device cpu has any");
+  if (C > layernorm_max_C)
+    fail("n_embd ", C, ": the GPU's kernels keep a row in registers, of up to ", layernorm_max_C,
+         " channels; --device cpu has any");
 }

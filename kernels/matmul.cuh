@@ -14,12 +14,14 @@
 // defines: Matmul, relu_mask_bytes, head_rows
 #pragma once
 #include <cmath>
+#include <filesystem>
 #include <initializer_list>
 #include <set>
 #include <string>
 #include <tuple>
 #include <type_traits>
 
+#include "../host/files.h"
 #include "../host/tensors.h"
 #include "column_sums.cuh"
 #include "launch.cuh"
@@ -151,6 +153,10 @@ class Matmul {
   // library, and a damaged one, is ignored.
   std::string save_table() { return library_.table().save(); }
   void load_table(const std::string& text) { library_.table().load(text); }
+  void save_table_to(const std::string& path) { write_file(path, save_table()); }
+  void load_table_from(const std::string& path) {  // if there is such a file
+    if (std::filesystem::exists(path)) load_table(read_file(path));
+  }
   // Card, library, and a digest of the algorithms used so far: with the same name, the same bits.
   std::string name() { return library_.table().name(); }
 

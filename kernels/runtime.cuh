@@ -1,11 +1,12 @@
 // What the trainer asks of CUDA besides kernels: memory, a stream, a graph, time.
-// defines: DeviceMemory, DeviceBuffer, copy_to_device, Stream, Graph, device_milliseconds,
-//          plant_canaries_on_device, check_canaries_on_device
+// defines: DeviceMemory, DeviceBuffer, copy_to_device, copy_to_host, free_device_memory, Stream, Graph, device_milliseconds,
+//          plant_canaries_on_device, check_canaries_on_device, first_not_finite_on_device
 #pragma once
 #include <cuda_runtime.h>
 
 #include <cmath>
 #include <cstddef>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -65,6 +66,19 @@ template <class Element>
 void copy_to_device(Element* to, const Element* from, size_t count) {
   CUDA_CHECK(cudaMemcpy(to, from, count * sizeof(Element), cudaMemcpyHostToDevice));
   CUDA_CHECK(cudaDeviceSynchronize());
+}
+
+// Copies to the host what the stream's work so far leaves on the device.
+template <class Element>
+void copy_to_host(Element* to, const Element* from, size_t count, cudaStream_t stream) {
+  CUDA_CHECK(cudaMemcpyAsync(to, from, count * sizeof(Element), cudaMemcpyDeviceToHost, stream));
+  CUDA_CHECK(cudaStreamSynchronize(stream));
+}
+
+inline double free_device_memory() {  // bytes
+  size_t free = 0, total = 0;
+  CUDA_CHECK(cudaMemGetInfo(&free, &total));
+  return double(free);
 }
 
 // A queue of kernels and copies, which the device works off in order.
@@ -144,4 +158,19 @@ void check_canaries_on_device([[maybe_unused]] const Element* buffer, [[maybe_un
         }
     check_canaries(values.data(), layout, name);
   }
+}
+
+// The first tensor of a buffer on the device that has a number which is infinite or NaN (host/tensors.h). A tensor is
+// copied at a time: all activations may not fit into the host's memory.
+template <class Element>
+std::string first_not_finite_on_device(const Element* buffer, const Layout& layout, Order order) {
+  std::vector<Element> copy;
+  std::vector<float> values;
+  const auto slice = [&](size_t offset, size_t count) {
+    copy.resize(count);
+    CUDA_CHECK(cudaMemcpy(copy.data(), buffer + offset, count * sizeof(Element), cudaMemcpyDeviceToHost));
+    values = std::vector<float>(copy.begin(), copy.end());
+    return values.data();
+  };
+  return first_not_finite(slice, layout, order);
 }

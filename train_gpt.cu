@@ -17,16 +17,16 @@
 #include <string>
 #include <vector>
 
-#include "host/commands.h"    // defines: run_command, dtype_so_far, ...
-#include "host/config.h"      // defines: Config, parse_command_line
-#include "host/data.h"        // defines: Data, Split
-#include "host/error.h"       // defines: fail, run_main
-#include "host/files.h"       // defines: read_file, write_file
-#include "host/memory.h"      // defines: MemoryPlan
-#include "host/schedule.h"    // defines: learning_rate_at
-#include "host/tensors.h"     // defines: ModelShape, Params, Arena, Layout
-#include "host/trainer.h"     // defines: Trainer, trainer_type
-#include "host/version.h"     // defines: version_text
+#include "host/commands.h"  // defines: run_command, dtype_so_far, ...
+#include "host/config.h"    // defines: Config, parse_command_line
+#include "host/data.h"      // defines: Data, Split
+#include "host/error.h"     // defines: fail, run_main
+#include "host/files.h"     // defines: read_file, write_file
+#include "host/memory.h"    // defines: MemoryPlan
+#include "host/schedule.h"  // defines: learning_rate_at
+#include "host/tensors.h"   // defines: ModelShape, Params, Arena, Layout
+#include "host/trainer.h"   // defines: Trainer, trainer_type
+#include "host/version.h"   // defines: version_text
 #include "kernels/adamw.cuh"
 #include "kernels/attention.cuh"
 #include "kernels/batch.cuh"
@@ -205,7 +205,7 @@ struct GPT {
 // nothing outlives its layer.
 
 template <class Real>
-void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward) {
+void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_backward) {
   Range range("forward");
   const Params<Real>& w = m.w;
   const Params<float>& p = m.p;
@@ -220,22 +220,19 @@ void forward(GPT<Real>& m, int B, int T, const Dropout& drop, bool for_backward)
                     stream);
   for (int l = 0; l < L; l++) {
     m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C);
-    attention_forward(a.att[l], kept(s.lse, l), a.qkv[l], drop.at(site::attention_dropout, l), m.step(), B, T, C, NH,
-                      stream);
+    attention_forward(a.att[l], kept(s.lse, l), a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, stream);
     m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C);
     residual_layernorm_forward(a.mid[l], a.ln2[l], kept(s.ln2_mean, l), kept(s.ln2_rstd, l), a.inp[l], a.branch,
-                               p.attprojb[l], drop.at(site::proj_dropout, l), m.step(), p.ln2w[l], p.ln2b[l], B, T, C,
-                               stream);
+                               p.attprojb[l], drop.at(site::proj_dropout, l), p.ln2w[l], p.ln2b[l], B, T, C, stream);
     m.matmul.forward_relu(a.fc[l], for_backward ? s.mask(l) : nullptr, a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
     m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C);
-    const Dropout fc_drop = drop.at(site::fc_dropout, l);
+    const DeviceDropout fc_drop = drop.at(site::fc_dropout, l);
     if (l + 1 < L)  // the branch joins the stream together with the next layer's first step
       residual_layernorm_forward(a.inp[l + 1], a.ln1[l + 1], kept(s.ln1_mean, l + 1), kept(s.ln1_rstd, l + 1), a.mid[l],
-                                 a.branch, p.fcprojb[l], fc_drop, m.step(), p.ln1w[l + 1], p.ln1b[l + 1], B, T, C,
-                                 stream);
+                                 a.branch, p.fcprojb[l], fc_drop, p.ln1w[l + 1], p.ln1b[l + 1], B, T, C, stream);
     else
       residual_layernorm_forward(a.out, a.lnf, for_backward ? s.lnf_mean : nullptr, for_backward ? s.lnf_rstd : nullptr,
-                                 a.mid[l], a.branch, p.fcprojb[l], fc_drop, m.step(), p.lnfw, p.lnfb, B, T, C, stream);
+                                 a.mid[l], a.branch, p.fcprojb[l], fc_drop, p.lnfw, p.lnfb, B, T, C, stream);
   }
   m.matmul.forward(a.logits, a.lnf, w.headw, w.headb, rows, C, head_rows<Real>(V), padded_vocabulary(V));
 }
@@ -269,7 +266,7 @@ void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
 }
 
 template <class Real>
-void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool accumulate) {
+void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop, bool accumulate) {
   Range range("backward");
   const Params<Real>& w = m.w;
   const Params<float>&p = m.p, &dw = m.dw;
@@ -287,7 +284,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
   column_partials(gs.head_sums, dlogits, rows, V, Vp, stream);
   // From here on dstream is the gradient of the residual stream, and dbranch that of the branch which joined it here.
   residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_sums, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw, true,
-                              drop.at(site::fc_dropout, L - 1), m.step(), B, T, C, stream);
+                              drop.at(site::fc_dropout, L - 1), B, T, C, stream);
 
   for (int l = L - 1; l >= 0; l--) {
     m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
@@ -295,17 +292,17 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const Dropout& drop, bool
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
     m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
     residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
-                                p.ln2w[l], false, drop.at(site::proj_dropout, l), m.step(), B, T, C, stream);
+                                p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, stream);
 
     m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
     m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], accumulate, rows, C, C, C);
     attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
-                       m.step(), B, T, C, NH, stream);
+                       B, T, C, NH, stream);
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
     m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
     residual_layernorm_backward(g.dstream, l > 0 ? g.dbranch : nullptr, gs.ln1_sums[l], g.dnorm, a.inp[l],
-                                s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false, drop.at(site::fc_dropout, l - 1),
-                                m.step(), B, T, C, stream);
+                                s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false, drop.at(site::fc_dropout, l - 1), B, T,
+                                C, stream);
   }
   embedding_backward(dw.wpe, gs.embedding_sums, g.dstream, m.x, accumulate, B, T, C, V, stream);
   sum_gradients(m, B, T, accumulate);
@@ -503,15 +500,15 @@ class GpuModel final : public Trainer {
     return read_losses() / (double(B) * T);
   }
 
-  // Always computes a whole batch, whose shapes the matrix products are prepared for: behind B windows of n tokens lie
-  // those of an earlier batch, which no loss is taken of and which causality keeps from having any influence.
+  // Rows past B * n still hold an older batch. We compute them and ignore them (causality keeps them from changing
+  // anything): the shapes stay the ones that cuBLASLt was prepared for.
   double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) override {
     gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, stride ? stride : n, B, n, stream_);
     add_losses(false, B * n);
     return read_losses();
   }
 
-  // For the same reason one window of T tokens, whatever n is.
+  // For the same reason this computes T tokens, whatever n is.
   int next_token(const int* context, int n, int, const Choice& choice) override {
     int token = 0;
     CUDA_CHECK(cudaMemcpyAsync(gpt_.x, context, size_t(n) * sizeof(int), cudaMemcpyHostToDevice, stream_));
@@ -539,7 +536,7 @@ class GpuModel final : public Trainer {
     const double dloss = 1.0 / (double(B) * T * batches);
     for (int k = 0; k < batches; k++) {
       const int first_row = k * B;
-      const Dropout drop = {config_.seed, 0, 0, dropout_threshold(config_.dropout), first_row};
+      const DeviceDropout drop({config_.seed, 0, 0, dropout_threshold(config_.dropout), first_row}, gpt_.step());
       gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site::batch,
                     uint64_t(first_row), B, T, stream_);
       forward(gpt_, B, T, drop, true);
@@ -570,8 +567,9 @@ class GpuModel final : public Trainer {
     set_state({});
   }
 
-  // Has the products of a hidden layer, forward and backward, timed in either way of computing its ReLU. The layers take
-  // turns, so that most of what a product reads comes from memory, as in a step.
+  // The library times the products of a hidden layer, forward and backward, with the ReLU computed in either of two
+  // ways, and takes the faster one. The layers take turns, so that most of what a product reads comes from memory, as
+  // in a step.
   void choose_relu() {
     GPT<Real>& m = gpt_;
     const int C = shape().C, rows = gpt_.B * shape().T;

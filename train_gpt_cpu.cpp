@@ -390,7 +390,7 @@ class CpuModel final : public Trainer {
   std::vector<int> x_, y_;  // (B, T)
 };
 
-// For --version: what the kernels of the CPU were built for. Emitted, as run is.
+// For --version: what the kernels of the CPU were built for. gnu::used for the same reason as run.
 [[gnu::used]] inline std::string kernels_text() {
   std::string out = text("CPU kernels: vectors of ", 8 * vector_bytes, " bits");
   if (built_for.fma) out += ", FMA";
@@ -413,8 +413,8 @@ inline std::string auto_dtype(const Config& config) {
   return faster;
 }
 
-// Does what the command line says, on the CPU; why: what to say to someone who did not ask for the CPU. It is emitted
-// (used) although nothing here calls it: train_gpt.cu does.
+// Does what the command line says, on the CPU. why: what to tell somebody who did not ask for the CPU. gnu::used: not
+// every program calls it from this file, but train_gpt.cu does.
 [[gnu::used]] inline int run(Config config, const std::string& why) {
   if (config.command == "export") return export_command(config);
   const bool train = config.command == "train";

@@ -1,6 +1,6 @@
 # What you measure, check and learn with. The Makefile, which includes this file, has the programs and the tests.
 
-.PHONY: help test-race run-shuffled test-memcheck test-threads test-pytorch fuzz \
+.PHONY: help test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
         bench bench-gpu bench-pytorch bench-scaling profile kernel-stats ladder
 
 define HELP
@@ -18,6 +18,8 @@ test     make test            all tests, CUDA kernels on the CPU; SANITIZE=addre
          make test-threads    the same under ThreadSanitizer (clang++)
          make test-pytorch    the exported model against PyTorch (PYTHON=python3, which needs torch and numpy)
          make fuzz            bytes of all kinds for every reader of files and flags (clang++; FUZZ_SECONDS=60 each)
+         make coverage        which share of each file's lines and branches the tests run (g++, gcov)
+         make tidy            clang-tidy on host/ and kernels/*.h (TIDY_FILES=host/files.cpp: one file)
 
 measure  make bench           each layer's time, as a share of the peak that the machine sustains
          make bench-scaling   how a CPU step grows with T, C, L, B, V, threads: doc/cpu_scaling.csv and .png (SIZES=T)
@@ -93,6 +95,29 @@ build/fuzz/%.o: dev/check/fuzz/%.cpp
 	$(compile_fuzz)
 build/fuzz/host/%.o: host/%.cpp
 	$(compile_fuzz)
+
+# Which lines and branches do the tests run? g++ counts in a build of its own. Left out are tests that say nothing of
+# our code's lines (the Makefile's, the documentation's, those of CUDA on the CPU), and those that counting disturbs: a
+# program that ends by a signal loses its counts, and one that counts opens and writes files, which the tests of failing
+# system calls would number with the program's own.
+COVERAGE       := build/coverage
+COVERAGE_TESTS ?= ~[.]~[\#test_make]~[\#test_docs]~[cuda_on_cpu]~[reliability]~"data_prep: every call that writes*"$\
+                  ~"Inputs: a folder that cannot*"~"Inputs: surroundings*"
+coverage:
+	$(MAKE) NVCC= BUILD=$(COVERAGE) CXXFLAGS='$(CXXFLAGS) --coverage' LDFLAGS='$(LDFLAGS) --coverage' run-coverage
+run-coverage: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,train_gpt_cpu train_gpt_on_cpu data_prep ladder/ladder)
+	find $(BUILD) -name '*.gcda' -delete
+	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests -# '$(COVERAGE_TESTS)'
+	dev/check/coverage.py $(BUILD)
+
+# clang-tidy, with the checks of .clang-tidy. The CPU trainer includes the kernels' headers.
+TIDY       ?= clang-tidy
+TIDY_FILES ?= $(wildcard host/*.cpp) data_prep.cpp train_gpt_cpu.cpp
+tidy:
+	@command -v $(TIDY) >/dev/null || { echo '$(TIDY) was not found'; exit 1; }
+	@printf '%s\n' $(TIDY_FILES) | \
+	  xargs -P $(JOBS) -I FILE \
+	  $(TIDY) --quiet --warnings-as-errors='*' FILE -- -std=c++20 $(ARCH_FLAG) $(OPENMP) 2>/dev/null
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Measure

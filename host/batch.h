@@ -1,4 +1,4 @@
-// Batches: B independent windows of the text, each begun at random. Which ones is a function of seed, step and row.
+// Batches: B independent windows of the text, each begun at random. The seed, the step and the row decide where.
 // defines: random_batch
 #pragma once
 #include <cstdint>

@@ -25,7 +25,7 @@ struct CheckpointInfo {
   int iteration = 0;                            // updates done, and so the number of the next one
   double best_loss = 0;                      // the lowest loss so far of the fixed validation windows; infinity: none;
                                              // NaN: an older program, which asked random batches, wrote the file
-  int best_iteration = 0;                    // whose weights that loss is of
+  int best_iteration = 0;                    // the iteration whose weights had that loss
   std::string data;                          // fingerprint of the training and validation tokens
   std::map<std::string, std::string> state;  // what else a trainer needs to go on exactly, by name
 };
@@ -41,8 +41,8 @@ std::vector<TensorView> export_views(const ModelShape& shape, const Layout& layo
 void save_checkpoint(const std::string& path, const CheckpointInfo& info, const Vocabulary& vocabulary,
                      const Layout& layout, const float* params, const float* m, const float* v);
 
-// A checkpoint that was opened and checked: every tensor there, of the right shape and type, and unharmed. With
-// Verify::header its info is unharmed, and its tensors are not to be loaded.
+// A checkpoint that is open and checked: every tensor is there, has the right shape and type, and is undamaged. With
+// Verify::header only the info has been checked, and the tensors must not be loaded.
 class Checkpoint {
  public:
   explicit Checkpoint(const std::string& path, Verify what = Verify::all);
@@ -60,7 +60,7 @@ class Checkpoint {
   Vocabulary vocabulary_;
 };
 
-// A model's weights and moments at one moment, on the host.
+// A copy of a model's weights and moments, on the host.
 struct Snapshot {
   Buffer<float> params, m, v;
   bool all_finite(const Layout& layout) const;

@@ -19,8 +19,8 @@ std::string dtype_so_far(const Config& config);
 // The tokens that --start asks for; without it a newline.
 std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabulary);
 
-// A trainer with a checkpoint's weights, which only samples or is evaluated. What the command line does not say is as it
-// was when the checkpoint was trained.
+// A trainer with a checkpoint's weights, which only samples or is evaluated. What the command line does not say is as
+// it was when the checkpoint was trained.
 std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, const Checkpoint& checkpoint,
                                       const Data* data);
 

@@ -60,14 +60,14 @@ struct Config {
   std::set<std::string> given;  // the flags that stood on the command line
 };
 
-// Fails on an unknown flag (with the nearest name), a value out of range, or a flag of another command. A preset's
-// values are not in yet: which one is taken depends on the device.
+// Fails on an unknown flag (with the nearest name), a value out of range, or a flag of another command. The
+// preset's values are still missing: the device decides which preset is taken.
 Config parse_command_line(int argc, char** argv);
 
 // One flag of the table, whose value goes into this config.
 Flag config_flag(Config& config, const std::string& name);
 
-// Sets what the preset (lecture or small) says, but for the flags that were given.
+// Sets what the preset (lecture or small) says, except where the command line says something else.
 void apply_preset(Config& config, const std::string& preset);
 
 std::string help_text(const std::string& command);

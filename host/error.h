@@ -12,12 +12,12 @@
 #include <stdexcept>
 #include <string>
 
-// What went wrong, where, and what to do about it, as one sentence or two. Ends the program with exit code 1.
+// Says what went wrong, where, and what to do about it, in a sentence or two. It ends the program with exit code 1.
 struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-// Its arguments, printed one after the other.
+// Prints its arguments one after the other, into a string.
 template <class... Parts>
 std::string text(const Parts&... parts) {
   std::ostringstream out;
@@ -30,23 +30,25 @@ template <class... Parts>
   throw Error(text(parts...));
 }
 
-// Gives standard streams that are closed to /dev/null, the output to its reading end: else the next file that is opened
-// would take their number, and what is printed would go into a checkpoint.
+// Opens /dev/null in the place of each standard stream that is closed: otherwise the next file that is opened would
+// take its number, and what we print would go into a checkpoint. Standard output gets a /dev/null that can only be
+// read, so that run_main notices that nothing could be printed.
 inline void hold_standard_streams() {
   for (const int stream : {0, 1, 2})
     if (fcntl(stream, F_GETFD) == -1 && open("/dev/null", stream == 2 ? O_WRONLY : O_RDONLY) != stream) {}
 }
 
-// A thread's stack is as large as the first thread's may grow, and also holds what libraries keep for each thread, 112 KB
-// of it with cuBLASLt; ours take 30 KB, gnuplot 100. Less would end in a segmentation fault.
+// Each thread gets a stack of the size that ulimit -s sets. Libraries keep what is theirs in a thread there too, 112 KB
+// of it with cuBLASLt. Our functions need 30 KB, and gnuplot needs 100. A smaller stack would end in a segmentation
+// fault.
 inline void require_stack() {
   rlimit stack{};
   if (getrlimit(RLIMIT_STACK, &stack) == 0 && stack.rlim_cur < 256 << 10)
     fail("the stack may grow to ", stack.rlim_cur >> 10, " KB only: allow 256 KB or more, with ulimit -s");
 }
 
-// Runs a program's body; an error becomes one line on stderr and exit code 1. What is printed goes out line by line, into
-// a file too: one that takes both streams has the lines in the order in which they were printed.
+// Runs a program's body; an error becomes one line on stderr and exit code 1. Output is written line by line, even into
+// a file: so a file that takes both streams has their lines in the order in which they were printed.
 template <class Body>
 int run_main(Body body) {
   hold_standard_streams();

@@ -13,14 +13,14 @@ struct Interrupted {};  // thrown out of a long task when a signal came
 // The mean losses of eval_iters random batches of either split, as the course estimates them.
 EvalPoint evaluate(Scorer& model, const Config& config, int iteration);
 
-// The mean loss of a whole split: every token but the first is scored once, in windows of T that do not overlap; the last
-// window may be shorter. tokens: how many the split has.
+// The mean loss of a whole split: every token but the first is scored once, in windows of T that do not overlap; the
+// last window may be shorter. tokens: how many the split has.
 double exact_loss(Scorer& model, Split split, uint64_t tokens, int batch_size);
 
-// Which weights are the best is decided by the same tokens of the validation split every time, so that luck has no part
-// in it: by all of them, as in Tiny Shakespeare's 111,540, or in a longer split by windows that lie evenly over it. This
-// bound keeps an evaluation from taking longer the longer the text: it is 64 batches of preset small and 8 of lecture,
-// beside 40 and 400 random ones.
+// The same tokens of the validation split decide every time which weights are the best, so that luck has no part in it.
+// They are the whole split if it is short, like Tiny Shakespeare's with its 111,540 tokens; in a longer one they are
+// windows that lie evenly over it. This bound says what is short, so that an evaluation takes no longer
+// with a longer text. It is 64 batches of preset small and 8 of lecture, beside 40 and 400 random ones.
 constexpr uint64_t fixed_tokens = 131'072;
 
 // In how many windows of T the fixed tokens of a long split lie; 0: the split is short, and they are all of it.

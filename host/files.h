@@ -37,7 +37,7 @@ class AtomicFile {
   int file_ = -1;  // -1: committed
 };
 
-// The same for a file whose content is at hand.
+// Writes a whole file that way.
 void write_file(const std::string& path, std::string_view content);
 
 // rename(2): the file at `to`, if there is one, is replaced.
@@ -49,15 +49,16 @@ void flush_folder(const std::string& folder);
 // Makes a folder and those above it; one that exists already is fine.
 void make_folder(const std::string& path);
 
-// What a file is by its first bytes, for messages about one that is not what was wanted: "a zip archive, as PyTorch's
-// .pth files are", "an HTML page", "text". Empty: nothing that is known.
+// Says what a file is, judging by its first bytes, for a message about a wrong file: "a zip archive, as PyTorch's .pth
+// files are", "an HTML page", "text". Empty if we do not recognise it.
 std::string looks_like(std::string_view bytes);
 
 // Raises "<path> is <what it looks like>: <instead>" if it looks like something and that is not what is wanted.
 void refuse_other(const std::string& path, std::string_view bytes, std::string_view wanted, const char* instead);
 
-// Keeps other processes out of a folder while it lives: a file `lock` in it that the system holds for us, and releases
-// however we end. One that a killed process left behind is free. Raises an Error that names the process that has it.
+// Keeps other processes out of a folder while this object lives, by the system's lock on a file `lock` in it. The
+// system releases the lock however we end, so a file that a killed process left behind keeps nobody out. If another
+// process has the lock, the constructor raises an Error that names it.
 class Lock {
  public:
   explicit Lock(const std::string& folder);

@@ -107,8 +107,8 @@ std::set<std::string> parse_flags(std::vector<std::string> arguments, const std:
     i++;
   }
 
-  // CLI11 sorts the arguments, and only that: values come from checkpoints and presets too, so their checks, and the help
-  // that shows what was checked, are made from our own table.
+  // CLI11 sorts the arguments, and only that: values come from checkpoints and presets too, so their checks, and the
+  // help that shows what was checked, are made from our own table.
   CLI::App app;
   app.set_help_flag();
   app.allow_extras();

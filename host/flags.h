@@ -11,8 +11,8 @@
 
 constexpr double no_limit = std::numeric_limits<double>::infinity();
 
-// Where the value goes decides what is accepted: a number from low to high, or one of the words of choices (none: any
-// text).
+// The type of the target decides what is accepted: a number from low to high, or one of the words in choices (any text,
+// if there are none).
 struct Flag {
   std::string name;
   std::variant<std::string*, int*, double*, bool*, uint64_t*> target;
@@ -24,10 +24,10 @@ struct Flag {
 void set_flag(const Flag& flag, const std::string& value);  // raises an Error that says what the flag takes
 std::string flag_value(const Flag& flag);
 
-// Reads `--flag value` and `--flag=value`, the last of several counts, and returns the names of those that were given. If
-// --help (-h) or --version is among the arguments, it returns that name alone and sets nothing. It calls unknown(name) for
-// each flag that is not in the table, and other(word) for each word that is neither a flag nor a value; without `other`,
-// such a word is an Error.
+// Reads `--flag value` and `--flag=value`, the last of several counts, and returns the names of those that were given.
+// If --help (-h) or --version is among the arguments, it returns that name alone and sets nothing. It calls
+// unknown(name) for each flag that is not in the table, and other(word) for each word that is neither a flag nor a
+// value; without `other`, such a word is an Error.
 std::set<std::string> parse_flags(std::vector<std::string> arguments, const std::vector<Flag>& flags,
                                   const std::function<void(const std::string& name)>& unknown,
                                   const std::function<void(const std::string& word)>& other = nullptr);

@@ -23,8 +23,9 @@
 // ---------------------------------------------------------------------------------------------------------------------
 // Control groups
 
-// Control groups form a tree, and a process is bound by its own group and by every group above: the smallest limit counts.
-// limit(folder) reads the limit of one group. In version 1 every controller ("cpu", "memory") has a tree of its own.
+// Control groups form a tree, and a process is bound by its own group and by every group above: the smallest limit
+// counts. limit(folder) reads the limit of one group. In version 1 every controller ("cpu", "memory") has a tree of its
+// own.
 template <class Limit>
 static double least_of_groups(const std::string& root, const std::string& controller, Limit limit) {
   double least = std::numeric_limits<double>::infinity();
@@ -121,10 +122,10 @@ void use_threads(int threads, bool say) {
 }
 
 // A thread that waits for others keeps its core busy for a while before it sleeps, since most waits are shorter than
-// falling asleep and waking. g++'s OpenMP does so for 5 to 15 ms and clang's for 200. That takes the core away from other
-// programs and, through them, from our own threads; a millisecond is enough. OpenMP reads these variables when it starts:
-// clang's at the first call, g++'s in a constructor, which runs after this one where libgomp is part of the program
-// (Makefile).
+// falling asleep and waking. g++'s OpenMP does so for 5 to 15 ms and clang's for 200. That takes the core away from
+// other programs and, through them, from our own threads; a millisecond is enough. OpenMP reads these variables when it
+// starts: clang's at the first call, g++'s in a constructor, which runs after this one where libgomp is part of the
+// program (Makefile).
 __attribute__((constructor(102))) static void wait_briefly() {
   if (std::getenv("OMP_WAIT_POLICY")) return;
   setenv("GOMP_SPINCOUNT", "3000", 0);  // g++: turns of the waiting loop, 0.03 to 0.15 ms
@@ -134,8 +135,8 @@ __attribute__((constructor(102))) static void wait_briefly() {
 // ---------------------------------------------------------------------------------------------------------------------
 // Instruction sets
 
-// Stops a program on a processor that lacks an instruction set which its kernels were built for, with a sentence instead
-// of an illegal instruction. This must run before every other constructor.
+// Stops a program on a processor that lacks an instruction set which its kernels were built for, with a sentence
+// instead of an illegal instruction. This must run before every other constructor.
 #if defined(__x86_64__) && defined(__GNUC__)
 namespace {
 

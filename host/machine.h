@@ -15,17 +15,18 @@ int physical_cores(const std::vector<int>& processors, const std::string& root =
 // How many threads these logical processors keep busy: one for each core, within the quota; at least 1.
 int usable_cores(const std::vector<int>& processors, const std::string& root = "");
 
-// Makes OpenMP use so many threads. 0 means as many as OMP_NUM_THREADS says, or else one for each physical core that this
-// process may use: two threads on one core would share its vector units, which the products keep busy, and the system
-// would stop threads that go beyond a container's quota. A slow core (of a hybrid processor) counts like a fast one: the
-// tasks of products and attention go to whichever thread is free, and only the other tenth of a step is divided evenly.
+// Makes OpenMP use so many threads. 0 means as many as OMP_NUM_THREADS says, or else one for each physical core that
+// this process may use: two threads on one core would share its vector units, which the products keep busy, and the
+// system would stop threads that go beyond a container's quota. A slow core (of a hybrid processor) counts like a fast
+// one: the tasks of products and attention go to whichever thread is free, and only the other tenth of a step is
+// divided evenly.
 //
-// OMP_NUM_THREADS wins because somebody set it. Often that was a container's image, so if it is not the number of cores, a
-// line on stderr says so; say = false keeps that line away.
+// OMP_NUM_THREADS wins because somebody set it. Often that was a container's image, so if it is not the number of
+// cores, a line on stderr says so; say = false keeps that line away.
 void use_threads(int threads, bool say = true);
 
-// Which instruction sets the kernels were built for. This is data, so that asking executes none of them. A processor that
-// lacks one of them ends the program with a sentence, before main begins.
+// Which instruction sets the kernels were built for. This is data, so that asking executes none of them. A processor
+// that lacks one of them ends the program with a sentence, before main begins.
 struct CpuFeatures {
   bool fma, avx2, avx512, avx512_bf16;
 };

@@ -27,15 +27,15 @@ struct GramHash {
   }
 };
 
-// Calls visit(i, context, next) for each place i of a text that has a context of k tokens; place 0 is left out where
-// `first` is 1.
+// Calls visit(i, context, next) for each place i, from `first` on, that has k tokens before it: these are the context,
+// and next is the token at that place.
 template <class Visit>
-void each_gram(std::span<const int> text, int k, size_t first, Visit visit) {
+void each_gram(std::span<const int> tokens, int k, size_t first, Visit visit) {
   const uint64_t mask = k == 0 ? 0 : ~uint64_t{0} >> (64 - 16 * k);
   uint64_t context = 0;
-  for (size_t i = 0; i < text.size(); i++) {
-    if (i >= std::max(size_t(k), first)) visit(i, context, text[i]);
-    context = (context << 16 | uint64_t(text[i])) & mask;
+  for (size_t i = 0; i < tokens.size(); i++) {
+    if (i >= std::max(size_t(k), first)) visit(i, context, tokens[i]);
+    context = (context << 16 | uint64_t(tokens[i])) & mask;
   }
 }
 
@@ -57,7 +57,7 @@ struct Counts {
       if (grams[{context, next}]++ == 0) found->second.distinct++;
     });
   }
-  double of(uint64_t context, int next) const {
+  double count(uint64_t context, int next) const {
     const auto found = grams.find({context, next});
     return found == grams.end() ? 0 : double(found->second);
   }
@@ -69,7 +69,7 @@ double additive_loss(std::span<const int> train, std::span<const int> scored, in
   double sum = 0;
   each_gram(scored, k, 1, [&](size_t, uint64_t context, int next) {
     const double total = double(counts.contexts.at(context).total);
-    sum -= std::log((counts.of(context, next) + added) / (total + added * V));
+    sum -= std::log((counts.count(context, next) + added) / (total + added * V));
   });
   return sum / double(scored.size() - 1);
 }
@@ -98,7 +98,7 @@ double witten_bell_loss(std::span<const int> train, std::span<const int> scored,
     each_gram(scored, k, 1, [&](size_t i, uint64_t context, int next) {
       const auto& [total, distinct] = counts.contexts.at(context);
       if (total == 0) return;  // never seen: the shorter context decides
-      p[i] = (counts.of(context, next) + double(distinct) * p[i]) / double(total + distinct);
+      p[i] = (counts.count(context, next) + double(distinct) * p[i]) / double(total + distinct);
     });
   }
   double sum = 0;

@@ -1,8 +1,8 @@
 // What counting alone achieves: the losses a model is compared with. All are mean cross-entropies in nats per
 // character.
 //
-// The convention is that of the exact validation loss: every character of the scored text but its first counts once,
-// and a context never reaches back beyond the start of that text, so near the start it is shorter.
+// They score what the exact validation loss scores: every character of a text but its first counts once. A context
+// never reaches back beyond the start of that text, so near the start it is shorter.
 // defines: uniform_loss, unigram_loss, bigram_loss, witten_bell_loss, Baseline, compute_baselines, save_baselines,
 //          load_baselines
 #pragma once

@@ -97,8 +97,8 @@ void spread(std::vector<Label>& labels, double distance) {
     }
 }
 
-// What every picture of a run has in common, in gnuplot's words. Title and legend stand outside the plot, where no curve can
-// meet them. (These commands are part of the program: it is not to need its sources where it runs.)
+// What every picture of a run has in common, in gnuplot's words. Title and legend stand outside the plot, where no
+// curve can meet them. (These commands are part of the program: it is not to need its sources where it runs.)
 constexpr const char* look =
     R"(set key at graph 1, graph 1.025 right bottom horizontal maxrows 1 samplen 2.5 textcolor rgb '#707070' font ',11'
 set xlabel 'iteration'

@@ -1,4 +1,4 @@
-// Pictures, drawn by gnuplot; above all that of a run.
+// Pictures, drawn by gnuplot: above all the curves of a run.
 // defines: PlotData, draw_plot, draw_picture, quoted, train_colour, val_colour, ...
 #pragma once
 #include <string>
@@ -13,7 +13,7 @@ struct PlotData {
   std::vector<Baseline> baselines;
   std::string title;
   std::vector<IterPoint> fixed = {};  // the loss of the fixed validation windows, where it was computed
-  std::string fixed_name = "";        // what it is of
+  std::string fixed_name = "";        // what the legend calls that loss
   IterPoint best = {};                // the lowest, whose weights are kept
 };
 
@@ -21,10 +21,10 @@ struct PlotData {
 // and the result is false: a run is not to end for its picture. Only a disk that cannot be written is an Error.
 bool draw_plot(const std::string& png_path, const PlotData& data);
 
-// The same for any commands of gnuplot; size in pixels.
+// Draws a PNG from any commands of gnuplot, with the same promise. The size is in pixels.
 bool draw_picture(const std::string& png_path, int width, int height, const std::string& commands);
 
-// A text as gnuplot's commands quote it.
+// A string, in the quotes of a gnuplot command.
 std::string quoted(const std::string& words);
 
 // Colours of Okabe and Ito (2008), which colour-blind people tell apart.

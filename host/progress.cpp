@@ -121,7 +121,7 @@ void ProgressBar::update(uint64_t done, const std::string& note) {
   } else {
     const double seconds = std::chrono::duration<double>(now - last_draw_).count();
     if (shown_ && seconds < 0.1 && done < state_.total) return;
-    // The rate is that of about the last ten seconds.
+    // The rate is a mean over about the last ten seconds.
     const double keep = std::exp(-seconds / 10);
     recent_done_ = recent_done_ * keep + double(done - std::min(done, last_done_));
     recent_ = recent_ * keep + seconds;

@@ -19,11 +19,11 @@ namespace {
 
 static_assert(std::endian::native == std::endian::little, "the archive says \"little\"");
 
-// A storage: the first tensor's data, and how many elements the largest of its views needs.
+// A storage: its number in the archive, and how many elements the largest tensor that views it needs.
 struct Storage {
   size_t index = 0, elements = 0;
 };
-using Storages = std::map<const void*, Storage>;
+using Storages = std::map<const void*, Storage>;  // by the address of the data
 
 // The few instructions of pickle's stack machine (protocol 2, see Python's pickletools.py) that a state dict needs.
 class Pickle {
@@ -176,7 +176,7 @@ class Archive {
   std::string path_;
   zip_source_t* memory_ = nullptr;
   zip_t* zip_ = nullptr;
-  size_t end_ = 0;  // of what has been added, in the file
+  size_t end_ = 0;  // where the records so far will end in the file
 };
 
 }  // namespace

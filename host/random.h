@@ -1,7 +1,7 @@
 // Random numbers without state: every number is a pure function of (seed, step, site, index).
 // Nothing has to be stored, ordered or locked: backward makes a dropout mask again instead of keeping it, any number of
 // threads draws the same numbers, a resumed run goes on exactly, and a GPU kernel agrees with the CPU bit for bit.
-// defines: Philox4, philox4x32_10, random4, site, unit_open, normal4, below, dropout_threshold, dropout_scale
+// defines: Philox4, philox4x32_10, random4, site, unit_open, normal4, below
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -53,7 +53,7 @@ constexpr uint32_t init = 1u << 24;               // index: four elements of ten
 constexpr uint32_t batch = 2u << 24;              // index: row of the batch, counted over gradient accumulation
 constexpr uint32_t eval_train = 3u << 24;         // index: row, counted over the batches of one evaluation
 constexpr uint32_t eval_val = 4u << 24;           // index: as above
-constexpr uint32_t attention_dropout = 5u << 24;  // index: see kernels/masks.h
+constexpr uint32_t attention_dropout = 5u << 24;  // index: see kernels/dropout_law.h
 constexpr uint32_t proj_dropout = 6u << 24;       // index: eight elements of the (B*T, C) tensor
 constexpr uint32_t fc_dropout = 7u << 24;         // index: as above
 constexpr uint32_t sampler = 8u << 24;            // step: position in the text, index: number of the sample
@@ -90,8 +90,3 @@ inline void normal4(double out[4], const Philox4& r) {
     out[i + 1] = radius * std::sin(angle);
   }
 }
-
-// Dropout decides with 16 random bits: keep iff draw < threshold. The probability of keeping is then threshold / 65536,
-// not exactly 1 - p, and the scale is its exact inverse, so that the expectation of every activation is unchanged.
-HOST_DEVICE inline uint32_t dropout_threshold(double p) { return uint32_t((1.0 - p) * 65536.0 + 0.5); }
-HOST_DEVICE inline double dropout_scale(uint32_t threshold) { return 65536.0 / threshold; }

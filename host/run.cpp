@@ -25,7 +25,7 @@ std::string flops_text(double flops, double peak) {
   return line;
 }
 
-// Refuses to go on with another text, or with a run that is complete; says it if the type is another.
+// Refuses to go on with another text, or with a run that is complete. Says so if the type of arithmetic has changed.
 static void check_resumed(const Config& config, const Checkpoint& checkpoint, const Data& data) {
   const CheckpointInfo& info = checkpoint.info();
   if (info.data != data.fingerprint)
@@ -111,8 +111,8 @@ void TrainingRun::prepare_parameters() {
   trainer_->restore(start.params.data(), start.m.data(), start.v.data());
 }
 
-// An older program's run knows only what random batches thought of its best weights: they are scored by the fixed windows.
-// Afterwards the trainer has those weights.
+// A checkpoint of an older program has the loss of random batches for its best weights. That cannot be compared with the
+// loss of the fixed windows, so these score the weights again. Afterwards the trainer has those weights.
 void TrainingRun::score_best_again() {
   info_.best_loss = std::numeric_limits<double>::infinity();
   const std::string path = best_checkpoint(config_.out_dir);
@@ -176,8 +176,8 @@ void TrainingRun::train() {
 }
 
 // Whether the fixed windows score the weights before this iteration. The last evaluation leaves that out, unless it is
-// due anyway: the weights after the last step are scored instead. So a run that is made longer afterwards has judged the
-// same weights as one that was long from the start, if it had ended where that one evaluates.
+// due anyway: the weights after the last step are scored instead. So a run that is made longer afterwards has judged
+// the same weights as one that was long from the start, if it had ended where that one evaluates.
 bool TrainingRun::judged() const { return info_.iteration % config_.eval_interval == 0; }
 
 bool TrainingRun::checkpoint_is_due() {
@@ -304,9 +304,9 @@ void TrainingRun::save(bool best) {
   last_save_ = Clock::now();
 }
 
-// Repeats the steps of a run since its last checkpoint one by one, up to the bad one, and says which step and which of its
-// tensors were the first with a number that is not finite. A run is a function of its checkpoint and its settings, so
-// that what went wrong goes wrong again; if not, it was no mistake in the numbers.
+// Repeats the steps of a run since its last checkpoint one by one, up to the bad one, and says which step and which of
+// its tensors were the first with a number that is not finite. A run is a function of its checkpoint and its settings,
+// so that what went wrong goes wrong again; if not, it was no mistake in the numbers.
 std::string TrainingRun::find_not_finite(const NotFinite& bad) {
   const Checkpoint good(last_checkpoint(config_.out_dir));
   const Layout& layout = trainer_->layout();

@@ -17,8 +17,8 @@
 double flops_per_token(const ModelShape& shape);    // of a training step: 3 x forward, attention causal
 std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
 
-// A run of the command train, from its settings to its last file. What it prints, and when, is in doc/reliability.md and
-// in the README.
+// A run of the command train, from its settings to its last file. doc/reliability.md says what signals, crashes, full
+// disks and numbers that are not finite do to it.
 class TrainingRun {
  public:
   // Opens what is there (the text and, to go on, the checkpoint), refuses what cannot work, and makes the trainer.
@@ -34,7 +34,7 @@ class TrainingRun {
     bool evaluation = false;
   };
 
-  // The parts of prepare.
+  // Before the first step: run.cpp says what each does.
   static std::unique_ptr<Checkpoint> open_resumed(Config& config);
   void prepare(const TrainerType& type);
   void prepare_parameters();
@@ -50,6 +50,7 @@ class TrainingRun {
   void finish();
   void write_sample();
 
+  // What these share.
   double fixed_val_loss();
   bool note_if_best(double loss);
   Snapshot& take_snapshot();
@@ -62,12 +63,12 @@ class TrainingRun {
   ModelShape shape_;
   std::optional<Lock> lock_;
   std::unique_ptr<Trainer> trainer_;
-  CheckpointInfo info_;  // info_.iteration is the number of the next update
+  CheckpointInfo info_;  // of the next checkpoint; info_.iteration is the number of the next update
   std::optional<CheckpointWriter> writer_;
   std::optional<RunFiles> files_;
 
   Clock::time_point start_, last_save_;
-  double step_seconds_ = 0;  // since the last line of the log, as is steps_
+  double step_seconds_ = 0;  // time and number of the steps since the last line of the log
   int steps_ = 0;
-  double newest_loss_ = 0;  // of the newest step
+  double newest_loss_ = 0;
 };

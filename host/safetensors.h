@@ -30,8 +30,8 @@ using Metadata = std::map<std::string, std::string>;
 // The metadata's names "checksum" and "checksum.*" are reserved.
 void write_safetensors(const std::string& path, const std::vector<TensorView>& tensors, const Metadata& metadata);
 
-// What of a file is compared with its checksums. For the tensors that takes most of the time of opening a checkpoint, so
-// whoever only asks what the header says leaves them alone.
+// Which parts of a file are compared with their checksums. The tensors take most of the time that it takes to open a
+// checkpoint, so a caller who only wants to know what the header says leaves them out.
 enum class Verify { header, all };
 
 // A safetensors file, ours or another program's. Everything that the header says is checked before it is believed, and

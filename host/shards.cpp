@@ -122,8 +122,8 @@ static void check_tokens(const std::string& path, const uint16_t* tokens, uint64
       fail(path, ": token ", i, " (byte offset ", header_bytes + 2 * i, ") is ", tokens[i],
            ", but the vocabulary has ids 0 to ", V - 1, " (run ./data_prep again)");
     }
-    // The pages that were looked at need not stay: gigabytes of text would count as memory in use. Rounded inwards, to
-    // the largest page size there is: the mapping's neighbours must not be dropped, they may be no file.
+    // We give back the pages that we looked at: gigabytes of text would count as memory in use. We round inwards, to
+    // the largest page size there is, because the mapping's neighbours must stay: their content may be in no file.
     constexpr uintptr_t page = 65536;
     const uintptr_t low = (uintptr_t(tokens + begin) + page - 1) / page * page,
                     high = uintptr_t(tokens + end) / page * page;

@@ -7,12 +7,12 @@ static constexpr int stopping[] = {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SI
 
 static void note(int signal) {
   caught = signal;
-  // The system repeats SIGXCPU every second, which is not a person's impatience.
+  // A second signal comes from somebody who is impatient, except SIGXCPU, which the system repeats every second.
   std::signal(signal, signal == SIGXCPU ? SIG_IGN : SIG_DFL);
 }
 
 void catch_signals() {
-  // One that is ignored (nohup), or that a profiler loaded into the program waits for, is left to them.
+  // A signal that is ignored (by nohup), or that a profiler inside the program waits for, stays as it is.
   for (const int signal : stopping)
     if (const auto before = std::signal(signal, note); before != SIG_DFL) std::signal(signal, before);
   std::signal(SIGPIPE, SIG_IGN);

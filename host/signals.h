@@ -1,5 +1,6 @@
-// Ctrl-C, SIGTERM and what else asks a program to end, or warns that it soon will be, end a run in good order: the
-// current step is finished and saved. The same signal once more ends it at once. doc/reliability.md has all signals.
+// Ctrl-C, SIGTERM and other signals ask a program to end, or warn that the system will end it soon. They stop a run in
+// good order: the current step is finished and saved. The same signal once more ends it at once. doc/reliability.md
+// lists them.
 // defines: catch_signals, stop_signal
 #pragma once
 

@@ -137,11 +137,11 @@ std::string Vocabulary::other_form(char32_t before, char32_t c) const {
                     "to it)";
 }
 
-std::vector<uint16_t> Vocabulary::encode(std::string_view text, const char* what) const {
+std::vector<uint16_t> Vocabulary::encode(std::string_view words, const char* what) const {
   std::vector<uint16_t> ids;
   // A byte order mark that belongs to the vocabulary is a character like any other.
   Utf8Decoder decoder(what, find(0xFEFF) < 0 ? Utf8Decoder::Bom::drop : Utf8Decoder::Bom::keep);
-  decoder.feed(text, [&](char32_t c) {
+  decoder.feed(words, [&](char32_t c) {
     const int id = find(c);
     if (id < 0)
       fail(what, ": character ", ids.size() + 1, ", '", shown(c), "' (", code_point(c),

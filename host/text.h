@@ -7,7 +7,7 @@
 #include <vector>
 
 // Decodes UTF-8 that arrives in pieces, cut anywhere. What is not UTF-8 (Unicode 15, table 3-7) raises an Error with
-// the byte offset and the bytes found there; `what` names the text in it.
+// the byte offset and the bytes found there; `what` names the text in that message.
 class Utf8Decoder {
  public:
   // A byte order mark at the start says only that the text is UTF-8; it is not a character of the text.
@@ -49,7 +49,7 @@ class Utf8Decoder {
 
 std::string utf8(char32_t c);
 
-// The same for a person's eyes: what has no shape of its own, or moves others, is shown as \n or U+200B.
+// A character for a person to look at: one that is invisible, or that changes its neighbours, is shown as \n or U+200B.
 std::string shown(char32_t c);
 
 std::string with_commas(uint64_t n);  // 1115394 -> "1,115,394"
@@ -70,14 +70,15 @@ class Vocabulary {
   std::string decode(int id) const { return utf8(characters_.at(size_t(id))); }
 
   // Raises an Error that names the first character outside the vocabulary and its place; `what` names the text in it.
-  std::vector<uint16_t> encode(std::string_view text, const char* what) const;
+  std::vector<uint16_t> encode(std::string_view words, const char* what) const;
 
   // vocab.json: {"vocab_size": 65, "hash": "0123456789abcdef", "characters": ["\n", " ", ...]}
   void save(const std::string& path) const;
   static Vocabulary load(const std::string& path);
 
  private:
-  // For a message: a character that is unknown, and stands behind this one, may be known in another form.
+  // The end of a message about the unknown character c: the vocabulary may know it in another form, in several parts or
+  // as one with the character before it.
   std::string other_form(char32_t before, char32_t c) const;
 
   static constexpr uint16_t none = 0xFFFF;

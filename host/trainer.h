@@ -1,5 +1,5 @@
-// A model as the loop around it sees it: the interface between host/ and the two trainers. train_gpt_cpu.cpp's CpuModel and
-// train_gpt.cu's GpuModel implement it; a call through it happens once in a step or a batch, which costs nothing.
+// A model as the loop around it sees it: the interface between host/ and the two trainers. train_gpt_cpu.cpp's CpuModel
+// and train_gpt.cu's GpuModel implement it; a call through it happens once in a step or a batch, which costs nothing.
 // Whatever fails raises an Error (host/error.h).
 // defines: Scorer, Trainer, TrainerType, trainer_type, require_imaginable, possible_plan
 #pragma once
@@ -28,8 +28,8 @@ struct Scorer {
   // Which batches these are depends on the seed, the split, the iteration and their numbers alone.
   virtual double random_losses(Split split, int iteration, int first, int count) = 0;
 
-  // The sum of the losses of all B * n targets in B windows of n <= T tokens, B <= batch_size. The first window begins at
-  // token `first` of the split, each of the others `stride` tokens after the one before it; stride 0 means n.
+  // The sum of the losses of all B * n targets in B windows of n <= T tokens, B <= batch_size. The first window begins
+  // at token `first` of the split, each of the others `stride` tokens after the one before it; stride 0 means n.
   virtual double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) = 0;
 };
 

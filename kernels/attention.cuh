@@ -1,5 +1,5 @@
 // Causal multi-head self-attention with dropout on the weights, on the GPU. attention.h has the equations and the CPU
-// twin, masks.h the numbering of the random draws. bf16 and fp16 run on tensor cores, with the kernels below; float
+// twin, dropout_law.h the numbering of the random draws. bf16 and fp16 run on tensor cores, with the kernels below; float
 // runs on the simpler kernels of attention_float.cuh, which are the ones to read first. doc/attention.md explains both.
 //
 // No (T, T) matrix is ever stored. Forward goes through the keys in tiles with a running softmax (Dao et al.,
@@ -14,8 +14,8 @@
 
 #include "attention_float.cuh"
 #include "device.cuh"
+#include "dropout.cuh"
 #include "launch.cuh"
-#include "masks.h"
 
 namespace attention {
 
@@ -192,24 +192,6 @@ __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R
   }
 }
 
-// keep[i] = whether dropout keeps element i of this lane's part of a block of weights, whose first query is q and first
-// key kv. The draws are numbered for blocks with queries as rows. If TRANSPOSED, the block has keys as rows and queries
-// as columns, so each 8 x 8 quarter of the mask is transposed across the warp, and the quarters off the diagonal swap.
-// bh: Head::masks
-template <bool TRANSPOSED>
-__device__ inline void mask(bool (&keep)[8], const Dropout& drop, uint64_t bh, int q, int kv, int T) {
-  const Philox4 draws = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + lane());
-  if constexpr (TRANSPOSED) {
-    uint32_t quarter[4];
-    for (int w = 0; w < 4; w++)
-      quarter[w] = transpose_8x8((draw_of(draws, 2 * w) < drop.threshold ? 0xffffu : 0u) |
-                                 (draw_of(draws, 2 * w + 1) < drop.threshold ? 0xffff0000u : 0u));
-    for (int i = 0; i < 8; i++) keep[i] = quarter[i / 2 % 2 * 2 + i / 4] >> 16 * (i % 2) & 1;
-  } else {
-    for (int i = 0; i < 8; i++) keep[i] = draw_of(draws, i) < drop.threshold;
-  }
-}
-
 // Scores of keys that come after the query become -infinity, so that their weights become 0. s (16 R, 16 N) begins at
 // query first_row and key first_column or, if TRANSPOSED, at key first_row and query first_column. Returns at once
 // where all keys are visible.
@@ -258,15 +240,12 @@ __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)
 //   out  (B, T, NH, HS) =       the weighted sums of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
 //   qkv  (B, T, 3, NH, HS)
-//   step (1)                    the iteration, on the device; it numbers the draws, and is read only with DROPOUT
-// keep_scale = 1 / (1 - p), which dropout multiplies the weights that it keeps by.
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
-    attention_forward_kernel(Real* out, float* lse, const Real* qkv, Dropout drop, const int* step, float keep_scale,
-                             int T, int NH) {
+    attention_forward_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
   using namespace attention;
   constexpr int R = query_blocks<HS>, N = step_keys / 16, rows = warps * 16 * R;
-  if (DROPOUT) drop.step = uint32_t(*step);
+  if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
@@ -312,7 +291,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 #pragma unroll
         for (int n = 0; n < N; n++) {
           bool keep[8];
-          mask<false>(keep, drop, head.masks, first + r * 16, k0 + n * 16, T);
+          attention_mask<false>(keep, drop, head.masks, first + r * 16, k0 + n * 16, T);
           for (int i = 0; i < 8; i++) s[r][n][i] = keep[i] ? s[r][n][i] : 0.0f;
         }
       }
@@ -331,7 +310,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
       const float total = lane_sum<4>(sum[r][i]);  // the row's four lanes
       const int query = first_of_r + row_of(2 * i);
       if (lse && lane() % 4 == 0 && query < T) lse[head.bh * T + query] = max[r][i] * softmax_scale<HS>() + logf(total);
-      factor[i] = keep_scale / total;
+      factor[i] = drop.keep_scale / total;
     }
     store_rows<HS>(out + head.out + first_of_r * out_row, out_row, T - first_of_r, smem, own + r * 16, o[r], factor);
   }
@@ -347,11 +326,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::fewer_blocks : 2)
     attention_backward_queries_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
-                                      const float* lse, Dropout drop, const int* step, float keep_scale, int T,
-                                      int NH) {
+                                      const float* lse, DeviceDropout drop, int T, int NH) {
   using namespace attention;
   constexpr int N = step_keys / 16, rows = warps * 16, chunks = HS / 8;
-  if (DROPOUT) drop.step = uint32_t(*step);
+  if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
@@ -406,10 +384,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
-      if constexpr (DROPOUT) mask<false>(keep, drop, head.masks, first, k0 + n * 16, T);
+      if constexpr (DROPOUT) attention_mask<false>(keep, drop, head.masks, first, k0 + n * 16, T);
       for (int i = 0; i < 8; i++)
         backward_weight<Real>(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2],
-                              !DROPOUT || keep[i], keep_scale);
+                              !DROPOUT || keep[i], drop.keep_scale);
     }
     // 7. dq += dS @ k
     multiply_add<Real, HS>(dq, ds, smem, tiles.x_row(k0));
@@ -431,10 +409,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_backward_keys_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
-                                   Dropout drop, const int* step, float keep_scale, int T, int NH) {
+                                   DeviceDropout drop, int T, int NH) {
   using namespace attention;
   constexpr int N = step_queries<HS> / 16, rows = warps * 16;
-  if (DROPOUT) drop.step = uint32_t(*step);
+  if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
@@ -485,10 +463,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
-      if constexpr (DROPOUT) mask<true>(keep, drop, head.masks, q0 + n * 16, first, T);
+      if constexpr (DROPOUT) attention_mask<true>(keep, drop, head.masks, q0 + n * 16, first, T);
       for (int j = 0; j < 8; j++) {
         const float2 of_q = lse_and_D[i % (2 * tiles.tile) + n * 16 + column_of(j)];
-        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], keep_scale);
+        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], drop.keep_scale);
       }
     }
     // 5. dv += weights^T @ dout, dk += dS^T @ q
@@ -500,7 +478,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   __syncthreads();  // no warp needs the tiles any more
   Real *dK = dqkv + head.qkv + out_row + first * row, *dV = dK + out_row;
   store_rows<HS>(dK, row, T - first, smem, own, dk[0], {softmax_scale<HS>(), softmax_scale<HS>()});
-  store_rows<HS>(dV, row, T - first, smem, own + rows, dv[0], {keep_scale, keep_scale});
+  store_rows<HS>(dV, row, T - first, smem, own + rows, dv[0], {drop.keep_scale, drop.keep_scale});
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -508,10 +486,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 
 namespace attention {
 
-inline void check(const char* who, const Dropout& drop, const int* step, int B, int T, int C, int NH) {
+inline void check(const char* who, const DeviceDropout& drop, int B, int T, int C, int NH) {
   require(B > 0 && T > 0 && NH > 0 && C % NH == 0, who, ": B = ", B, ", T = ", T, ", C = ", C, ", NH = ", NH);
   require(B <= 65535 && T <= 65535 * warps, who, ": B = ", B, " or T = ", T, " is too large for a grid");
-  require(!drop.active() || step, who, ": dropout needs the step's number");
+  require(!drop.active() || drop.step_on_device, who, ": dropout needs the step's number");
 }
 
 // Calls body(head size, whether there is dropout) with both as types, so that they are constants in the kernel that it
@@ -541,52 +519,47 @@ constexpr size_t smem_bytes(int more = 0) {
 
 }  // namespace attention
 
-// out (B, T, C) =, lse (B, NH, T) = or null; qkv (B, T, 3, NH, HS), step (1), which may be null without dropout.
+// out (B, T, C) =, lse (B, NH, T) = or null; qkv (B, T, 3, NH, HS).
 // A query's result does not depend on B. A score that overflows float makes its query's results NaN.
 template <class Real>
-void attention_forward(Real* out, float* lse, const Real* qkv, const Dropout& drop, const int* step, int B, int T,
-                       int C, int NH, cudaStream_t stream) {
+void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropout& drop, int B, int T, int C, int NH,
+                       cudaStream_t stream) {
   using namespace attention;
-  check("attention_forward", drop, step, B, T, C, NH);
-  const float keep_scale = float(dropout_scale(drop.threshold));
+  check("attention_forward", drop, B, T, C, NH);
   specialize("attention_forward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
       launch(attention_forward_float_kernel<HS, dropout>, {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream}, out,
-             lse, qkv, drop, step, keep_scale, T, NH);
+             lse, qkv, drop, T, NH);
     } else {
       constexpr int rows = warps * 16 * query_blocks<HS>;
       launch(attention_forward_kernel<Real, HS, dropout>,
-             {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, qkv, drop, step,
-             keep_scale, T, NH);
+             {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, qkv, drop, T,
+             NH);
     }
   });
 }
 
 // dqkv (B, T, 3, NH, HS) =, D (B, NH, T) = is scratch memory; dout (B, T, C), qkv (B, T, 3, NH, HS), out (B, T, C),
-// lse (B, NH, T), step (1), which may be null without dropout
+// lse (B, NH, T)
 template <class Real>
 void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
-                        const Dropout& drop, const int* step, int B, int T, int C, int NH, cudaStream_t stream) {
+                        const DeviceDropout& drop, int B, int T, int C, int NH, cudaStream_t stream) {
   using namespace attention;
-  check("attention_backward", drop, step, B, T, C, NH);
-  const float keep_scale = float(dropout_scale(drop.threshold));
+  check("attention_backward", drop, B, T, C, NH);
   specialize("attention_backward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
       const LaunchConfig config = {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream};
-      launch(attention_backward_queries_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, out, lse, drop, step,
-             keep_scale, T, NH);
-      launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, step, keep_scale,
-             T, NH);
+      launch(attention_backward_queries_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, out, lse, drop, T, NH);
+      launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, T, NH);
     } else {
       const dim3 grid(NH, B, ceil_div(T, warps * 16));
       launch(attention_backward_queries_kernel<Real, HS, dropout>,
-             {grid, threads, smem_bytes<Real, HS, warps * 32>(), stream}, dqkv, D, dout, qkv, out, lse, drop, step,
-             keep_scale, T, NH);
+             {grid, threads, smem_bytes<Real, HS, warps * 32>(), stream}, dqkv, D, dout, qkv, out, lse, drop, T, NH);
       launch(attention_backward_keys_kernel<Real, HS, dropout>,
              {grid, threads, smem_bytes<Real, HS, warps * 32>(2 * tile_rows<HS> * sizeof(float2)), stream}, dqkv, D,
-             dout, qkv, lse, drop, step, keep_scale, T, NH);
+             dout, qkv, lse, drop, T, NH);
     }
   });
 }

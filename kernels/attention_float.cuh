@@ -17,8 +17,8 @@
 #include <type_traits>
 
 #include "device.cuh"
+#include "dropout.cuh"
 #include "launch.cuh"
-#include "masks.h"
 
 namespace attention {
 
@@ -126,14 +126,11 @@ __device__ inline void store4(float* row, float4 sum, float factor) {
 //   out  (B, T, NH, HS) =       the weighted sum of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
 //   qkv  (B, T, 3, NH, HS)
-//   step (1)                    the iteration, on the device; it numbers the draws, and is read only with DROPOUT
-// keep_scale = 1 / (1 - p), which dropout multiplies the weights that it keeps by.
 template <int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, 5)
-    attention_forward_float_kernel(float* out, float* lse, const float* qkv, Dropout drop, const int* step,
-                                   float keep_scale, int T, int NH) {
+    attention_forward_float_kernel(float* out, float* lse, const float* qkv, DeviceDropout drop, int T, int NH) {
   using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
+  if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
@@ -162,7 +159,7 @@ __global__ void __launch_bounds__(attention::threads, 5)
   }
   // 6. Divide by the denominator and store.
   if (lse && lane() == 0) lse[head.bh * T + q] = max / log2_e + logf(sum);
-  store4<HS>(out + head.out + q * out_row, o, keep_scale / sum);
+  store4<HS>(out + head.out + q * out_row, o, drop.keep_scale / sum);
 }
 
 // Launched as forward is: a warp has one query, and computes its D and dq from the keys that it sees.
@@ -172,10 +169,9 @@ __global__ void __launch_bounds__(attention::threads, 5)
 template <int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, 5)
     attention_backward_queries_float_kernel(float* dqkv, float* D, const float* dout, const float* qkv,
-                                            const float* out, const float* lse, Dropout drop, const int* step,
-                                            float keep_scale, int T, int NH) {
+                                            const float* out, const float* lse, DeviceDropout drop, int T, int NH) {
   using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
+  if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int q = int(gridDim.z - 1 - blockIdx.z) * warps + warp_index();
@@ -194,7 +190,7 @@ __global__ void __launch_bounds__(attention::threads, 5)
     float ds = dot_with_rows<HS>(dO, V + k0 * row, row, count);
     // 3. Of these, dS of the pair.
     const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, k0 + lane(), T) < drop.threshold;
-    backward_weight<float>(score, ds, scale, lse_of_q, D_of_q, keep, keep_scale);
+    backward_weight<float>(score, ds, scale, lse_of_q, D_of_q, keep, drop.keep_scale);
     // 4. dq += dS @ k
     add_rows<HS>(dq, ds, K + k0 * row, row, count);
   }
@@ -209,10 +205,9 @@ __global__ void __launch_bounds__(attention::threads, 5)
 template <int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, 5)
     attention_backward_keys_float_kernel(float* dqkv, const float* D, const float* dout, const float* qkv,
-                                         const float* lse, Dropout drop, const int* step, float keep_scale, int T,
-                                         int NH) {
+                                         const float* lse, DeviceDropout drop, int T, int NH) {
   using namespace attention;
-  if (DROPOUT) drop.step = uint32_t(*step);
+  if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int kv = int(blockIdx.z) * warps + warp_index();
@@ -230,7 +225,7 @@ __global__ void __launch_bounds__(attention::threads, 5)
     float ds = dot_with_rows<HS>(value, dO + q0 * out_row, out_row, count);
     // 3. Of these, the dropped weight and dS of the pair.
     const bool keep = !DROPOUT || attention_draw(drop, head.masks, q, kv, T) < drop.threshold;
-    backward_weight<float>(weight, ds, scale, lse[head.bh * T + q] * log2_e, D[head.bh * T + q], keep, keep_scale);
+    backward_weight<float>(weight, ds, scale, lse[head.bh * T + q] * log2_e, D[head.bh * T + q], keep, drop.keep_scale);
     // 4. dv += weights @ dout, dk += dS @ q
     add_rows<HS>(dv, weight, dO + q0 * out_row, out_row, count);
     add_rows<HS>(dk, ds, Q + q0 * row, row, count);
@@ -238,5 +233,5 @@ __global__ void __launch_bounds__(attention::threads, 5)
   // 5. The factors that backward_weight leaves out.
   float* dK = dqkv + head.qkv + out_row + kv * row;
   store4<HS>(dK, dk, softmax_scale<HS>());
-  store4<HS>(dK + out_row, dv, keep_scale);
+  store4<HS>(dK + out_row, dv, drop.keep_scale);
 }

@@ -1,6 +1,4 @@
-// Dropout: Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014,
-// section 4. An element is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no
-// change. No mask is stored: forward and backward draw the same random numbers (host/random.h).
+// Dropout on the CPU. What is kept, and which draw decides it, says dropout_law.h; here the draws are made, 256 at a time.
 // defines: random4_lanes, dropout_draws, dropout_apply
 #pragma once
 #include <algorithm>
@@ -8,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "masks.h"
+#include "dropout_law.h"
 #include "simd.h"
 
 // random4 for 32 indices in a row, word by word. A lane of 64 bits holds a word in its low half and anything in the high

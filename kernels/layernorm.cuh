@@ -10,8 +10,8 @@
 #include "block.cuh"
 #include "column_sums.cuh"
 #include "device.cuh"
+#include "dropout.cuh"
 #include "launch.cuh"
-#include "masks.h"
 
 constexpr int layernorm_threads = 128;
 constexpr int layernorm_max_C = 2048;
@@ -57,14 +57,6 @@ __device__ inline float row_sum(float x) {
     return block_sum<Shape::lanes>(x);
 }
 
-// x (8) = dropout(x) for one chunk, whose draws have the number `counter`. scale = 1 / (1 - p) comes from the host,
-// because devices divide doubles slowly.
-__device__ inline void dropout8(Float8& x, const Dropout& drop, float scale, uint64_t counter) {
-  const Philox4 r = random4(drop.seed, drop.step, drop.site, counter);
-#pragma unroll
-  for (int i = 0; i < 8; i++) x[i] = draw_of(r, i) < drop.threshold ? x[i] * scale : 0.0f;
-}
-
 // ---------------------------------------------------------------------------------------------------------------------
 
 // Launched with ceil(rows / rows_at_once) blocks of 128 threads: a group of `lanes` threads has one row.
@@ -73,15 +65,13 @@ __device__ inline void dropout8(Float8& x, const Dropout& drop, float scale, uin
 //   mean, rstd (rows) = or null     for backward
 //   inp        (rows, C)            the residual stream
 //   branch     (rows, C), branch_bias (C): HAS_BRANCH only, else null
-//   step       (1)                  the iteration, on the device; read only with dropout
 //   weight, bias (C)
 // Draws are numbered over the whole batch, of which these rows begin at drop.first_row * T. one_in_C = 1 / C.
 template <class Shape, bool HAS_BRANCH, class Real>
 __global__ void __launch_bounds__(layernorm_threads)
     residual_layernorm_forward_kernel(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
-                                      const Real* branch, const float* branch_bias, Dropout drop, float scale,
-                                      const int* step, const float* weight, const float* bias, int rows, int T, int C,
-                                      float one_in_C) {
+                                      const Real* branch, const float* branch_bias, DeviceDropout drop,
+                                      const float* weight, const float* bias, int rows, int T, int C, float one_in_C) {
   constexpr int lanes = Shape::lanes, each = Shape::each;
   const int lane = threadIdx.x % lanes, row = blockIdx.x * Shape::rows_at_once + threadIdx.x / lanes;
   const int chunks = row < rows ? C / 8 : 0;  // a group behind the last row has none, but takes part in the sums
@@ -98,7 +88,7 @@ __global__ void __launch_bounds__(layernorm_threads)
   // 2. x += dropout(branch + branch_bias). It is rounded as it is stored, and from here on x is the rounded number:
   //    backward reads what is stored, and must see the numbers that were normalised.
   if constexpr (HAS_BRANCH) {
-    if (drop.active()) drop.step = uint32_t(*step);
+    if (drop.active()) drop.read_step();
     const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
 #pragma unroll
     for (int j = 0; j < each; j++) {
@@ -107,7 +97,7 @@ __global__ void __launch_bounds__(layernorm_threads)
       const Float8 b = load8(branch_bias + chunk * 8);
 #pragma unroll
       for (int i = 0; i < 8; i++) added[j][i] += b[i];
-      if (drop.active()) dropout8(added[j], drop, scale, first_counter + chunk);
+      if (drop.active()) dropout8(added[j], drop, first_counter + chunk);
 #pragma unroll
       for (int i = 0; i < 8; i++) x[j][i] = float(Real(x[j][i] + added[j][i]));
       store8(stream_out + at + chunk * 8, x[j]);
@@ -147,17 +137,15 @@ __global__ void __launch_bounds__(layernorm_threads)
 
 template <bool HAS_BRANCH, class Real>
 void launch_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
-                              const Real* branch, const float* branch_bias, const Dropout& drop, const int* step,
+                              const Real* branch, const float* branch_bias, const DeviceDropout& drop,
                               const float* weight, const float* bias, int rows, int T, int C, cudaStream_t stream) {
   require(rows > 0, "layernorm: ", rows, " rows");
   require(!mean == !rstd, "layernorm: of mean and rstd, only one is wanted");
-  const float scale = float(dropout_scale(drop.threshold));
   with_row_shape(C, [&](auto shape) {
     using Shape = decltype(shape);
     const int blocks = ceil_div(rows, Shape::rows_at_once);
     launch(residual_layernorm_forward_kernel<Shape, HAS_BRANCH, Real>, {unsigned(blocks), layernorm_threads, 0, stream},
-           stream_out, norm, mean, rstd, inp, branch, branch_bias, drop, scale, step, weight, bias, rows, T, C,
-           1.0f / float(C));
+           stream_out, norm, mean, rstd, inp, branch, branch_bias, drop, weight, bias, rows, T, C, 1.0f / float(C));
   });
 }
 
@@ -166,19 +154,19 @@ void launch_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* 
 template <class Real>
 void layernorm_forward(Real* out, float* mean, float* rstd, const Real* inp, const float* weight, const float* bias,
                        int rows, int C, cudaStream_t stream) {
-  launch_layernorm_forward<false, Real>(nullptr, out, mean, rstd, inp, nullptr, nullptr, {}, nullptr, weight, bias,
+  launch_layernorm_forward<false, Real>(nullptr, out, mean, rstd, inp, nullptr, nullptr, {}, weight, bias,
                                         rows, 1, C, stream);
 }
 
 // stream_out (B, T, C) = inp (B, T, C) + dropout(branch (B, T, C) + branch_bias (C))
 // norm (B, T, C) = layernorm of stream_out, mean (B, T) = ..., rstd (B, T) = ...; weight (C), bias (C)
-// stream_out may be inp; mean and rstd may be null; step is not read if there is no dropout.
+// stream_out may be inp; mean and rstd may be null.
 template <class Real>
 void residual_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
-                                const Real* branch, const float* branch_bias, const Dropout& drop, const int* step,
+                                const Real* branch, const float* branch_bias, const DeviceDropout& drop,
                                 const float* weight, const float* bias, int B, int T, int C, cudaStream_t stream) {
-  launch_layernorm_forward<true>(stream_out, norm, mean, rstd, inp, branch, branch_bias, drop, step, weight, bias,
-                                 B * T, T, C, stream);
+  launch_layernorm_forward<true>(stream_out, norm, mean, rstd, inp, branch, branch_bias, drop, weight, bias, B * T, T,
+                                 C, stream);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -238,7 +226,7 @@ struct RowsAhead {
 //   dstream  (rows, C) = or +=, as `first` says    the gradient of the residual stream
 //   dbranch  (rows, C) = or null                   dropout(dstream)
 //   partials (blocks, 3, C) =                      the block's sums for dweight, dbias and dbranch_bias
-//   dnorm, inp (rows, C), mean, rstd (rows), weight (C), step (1) as in forward
+//   dnorm, inp (rows, C), mean, rstd (rows), weight (C) as in forward
 // Each lane keeps its channels' sums for dweight, dbias and dbranch_bias in registers, 24 of them for each chunk, until
 // the block's rows are done. That leaves few registers, so long rows take a whole block, and pass 3 over a row reads it
 // again from shared memory.
@@ -246,8 +234,7 @@ template <class Shape, class Real>
 __global__ void __launch_bounds__(layernorm_threads, 2)
     residual_layernorm_backward_kernel(Real* dstream, Real* dbranch, float* partials, const Real* dnorm,
                                        const Real* inp, const float* mean, const float* rstd, const float* weight,
-                                       bool first, Dropout drop, float scale, const int* step, int rows, int T, int C,
-                                       float one_in_C) {
+                                       bool first, DeviceDropout drop, int rows, int T, int C, float one_in_C) {
   constexpr int lanes = Shape::lanes, each = Shape::each, rows_at_once = Shape::rows_at_once;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int block_row = blockIdx.x * layernorm_block_rows, end = min(rows, block_row + layernorm_block_rows);
@@ -255,7 +242,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
   // 1. Send for the first row of each group. Read mean and rstd of the block's 64 rows.
   RowsAhead<Shape, Real> ahead = {{inp, dnorm, dstream}, first ? 2 : 3, lane, end, C};
   ahead.start(block_row + group);
-  if (dbranch && drop.active()) drop.step = uint32_t(*step);
+  if (dbranch && drop.active()) drop.read_step();
   __shared__ float means[layernorm_block_rows], rstds[layernorm_block_rows];
   for (int r = threadIdx.x; r < layernorm_block_rows; r += layernorm_threads) {
     means[r] = block_row + r < end ? mean[block_row + r] : 0;
@@ -307,7 +294,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
       store8(dstream + at + chunk * 8, dx);
       if (!dbranch) continue;
       // dx as it was computed, not as it was stored: so the branch's gradient is rounded once, not twice.
-      if (drop.active()) dropout8(dx, drop, scale, first_counter + chunk);
+      if (drop.active()) dropout8(dx, drop, first_counter + chunk);
       store8(dbranch + at + chunk * 8, dx);
 #pragma unroll
       for (int i = 0; i < 8; i++) dbranch_bias[j][i] += dx[i];
@@ -352,17 +339,15 @@ inline size_t layernorm_partials(int rows, int C) { return partials_size(rows, 3
 template <class Real>
 void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, const Real* dnorm, const Real* inp,
                                  const float* mean, const float* rstd, const float* weight, bool first,
-                                 const Dropout& drop, const int* step, int B, int T, int C, cudaStream_t stream) {
+                                 const DeviceDropout& drop, int B, int T, int C, cudaStream_t stream) {
   require(B > 0 && T > 0, "residual_layernorm_backward: B = ", B, ", T = ", T);
-  const float scale = float(dropout_scale(drop.threshold));
   with_row_shape(C, [&](auto shape) {
     using Shape = decltype(shape);
     constexpr size_t partials_bytes = 3 * Shape::rows_at_once * Shape::max_C * sizeof(float);
     launch(residual_layernorm_backward_kernel<Shape, Real>,
            {unsigned(ceil_div(B * T, layernorm_block_rows)), layernorm_threads,
             std::max(partials_bytes, RowsAhead<Shape, Real>::smem), stream},
-           dstream, dbranch, partials, dnorm, inp, mean, rstd, weight, first, drop, scale, step, B * T, T, C,
-           1.0f / float(C));
+           dstream, dbranch, partials, dnorm, inp, mean, rstd, weight, first, drop, B * T, T, C, 1.0f / float(C));
   });
 }
 

@@ -26,8 +26,8 @@
 #include "../host/files.h"
 #include "../host/text.h"
 #include "device.cuh"
+#include "dropout_law.h"
 #include "launch.cuh"
-#include "masks.h"
 #include "runtime.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropo
   const DeviceArray<int> step(std::vector<int>{int(drop.step)});
   Dropout without_step = drop;
   without_step.step = 12345;  // the number on the device counts
-  attention_forward(out.data(), lse.data(), in.data(), without_step, drop.active() ? step.data() : nullptr, s.B, s.T,
+  attention_forward(out.data(), lse.data(), in.data(), {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T,
                     s.C(), s.NH, nullptr);
   return {out.read(), {}, lse.read(), {}};
 }
@@ -38,8 +38,8 @@ Results<Real> backward(const Shape& s, const std::vector<float>& qkv, const std:
   const DeviceArray<int> step(std::vector<int>{int(drop.step)});
   Dropout without_step = drop;
   without_step.step = 12345;
-  attention_backward(dqkv.data(), D.data(), d.data(), in.data(), from.data(), sums.data(), without_step,
-                     drop.active() ? step.data() : nullptr, s.B, s.T, s.C(), s.NH, nullptr);
+  attention_backward(dqkv.data(), D.data(), d.data(), in.data(), from.data(), sums.data(),
+                     {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T, s.C(), s.NH, nullptr);
   return {{}, dqkv.read(), {}, D.read()};
 }
 
@@ -241,7 +241,7 @@ TEMPLATE_TEST_CASE("attention on the device: evaluation needs no lse, and sees n
   const Shape s{1, 70, 1, 64}, shorter{1, 33, 1, 64};
   const std::vector<float> qkv = random_qkv(s);
   const DeviceArray<TestType> in(qkv), out(s.rows() * s.C());
-  attention_forward(out.data(), nullptr, in.data(), {}, nullptr, s.B, s.T, s.C(), s.NH, nullptr);
+  attention_forward(out.data(), nullptr, in.data(), {}, s.B, s.T, s.C(), s.NH, nullptr);
   const std::vector<TestType> got = out.read(), with_lse = forward<TestType>(s, qkv, {}).out;
   check_same_bits(got.data(), with_lse.data(), got.size());
   const std::vector<TestType> first = forward<TestType>(shorter, {qkv.begin(), qkv.begin() + 33 * 3 * 64}, {}).out;
@@ -251,7 +251,7 @@ TEMPLATE_TEST_CASE("attention on the device: evaluation needs no lse, and sees n
 TEST_CASE("attention on the device refuses what it cannot do", "[cuda]") {
   const auto message = [](int B, int T, int C, int NH, const Dropout& drop) {
     try {
-      attention_forward<bf16>(nullptr, nullptr, nullptr, drop, nullptr, B, T, C, NH, nullptr);
+      attention_forward<bf16>(nullptr, nullptr, nullptr, {drop, nullptr}, B, T, C, NH, nullptr);
     } catch (const std::invalid_argument& e) { return std::string(e.what()); }
     return std::string("no error");
   };
@@ -259,7 +259,7 @@ TEST_CASE("attention on the device refuses what it cannot do", "[cuda]") {
   CHECK(contains(message(1, 8, 100, 3, {}), "C = 100"));
   CHECK(contains(message(65536, 8, 64, 1, {}), "B = 65536"));
   CHECK(contains(message(1, 8, 64, 1, dropout(0.2)), "step"));
-  CHECK_THROWS_AS(attention_backward<float>(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, {}, nullptr, 1, 8, 24,
-                                            1, nullptr),
-                  std::invalid_argument);
+  CHECK_THROWS_AS(
+      attention_backward<float>(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, {}, 1, 8, 24, 1, nullptr),
+      std::invalid_argument);
 }

@@ -26,7 +26,7 @@ struct OnDevice {
   Dropout drop;
   DeviceArray<int> step_memory;
   explicit OnDevice(const Dropout& d) : drop(d), step_memory(std::vector<int>{int(d.step)}) { drop.step = 99; }
-  const int* step() const { return drop.active() ? step_memory.data() : nullptr; }
+  DeviceDropout device() const { return {drop, drop.active() ? step_memory.data() : nullptr}; }
 };
 
 Doubles doubles(const std::vector<float>& x) { return Doubles(x.begin(), x.end()); }
@@ -64,7 +64,7 @@ void check_forward(const Shape& s, double p) {
   const DeviceArray<float> branch_bias_device(branch_bias), weight_device(weight), bias_device(bias), mean(rows),
       rstd(rows);
   residual_layernorm_forward(stream_out.data(), norm.data(), mean.data(), rstd.data(), inp_device.data(),
-                             branch_device.data(), branch_bias_device.data(), d.drop, d.step(), weight_device.data(),
+                             branch_device.data(), branch_bias_device.data(), d.device(), weight_device.data(),
                              bias_device.data(), B, T, C, nullptr);
   // rounded once, after three operations in float
   check_close(stream_out.floats(), want_stream, rounding_of<Real> + 3 * 0x1p-24);
@@ -78,8 +78,8 @@ void check_forward(const Shape& s, double p) {
   // In place and without statistics, as in an evaluation: the same bits.
   const DeviceArray<Real> in_place(inp), norm_again(count);
   residual_layernorm_forward<Real>(in_place.data(), norm_again.data(), nullptr, nullptr, in_place.data(),
-                                   branch_device.data(), branch_bias_device.data(), d.drop, d.step(),
-                                   weight_device.data(), bias_device.data(), B, T, C, nullptr);
+                                   branch_device.data(), branch_bias_device.data(), d.device(), weight_device.data(),
+                                   bias_device.data(), B, T, C, nullptr);
   CHECK((in_place.floats() == stream_out.floats()));
   CHECK((norm_again.floats() == norm.floats()));
 
@@ -124,8 +124,8 @@ void check_backward(const Shape& s, double p, bool first) {
   const DeviceArray<Real>& dstream = first ? written : added_to;
   const DeviceArray<float> partials(layernorm_partials(rows, C));
   residual_layernorm_backward(dstream.data(), dbranch.data(), partials.data(), dnorm_device.data(), inp_device.data(),
-                              mean_device.data(), rstd_device.data(), weight_device.data(), first, d.drop, d.step(), B,
-                              T, C, nullptr);
+                              mean_device.data(), rstd_device.data(), weight_device.data(), first, d.device(), B, T, C,
+                              nullptr);
   // Rounded once, after two sums of C terms; dbranch is rounded once too, not a second time after dstream.
   check_close(dstream.floats(), want_dstream, rounding_of<Real> + rounding(C));
   check_close(dbranch.floats(), want_dbranch, rounding_of<Real> + rounding(C));
@@ -162,7 +162,7 @@ void check_backward(const Shape& s, double p, bool first) {
   const DeviceArray<float> partials_again(layernorm_partials(rows, C));
   residual_layernorm_backward(dstream_again.data(), dnorm_dbranch.data(), partials_again.data(), dnorm_dbranch.data(),
                               inp_device.data(), mean_device.data(), rstd_device.data(), weight_device.data(), first,
-                              d.drop, d.step(), B, T, C, nullptr);
+                              d.device(), B, T, C, nullptr);
   CHECK((dstream_again.floats() == dstream.floats()));
   CHECK((dnorm_dbranch.floats() == got_dbranch));
   CHECK((partials_again.read() == partials.read()));
@@ -172,7 +172,7 @@ void check_backward(const Shape& s, double p, bool first) {
   const DeviceArray<float> partials_alone(layernorm_partials(rows, C)), dweight_alone(C), dbias_alone(C);
   residual_layernorm_backward<Real>(dstream_alone.data(), nullptr, partials_alone.data(), dnorm_device.data(),
                                     inp_device.data(), mean_device.data(), rstd_device.data(), weight_device.data(),
-                                    first, d.drop, nullptr, B, T, C, nullptr);
+                                    first, {d.drop, nullptr}, B, T, C, nullptr);
   add_partials({layernorm_sums(dweight_alone.data(), dbias_alone.data(), nullptr, partials_alone.data(), rows, C)},
                false, nullptr);
   CHECK((dstream_alone.floats() == dstream.floats()));
@@ -212,7 +212,7 @@ TEMPLATE_TEST_CASE("residual dropout on the device has the CPU's mask", "[cuda]"
       const DeviceArray<Real> inp(zeros), branch(ones), stream_out(count), norm(count);
       const DeviceArray<float> bias(no_bias), w(weight);
       residual_layernorm_forward<Real>(stream_out.data(), norm.data(), nullptr, nullptr, inp.data(), branch.data(),
-                                       bias.data(), d.drop, d.step(), w.data(), bias.data(), B, T, C, nullptr);
+                                       bias.data(), d.device(), w.data(), bias.data(), B, T, C, nullptr);
       CHECK((stream_out.floats() == want));
     }
 }

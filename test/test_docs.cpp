@@ -76,7 +76,7 @@ std::vector<std::string> pages() {
   return all;
 }
 
-const std::regex symbol(R"([A-Za-z_]\w+)");
+const std::regex symbol(R"([A-Za-z_]\w+(::\w+)?)");
 
 // The names in a table whose columns are functions, headed "`forward` in `train_gpt.cu`", stand in those functions.
 int check_columns(const std::vector<std::string>& pieces) {

@@ -75,19 +75,19 @@ TEST_CASE("A CUDA Toolkit that cannot build the GPU trainer stops make, which sa
 }
 
 TEST_CASE("CUDA's libraries are found wherever a toolkit keeps them, in folders of any name") {
-  struct Layout {
+  struct Folders {
     std::string libraries, nvcc_says;  // where they are, and where nvcc says so
     std::string nvcc_top = "bin/..";   // what it takes for the toolkit's folder
   };
-  for (const Layout& l : {Layout{"lib64", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},  // NVIDIA's
-                          Layout{"lib", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},    // pip's, as of 13.0
-                          Layout{"lib", "\"-Lbin/../lib/stubs\" \"-Lbin/../lib\""},        // pip's, as of 13.5
-                          Layout{"targets/x86_64-linux/lib", "\"-Lbin/../lib\""},          // conda's
-                          Layout{"targets/x86_64-linux/lib",                               // conda-forge's
-                                 "\"-Lbin/../targets/x86_64-linux/lib/stubs\" "
-                                 "\"-Lbin/../targets/x86_64-linux/lib\"",
-                                 "bin/../targets/x86_64-linux"},
-                          Layout{"apart", "-Lapart/stubs -Lapart "}}) {  // a distribution's
+  for (const Folders& l : {Folders{"lib64", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},  // NVIDIA's
+                           Folders{"lib", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},    // pip's, as of 13.0
+                           Folders{"lib", "\"-Lbin/../lib/stubs\" \"-Lbin/../lib\""},        // pip's, as of 13.5
+                           Folders{"targets/x86_64-linux/lib", "\"-Lbin/../lib\""},          // conda's
+                           Folders{"targets/x86_64-linux/lib",                               // conda-forge's
+                                   "\"-Lbin/../targets/x86_64-linux/lib/stubs\" "
+                                   "\"-Lbin/../targets/x86_64-linux/lib\"",
+                                   "bin/../targets/x86_64-linux"},
+                           Folders{"apart", "-Lapart/stubs -Lapart "}}) {  // a distribution's
     const std::string top = test_folder() + "/it's 100 %C, #1";
     fs::create_directories(top + "/" + l.libraries + "/stubs");
     for (const char* name : {"/libcudart_static.a", "/libcublasLt.so.13", "/stubs/libcublasLt.so"})

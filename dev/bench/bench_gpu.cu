@@ -685,7 +685,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   const int B = m.B, T = m.shape.T, C = m.shape.C, L = m.shape.L, NH = m.shape.NH, Vp = padded_vocabulary(V);
   const int rows = B * T;
   const cudaStream_t st = m.stream;
-  const Dropout drop = {config.seed, 0, 0, dropout_threshold(config.dropout), 0};
+  const DeviceDropout drop({config.seed, 0, 0, dropout_threshold(config.dropout), 0}, m.step());
   const DeviceBuffer<uint16_t> text(100001, "a text");
   const DeviceBuffer<AdamWStep> rates(1, "a learning rate");
   const AdamWStep nothing_moves = {1, 0, 1};
@@ -707,12 +707,12 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   });
   table.row("residual_layernorm_forward", 2 * L, 0, 4 * A + stats, [&](int l) {
     residual_layernorm_forward(a.mid[l], a.ln2[l], s.ln2_mean[l], s.ln2_rstd[l], a.inp[l], a.branch, p.attprojb[l],
-                               drop.at(site::proj_dropout, l), m.step(), p.ln2w[l], p.ln2b[l], B, T, C, st);
+                               drop.at(site::proj_dropout, l), p.ln2w[l], p.ln2b[l], B, T, C, st);
   });
   table.row("qkv forward", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C); });
   table.row("attention_forward", L, attention, 4 * A + lse, [&](int l) {
-    attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), m.step(), B, T, C, NH, st);
+    attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st);
   });
   table.row("attproj forward", L, FCC, 2 * A + CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C); });
@@ -739,7 +739,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
                    [&](int) { column_partials(gs.head_sums, a.logits, rows, V, Vp, st); });
   table.row("residual_layernorm_backward", 2 * L + 1, 0, 5 * A + stats + partials, [&](int l) {
     residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
-                                p.ln2w[l], false, drop.at(site::proj_dropout, l), m.step(), B, T, C, st);
+                                p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, st);
   });
   table.row("fcproj dX, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
     m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
@@ -757,7 +757,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   // Five products: the weights are not kept, so they have to be made again.
   table.row("attention_backward", L, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
     attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
-                       m.step(), B, T, C, NH, st);
+                       B, T, C, NH, st);
   });
   table.row("qkv dX", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });

@@ -1,5 +1,5 @@
-// A draw that equals dropout's threshold is dropped, on the device as on the CPU: of 65536 draws one, which tests with
-// any other threshold would not miss.
+// A draw that equals dropout's threshold is dropped, on the device as on the CPU: one draw in
+// 65,536 hits it, so that other tests never do.
 #include "../kernels/attention.cuh"
 #include "../kernels/attention.h"
 #include "cuda.h"
@@ -21,9 +21,9 @@ TEMPLATE_TEST_CASE("attention on the device: a draw at the threshold is dropped"
     const DeviceArray<TestType> in(qkv), d(dout), out(size_t(T * HS)), dqkv(qkv.size());
     const DeviceArray<float> lse(T), D(T);
     const DeviceArray<int> step(std::vector<int>{int(drop.step)});
-    attention_forward(out.data(), lse.data(), in.data(), drop, step.data(), 1, T, HS, 1, nullptr);
-    attention_backward(dqkv.data(), D.data(), d.data(), in.data(), out.data(), lse.data(), drop, step.data(), 1, T, HS,
-                       1, nullptr);
+    attention_forward(out.data(), lse.data(), in.data(), {drop, step.data()}, 1, T, HS, 1, nullptr);
+    attention_backward(dqkv.data(), D.data(), d.data(), in.data(), out.data(), lse.data(), {drop, step.data()}, 1, T,
+                       HS, 1, nullptr);
     CHECK(out.floats()[query * HS] == 0);
     CHECK(dqkv.floats()[(key * 3 + 2) * HS] == 0);
     CHECK(dqkv.floats()[(key * 3 + 1) * HS + 2] == 0);

@@ -1,11 +1,19 @@
-// Which random draw decides whether dropout keeps which element: one numbering for the CPU and the GPU, so that their
-// masks are the same bit for bit.
-// defines: Dropout, draw_of, attention_counter, attention_draw
+// The law of dropout, which CPU (dropout.h) and GPU (dropout.cuh) obey alike: with what probability an element is kept,
+// and which random draw decides it. Their masks are therefore the same bit for bit.
+// Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014, section 4. An element
+// is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no change. No mask is stored:
+// forward and backward draw the same random numbers (host/random.h).
+// defines: dropout_threshold, dropout_scale, Dropout, draw_of, attention_counter, attention_draw
 #pragma once
 #include <cstddef>
 #include <cstdint>
 
 #include "../host/random.h"
+
+// Dropout decides with 16 random bits: keep iff draw < threshold. The probability of keeping is then threshold / 65536,
+// not exactly 1 - p, and the scale is its exact inverse, so that the expectation of every activation is unchanged.
+HOST_DEVICE inline uint32_t dropout_threshold(double p) { return uint32_t((1.0 - p) * 65536.0 + 0.5); }
+HOST_DEVICE inline double dropout_scale(uint32_t threshold) { return 65536.0 / threshold; }
 
 // Where a layer's masks come from.
 struct Dropout {

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(sample_token_block)
   constexpr int block = sample_token_block;
   const auto rank = [&](int v) { return likelihood_rank(float(logits[v]), v); };
 
-  // 1. The likeliest token, which is the lower half of the largest rank.
+  // 1. The likeliest token: the lower 16 bits of the largest rank, inverted back.
   uint64_t best = 0;
   for (int v = threadIdx.x; v < V; v += block) best = max(best, rank(v));
   best = block_reduce<block>(best, [](uint64_t a, uint64_t b) { return max(a, b); });

@@ -770,9 +770,9 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
       (2 * L + 1) * partials;
   table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, B, T, false); });
 
-  for (const bool mask : {false, true}) {
-    m.matmul.use_relu_mask(mask);
-    table.row(mask ? "fc forward, fcproj dX, by a mask" : "fc forward, fcproj dX, by a pass", 0, 8 * FCC,
+  for (const bool by_mask : {false, true}) {
+    m.matmul.use_relu_mask(by_mask);
+    table.row(by_mask ? "fc forward, fcproj dX, by a mask" : "fc forward, fcproj dX, by a pass", 0, 8 * FCC,
               10 * A + 8 * CC * R, [&](int l) {
                 m.matmul.forward_relu(a.fc[l], s.mask(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
                 m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows,

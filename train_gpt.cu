@@ -110,19 +110,19 @@ struct Statistics {
 
 // Backward's scratch in float. The partials are sums over blocks of rows, which sum_gradients adds up at the end.
 struct GradStatistics {
-  float *datt_out, *lnf_sums, *head_sums, *embedding_sums;
-  Slices<float> ln1_sums, ln2_sums, fc_sums;
+  float *datt_out, *lnf_partials, *head_partials, *embedding_partials;
+  Slices<float> ln1_partials, ln2_partials, fc_partials;
 
   void place(Arena& a, const ModelShape& s, int B) {
     const int rows = B * s.T, C = s.C;
     const size_t L = s.L;
     a(datt_out, "datt_out", {size_t(rows), size_t(s.NH)});  // attention_backward's D
-    a(ln1_sums, "ln1_sums", {L, layernorm_partials(rows, C)});
-    a(ln2_sums, "ln2_sums", {L, layernorm_partials(rows, C)});
-    a(lnf_sums, "lnf_sums", {layernorm_partials(rows, C)});
-    a(fc_sums, "fc_sums", {L, partials_size(rows, 4 * C)});
-    a(head_sums, "head_sums", {partials_size(rows, s.V)});
-    a(embedding_sums, "embedding_sums", {embedding_partials(B, s.T, C, s.V)});
+    a(ln1_partials, "ln1_partials", {L, layernorm_partials(rows, C)});
+    a(ln2_partials, "ln2_partials", {L, layernorm_partials(rows, C)});
+    a(lnf_partials, "lnf_partials", {layernorm_partials(rows, C)});
+    a(fc_partials, "fc_partials", {L, partials_size(rows, 4 * C)});
+    a(head_partials, "head_partials", {partials_size(rows, s.V)});
+    a(embedding_partials, "embedding_partials", {::embedding_partials(B, s.T, C, s.V)});
   }
 };
 
@@ -245,14 +245,14 @@ void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
   const GradStatistics& gs = m.acts.gs;
   const int V = m.shape.V, C = m.shape.C, L = m.shape.L, rows = B * T;
   const Sums sums[] = {
-      embedding_sums(dw.wte, gs.embedding_sums, B, T, C, V),
-      layernorm_sums(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_sums[0], rows, C),
-      layernorm_sums(from_layer_1(dw.ln1w), from_layer_1(dw.ln1b), dw.fcprojb, from_layer_1(gs.ln1_sums), rows, C,
+      embedding_sums(dw.wte, gs.embedding_partials, B, T, C, V),
+      layernorm_sums(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_partials[0], rows, C),
+      layernorm_sums(from_layer_1(dw.ln1w), from_layer_1(dw.ln1b), dw.fcprojb, from_layer_1(gs.ln1_partials), rows, C,
                      L - 1),
-      layernorm_sums(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_sums, rows, C, L),
-      sums_of(dw.fcb, gs.fc_sums, rows, 4 * C, L),
-      layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_sums, rows, C),
-      sums_of(dw.headb, gs.head_sums, rows, V),
+      layernorm_sums(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_partials, rows, C, L),
+      sums_of(dw.fcb, gs.fc_partials, rows, 4 * C, L),
+      layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_partials, rows, C),
+      sums_of(dw.headb, gs.head_partials, rows, V),
   };
   add_partials(sums, accumulate, m.stream);
 }
@@ -273,18 +273,18 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
   crossentropy_forward_backward(s.losses, dlogits, m.y, dloss, &m.state->loss_scale, rows, V, Vp, stream);
   m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, head_rows<Real>(V), Vp);
   m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, head_rows<Real>(V), Vp);
-  column_partials(gs.head_sums, dlogits, rows, V, Vp, stream);
+  column_partials(gs.head_partials, dlogits, rows, V, Vp, stream);
   // From here on dstream is the gradient of the residual stream, and dbranch that of the branch which joined it here.
-  residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_sums, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw, true,
-                              drop.at(site::fc_dropout, L - 1), B, T, C, stream);
+  residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_partials, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw,
+                              true, drop.at(site::fc_dropout, L - 1), B, T, C, stream);
 
   for (int l = L - 1; l >= 0; l--) {
     m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
-    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
+    m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
     m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
-    residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
-                                p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, stream);
+    residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_partials[l], g.dnorm, a.mid[l], s.ln2_mean[l],
+                                s.ln2_rstd[l], p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, stream);
 
     m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
     m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], accumulate, rows, C, C, C);
@@ -292,11 +292,11 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
                        B, T, C, NH, stream);
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
     m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
-    residual_layernorm_backward(g.dstream, l > 0 ? g.dbranch : nullptr, gs.ln1_sums[l], g.dnorm, a.inp[l],
+    residual_layernorm_backward(g.dstream, l > 0 ? g.dbranch : nullptr, gs.ln1_partials[l], g.dnorm, a.inp[l],
                                 s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false, drop.at(site::fc_dropout, l - 1), B, T,
                                 C, stream);
   }
-  embedding_backward(dw.wpe, gs.embedding_sums, g.dstream, m.x, accumulate, B, T, C, V, stream);
+  embedding_backward(dw.wpe, gs.embedding_partials, g.dstream, m.x, accumulate, B, T, C, V, stream);
   sum_gradients(m, B, T, accumulate);
 }
 
@@ -526,7 +526,7 @@ class GpuModel final : public Trainer {
         m.matmul.forward_relu(m.acts.a.fc[l], m.acts.s.mask(l), m.acts.a.ln2[l], m.w.fcw[l], m.w.fcb[l], rows, C,
                               4 * C);
       for (int l = shape().L - 1; l >= 0; l--)
-        m.matmul.backward_input_relu(m.acts.g.dfc, m.acts.gs.fc_sums[l], m.acts.g.dbranch, m.w.fcprojw[l],
+        m.matmul.backward_input_relu(m.acts.g.dfc, m.acts.gs.fc_partials[l], m.acts.g.dbranch, m.w.fcprojw[l],
                                      m.acts.s.mask(l), m.acts.a.fc[l], rows, 4 * C, C);
     });
   }

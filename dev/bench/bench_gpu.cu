@@ -736,13 +736,13 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
     m.matmul.backward_weight(dw.headw, a.logits, a.lnf, false, rows, C, head_rows<Real>(V), Vp);
   });
   table.row_of_one("head's column_partials", 1, 0, logits,
-                   [&](int) { column_partials(gs.head_sums, a.logits, rows, V, Vp, st); });
+                   [&](int) { column_partials(gs.head_partials, a.logits, rows, V, Vp, st); });
   table.row("residual_layernorm_backward", 2 * L + 1, 0, 5 * A + stats + partials, [&](int l) {
-    residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_sums[l], g.dnorm, a.mid[l], s.ln2_mean[l], s.ln2_rstd[l],
-                                p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, st);
+    residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_partials[l], g.dnorm, a.mid[l], s.ln2_mean[l],
+                                s.ln2_rstd[l], p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, st);
   });
   table.row("fcproj dX, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
-    m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
+    m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
   });
   table.row("fcproj dW", L, 4 * FCC, 5 * A + 16 * CC,
             [&](int l) { m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], false, rows, 4 * C, C, C); });
@@ -763,8 +763,9 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });
   table.row("qkv dW", L, 3 * FCC, 4 * A + 12 * CC,
             [&](int l) { m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], false, rows, C, 3 * C, 3 * C); });
-  table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables,
-                   [&](int) { embedding_backward(dw.wpe, gs.embedding_sums, g.dstream, m.x, false, B, T, C, V, st); });
+  table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables, [&](int) {
+    embedding_backward(dw.wpe, gs.embedding_partials, g.dstream, m.x, false, B, T, C, V, st);
+  });
   const double all_partials =
       4.0 * double(partials_size(rows, V) + 4 * L * partials_size(rows, C) + embedding_partials(B, T, C, V)) +
       (2 * L + 1) * partials;
@@ -775,8 +776,8 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
     table.row(by_mask ? "fc forward, fcproj dX, by a mask" : "fc forward, fcproj dX, by a pass", 0, 8 * FCC,
               10 * A + 8 * CC * R, [&](int l) {
                 m.matmul.forward_relu(a.fc[l], s.mask(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
-                m.matmul.backward_input_relu(g.dfc, gs.fc_sums[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows,
-                                             4 * C, C);
+                m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l],
+                                             rows, 4 * C, C);
               });
   }
 

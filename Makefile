@@ -146,17 +146,25 @@ TEST_HOST   := $(HOST:$(BUILD)/%=$(BUILD)/test/%)
 TEST_LADDER := $(addprefix $(BUILD)/test/dev/ladder/,rung.o charts.o)
 CATCH2_LIBS  = $$(pkg-config --libs catch2 2>/dev/null)
 
+# TEST=test_layers runs the tests of that file alone, and builds no more than they need.
+RUN_TESTS := run_$(or $(TEST),tests)
+STARTS    := $(if $(TEST),$(shell grep -lsE '"trainer.h"|PROGRAMS' test/$(TEST).cpp),all)
 ifeq ($(DEVICE),cuda)
-test: $(CUDA_BUILD)/test/run_tests
+test: $(CUDA_BUILD)/test/$(RUN_TESTS)
 	$<
 else
-TEST_PROGRAMS ?= train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty ladder/ladder
-test: $(BUILD)/test/run_tests $(addprefix $(BUILD)/,$(TEST_PROGRAMS))
-	PROGRAMS=$(BUILD) $(BUILD)/test/run_tests
+TEST_PROGRAMS ?= $(if $(STARTS),train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty ladder/ladder)
+test: $(BUILD)/test/$(RUN_TESTS) $(addprefix $(BUILD)/,$(TEST_PROGRAMS))
+	PROGRAMS=$(BUILD) $<
 endif
 
 $(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) cuda_on_cpu.o) $(TEST_LADDER) $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
+
+$(BUILD)/test/run_test_%: $(addprefix $(BUILD)/test/,test_%.o main.o cuda_on_cpu.o) $(TEST_LADDER) $(TEST_HOST)
+	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
+$(CUDA_BUILD)/test/run_test_%: $(CUDA_BUILD)/test/test_%.o $(BUILD)/test/main.o $(TEST_HOST)
+	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
 
 # The kernels' tests alone: on the CPU, for make test-race, and on a GPU.
 $(BUILD)/test/run_cuda_tests: $(addprefix $(BUILD)/test/,$(CUDA_TESTS) main.o cuda_on_cpu.o) $(TEST_HOST)

@@ -12,6 +12,7 @@ run      make deps            install the packages (apt or Homebrew); does nothi
          make clean           remove what was built; data/ and out/ stay
 
 test     make test            all tests, CUDA kernels on the CPU; SANITIZE=address,undefined checks every access
+         make test TEST=test_layers  the tests of one file of test/
          make test DEVICE=cuda  the tests of the kernels and of the GPU trainer, on a GPU
          make test-race       kernels under ThreadSanitizer, and with their threads in shuffled order
          make test-memcheck   a short run of the CPU programs under Valgrind

@@ -1,4 +1,4 @@
-// The training loop: evaluate, step, log, save.
+// The training loop: now and then evaluate and save, then step, then log.
 // defines: flops_per_token, flops_text, TrainingRun
 #pragma once
 #include <chrono>

@@ -95,32 +95,6 @@ int padded(int T) {
   return (T + product::NR<Real> - 1) / product::NR<Real> * product::NR<Real>;
 }
 
-// draws (rows, draws_row(T)) = the draws for queries q0 ... q0 + rows - 1 and the keys up to the last of these queries.
-// q0 is a multiple of 16. Whole blocks of 16 keys are written, so vectors of any width can read a row to its end.
-// bh: the head's number in the whole batch
-inline size_t draws_row(int T) { return size_t(T + draw_block - 1) / draw_block * draw_block; }
-inline void block_draws(uint16_t* draws, const Dropout& drop, uint64_t bh, int q0, int rows, int T) {
-  for (int q = q0; q < q0 + rows; q += draw_block)
-    for (int kv = 0; kv < std::min(q + draw_block, q0 + rows); kv += draw_block) {
-      uint32_t words[4][32];
-      random4_lanes(words, drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T));
-      for (int i = 0; i < std::min(draw_block, q0 + rows - q); i++) {  // four words hold eight neighbouring keys
-        uint16_t* row = draws + (q - q0 + i) * draws_row(T) + kv;
-        std::memcpy(row, &words[i / 8][i % 8 * 4], 16);
-        std::memcpy(row + 8, &words[2 + i / 8][i % 8 * 4], 16);
-      }
-    }
-}
-
-// x, with 0 in the lanes whose draw is not below the threshold. draws (W)
-template <class Real>
-inline Vec<Real> zero_dropped(const Vec<Real>& x, const uint16_t* draws, uint32_t threshold) {
-  typedef uint16_t Draws __attribute__((vector_size(vector_bytes / sizeof(Real) * 2)));
-  Draws drawn;
-  std::memcpy(&drawn, draws, sizeof drawn);
-  return __builtin_convertvector(drawn, Vec<Real>) < Real(threshold) ? x : Vec<Real>{};
-}
-
 // x (M, K), whose rows are `row` numbers apart, as a product's left operand. It is read in place if Factor is its own
 // type, else copied to `memory` (packed_a_size(M, K)) and rounded.
 template <class Factor>

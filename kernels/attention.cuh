@@ -1,9 +1,9 @@
 // Causal multi-head self-attention with dropout on the weights, on the GPU. attention.h has the equations and the CPU
-// twin, dropout_law.h the numbering of the random draws. bf16 and fp16 run on tensor cores, with the kernels below; float
-// runs on the simpler kernels of attention_float.cuh, which are the ones to read first. doc/attention.md explains both.
+// twin, dropout_law.h the numbering of the random draws. bf16 and fp16 run on tensor cores, with the kernels below,
+// which doc/attention.md explains. float runs on the simpler kernels of attention_float.cuh: read those first.
 //
 // No (T, T) matrix is ever stored. Forward goes through the keys in tiles with a running softmax (Dao et al.,
-// "FlashAttention", 2022, algorithm 1); a block of threads has a tile of queries (Dao, "FlashAttention-2", 2023,
+// "FlashAttention", 2022, algorithm 1); a block of threads has some of the queries (Dao, "FlashAttention-2", 2023,
 // section 3). Backward computes the weights again, from the logarithm of the softmax's denominator. It is two kernels:
 // one owns queries and writes dq, the other owns keys and writes dk and dv. Both compute the weights, which makes seven
 // products where a single kernel needs five. In exchange every sum stays within a warp, in a fixed order, without
@@ -27,23 +27,24 @@ constexpr int fewer_blocks = 0;
 #endif
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Blocks. A warp's scores, weights and sums are made of blocks of 16 x 16. A lane holds eight elements of a block,
+// Squares. A warp's scores, weights and sums are made of squares of 16 x 16. A lane holds eight elements of a square,
 // where the tensor cores put them (mma_16x8x16 in device.cuh). With g = lane / 4 and t = lane % 4:
 //
 //               columns 2t, 2t + 1     columns 2t + 8, 2t + 9
 //   row g       elements 0, 1          elements 4, 5
 //   row g + 8   elements 2, 3          elements 6, 7
 //
-// So four neighbouring lanes share a row. Dropout decides about element i by draw i of the lane's eight. Blocks live in
-// registers, which have no addresses: loops over them must be unrolled. The compiler does that by itself for short
-// loops; the long ones have a pragma.
+// So four neighbouring lanes share a row. Dropout decides about element i by draw i of the lane's eight; in the keys
+// kernel, attention_mask transposes the mask first. Below, a warp owns R squares of 16 rows, and takes N squares of 16
+// keys or queries in one step. Squares live in registers, which have no addresses: loops over them must be unrolled.
+// The compiler does that by itself for short loops; the long ones have a pragma.
 
-struct Block {
+struct Square {
   float half[2][4];  // columns 0 ... 7 and 8 ... 15
   __device__ float& operator[](int i) { return half[i / 4][i % 4]; }
   __device__ const float& operator[](int i) const { return half[i / 4][i % 4]; }
 };
-// Where this lane's element i is in a block.
+// Where this lane's element i is in a square.
 __device__ inline int row_of(int i) { return lane() / 4 + i / 2 % 2 * 8; }
 __device__ inline int column_of(int i) { return lane() % 4 * 2 + i / 4 * 8 + i % 2; }
 
@@ -55,7 +56,7 @@ constexpr int step_queries = HS <= 32 ? 32 : 16;
 // Shared memory is rows of HS elements, in two stages. While the warps use one, the next tiles arrive in the other.
 //
 //   stage 0:  a tile of x  |  a tile of y      x and y are keys and values, or queries and dout
-//   stage 1:  a tile of x  |  a tile of y      before its first tiles come: the rows that the block owns, on their way
+//   stage 1:  a tile of x  |  a tile of y      before its first tiles come: the thread block's own rows, on their way
 //                                              to registers; after the last: the results, on their way to memory
 template <int HS>
 constexpr int tile_rows = HS <= 64 ? 64 : 32;
@@ -64,16 +65,15 @@ constexpr int own_row = 2 * tile_rows<HS>;  // where stage 1 begins
 template <int HS, int OWN_ROWS>
 constexpr int smem_rows = own_row<HS> + (OWN_ROWS > 2 * tile_rows<HS> ? OWN_ROWS : 2 * tile_rows<HS>);
 
-// How many blocks of 16 queries a warp owns in forward. Each piece of keys and values that it loads from shared memory
-// serves all of them. With 128 channels there are not enough registers for two.
+// How many squares of 16 queries a warp owns in forward (R). Each piece of keys and values that it loads from shared
+// memory serves all of them. With 128 channels there are not enough registers for two.
 template <int HS>
-constexpr int query_blocks = HS <= 64 ? 2 : 1;
+constexpr int query_squares = HS <= 64 ? 2 : 1;
 
 // Where chunk `chunk` of a row, which is eight elements or 16 bytes, begins in shared memory. ldmatrix reads the same
-// chunk of eight rows at a time. Stored plainly they would lie in the same banks and take eight turns; the exclusive or
-// puts them into eight different places within 128 bytes. It also makes addresses cheap. With c = chunk_offset(row,
-// chunk), chunk_offset(row + 8, chunk) is c + 8 * HS, and chunk_offset(row, chunk ^ x) is c ^ 8 * x: a lane keeps one
-// offset in a register and derives all others from it.
+// chunk of eight rows at a time; the exclusive or gives each of the eight its own four banks (doc/attention.md). It
+// also makes addresses cheap. With c = chunk_offset(row, chunk), chunk_offset(row + 8, chunk) is c + 8 * HS, and
+// chunk_offset(row, chunk ^ x) is c ^ 8 * x: a lane keeps one offset in a register and derives all others from it.
 template <int HS>
 __device__ inline int chunk_offset(int row, int chunk) {
   constexpr int chunks = HS < 64 ? HS / 8 : 8;
@@ -87,22 +87,23 @@ template <int ROWS, int HS, class Real>
 __device__ inline void copy_rows(Real* smem, int to, const Real* from, int stride, int first, int T) {
   constexpr int at_once = threads / (HS / 8);  // rows that the block copies at once
   static_assert(at_once % 8 == 0 && ROWS % at_once == 0);
-  const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), mine = chunk_offset<HS>(to + row, chunk);
+  const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), offset = chunk_offset<HS>(to + row, chunk);
   from += size_t(first + row) * stride + chunk * 8;
-  for (int i = 0; i < ROWS; i += at_once) copy_async_16(smem + mine + i * HS, from + i * stride, first + row + i < T);
+  for (int i = 0; i < ROWS; i += at_once) copy_async_16(smem + offset + i * HS, from + i * stride, first + row + i < T);
 }
 
-// to (rows, HS), rows `stride` elements apart, = x (16, HS) * factor, as far as there are `rows`. A warp's own rows
-// from smem_row on in shared memory serve to turn its lanes' pairs of elements into whole chunks of a row.
+// Writes a warp's 16 rows, x (16, HS) * factor, to `to` (16, HS), whose rows are `stride` elements apart; rows from
+// `rows` on do not exist. The values pass through the warp's own 16 rows of shared memory, from smem_row on, so that a
+// lane can write 16 bytes at once.
 // factor: for this lane's rows g and g + 8
 template <int HS, class Real>
-__device__ inline void store_rows(Real* to, int stride, int rows, Real* smem, int smem_row, const Block (&x)[HS / 16],
+__device__ inline void store_rows(Real* to, int stride, int rows, Real* smem, int smem_row, const Square (&x)[HS / 16],
                                   const float (&factor)[2]) {
-  // 1. Each lane rounds its pairs and puts them into shared memory, in the layout of chunk_offset.
-  const int mine = chunk_offset<HS>(smem_row + lane() / 4, 0);
+  // 1. Each lane rounds its pairs of elements and puts them into shared memory, in the layout of chunk_offset.
+  const int offset = chunk_offset<HS>(smem_row + lane() / 4, 0);
   for (int n = 0; n < HS / 16; n++)
     for (int i = 0; i < 8; i += 2)
-      *reinterpret_cast<uint32_t*>(smem + (mine ^ (n * 16 + i / 4 * 8)) + i / 2 % 2 * 8 * HS + lane() % 4 * 2) =
+      *reinterpret_cast<uint32_t*>(smem + (offset ^ (n * 16 + i / 4 * 8)) + i / 2 % 2 * 8 * HS + lane() % 4 * 2) =
           pack2<Real>(x[n][i] * factor[i / 2 % 2], x[n][i + 1] * factor[i / 2 % 2]);
   // 2. The warp stores chunk after chunk: neighbouring lanes write neighbouring 16 bytes.
   __syncwarp();
@@ -137,48 +138,52 @@ struct TilePairs {
   // Waits for the pair that begins at row i, and begins to copy the next pair over the one before.
   __device__ void advance(int i) const {
     copy_async_wait<0>();
-    __syncthreads();  // every thread's copies have arrived, and no warp uses the tiles before any more
+    __syncthreads();  // every thread's copies have arrived, and no warp still reads the previous tiles
     if (i + tile < end) copy(i + tile);
   }
 };
 
 // a (16 R, HS) = the 16 R rows from `row` on of shared memory, as left operands of products: a[r][k] is this lane's
-// part of rows 16 r ... 16 r + 15 and channels 16 k ... 16 k + 15.
+// part of rows 16 r ... 16 r + 15 and channels 16 k ... 16 k + 15. For ldmatrix, each lane points to one row's chunk:
+// lanes 0-15 to the 16 rows' first chunk, lanes 16-31 to the same rows' next chunk.
 template <int HS, int R, class Real>
 __device__ inline void load_a(uint32_t (&a)[R][HS / 16][4], const Real* smem, int row) {
-  const int mine = chunk_offset<HS>(row + lane() % 16, lane() / 16);
+  const int offset = chunk_offset<HS>(row + lane() % 16, lane() / 16);
   for (int r = 0; r < R; r++)
-    for (int k = 0; k < HS / 16; k++) ldmatrix_x4(a[r][k], smem + r * 16 * HS + (mine ^ (16 * k)));
+    for (int k = 0; k < HS / 16; k++) ldmatrix_x4(a[r][k], smem + r * 16 * HS + (offset ^ (16 * k)));
 }
 
 // d (16, 16) += a (16, 16) @ b (16, 16)
 template <class Real>
-__device__ inline void multiply(Block& d, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+__device__ inline void multiply(Square& d, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
   mma_16x8x16<Real>(d.half[0], a, {b[0], b[1]});
   mma_16x8x16<Real>(d.half[1], a, {b[2], b[3]});
 }
 
 // s (16 R, 16 N) = a (16 R, HS) @ rows (16 N, HS)^T, where the rows begin at `row` of shared memory. Scores are
-// q @ k^T, and dP is dout @ v^T.
+// q @ k^T, and dP is dout @ v^T. For ldmatrix, each eight lanes point to: rows 0-7; the same rows' next chunk; rows
+// 8-15; their next chunk. So b[0] and b[1] are rows 0-7, b[2] and b[3] rows 8-15.
 template <class Real, int HS, int R, int N>
-__device__ inline void multiply_transposed(Block (&s)[R][N], const uint32_t (&a)[R][HS / 16][4], const Real* smem,
+__device__ inline void multiply_transposed(Square (&s)[R][N], const uint32_t (&a)[R][HS / 16][4], const Real* smem,
                                            int row) {
-  const int mine = chunk_offset<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+  const int offset = chunk_offset<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     for (int r = 0; r < R; r++) s[r][n] = {};
     for (int k = 0; k < HS / 16; k++) {
       uint32_t b[4];
-      ldmatrix_x4(b, smem + n * 16 * HS + (mine ^ (16 * k)));
+      ldmatrix_x4(b, smem + n * 16 * HS + (offset ^ (16 * k)));
       for (int r = 0; r < R; r++) multiply<Real>(s[r][n], a[r][k], b);
     }
   }
 }
 // sum (16 R, HS) += p (16 R, 16 N) @ rows (16 N, HS), where the rows begin at `row` of shared memory. p is the result
-// of another product, rounded here to Real. It is already spread over the lanes as a left operand has to be.
+// of another product, rounded here to Real. It is already spread over the lanes as a left operand has to be. The lanes
+// point ldmatrix to the rows as in load_a. It transposes: b[0] and b[1] are the first chunk's channels, b[2] and b[3]
+// the next chunk's.
 template <class Real, int HS, int R, int N>
-__device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R][N], const Real* smem, int row) {
-  const int mine = chunk_offset<HS>(row + lane() % 16, lane() / 16);
+__device__ inline void multiply_add(Square (&sum)[R][HS / 16], const Square (&p)[R][N], const Real* smem, int row) {
+  const int offset = chunk_offset<HS>(row + lane() % 16, lane() / 16);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     uint32_t a[R][4];
@@ -186,7 +191,7 @@ __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R
       for (int i = 0; i < 4; i++) a[r][i] = pack2<Real>(p[r][n][2 * i], p[r][n][2 * i + 1]);
     for (int c = 0; c < HS / 16; c++) {
       uint32_t b[4];
-      ldmatrix_x4_trans(b, smem + n * 16 * HS + (mine ^ (16 * c)));
+      ldmatrix_x4_trans(b, smem + n * 16 * HS + (offset ^ (16 * c)));
       for (int r = 0; r < R; r++) multiply<Real>(sum[r][c], a[r], b);
     }
   }
@@ -196,7 +201,7 @@ __device__ inline void multiply_add(Block (&sum)[R][HS / 16], const Block (&p)[R
 // query first_row and key first_column or, if TRANSPOSED, at key first_row and query first_column. Returns at once
 // where all keys are visible.
 template <bool TRANSPOSED, int R, int N>
-__device__ inline void hide_later_keys(Block (&s)[R][N], int first_row, int first_column) {
+__device__ inline void hide_later_keys(Square (&s)[R][N], int first_row, int first_column) {
   const int last_row = first_row + 16 * R - 1, last_column = first_column + 16 * N - 1;
   if (TRANSPOSED ? last_row <= first_column : last_column <= first_row) return;
   for (int r = 0; r < R; r++)
@@ -209,13 +214,14 @@ __device__ inline void hide_later_keys(Block (&s)[R][N], int first_row, int firs
 
 // One step of the running softmax, for a warp's 16 queries and 16 N keys. Arrays of two have an element for each of the
 // lane's rows, g and g + 8.
-// In:  s (16, 16 N) scores; max and sum of the steps before, scale = softmax_scale * log2_e
-// Out: s becomes exp(score - max) with the new max. shrink is what everything summed before must be multiplied by,
+// In:  s (16, 16 N) = q . k and the max of the steps before, both not yet scaled; sum of the steps before; scale =
+//      softmax_scale * log2_e
+// Out: s becomes exp((s - max) / sqrt(HS)) with the new max. Everything summed before must be multiplied by shrink,
 //      because the maximum may have grown; for sum that is done here. sum is this lane's share: the caller adds up the
 //      four lanes of a row at the very end.
 // A query's first step contains key 0, so max is finite from then on.
 template <class Real, int N>
-__device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)[2], float (&shrink)[2], float scale) {
+__device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum)[2], float (&shrink)[2], float scale) {
   for (int r = 0; r < 2; r++) {  // the lane's rows: its elements 2r, 2r + 1 of every four
     const float before = max[r];
     float part = 0;
@@ -234,8 +240,8 @@ __device__ inline void softmax_step(Block (&s)[N], float (&max)[2], float (&sum)
 }  // namespace attention
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch row and a
-// tile of rows = 4 * 16 R queries, a warp has 16 R of them. It keeps their queries, softmax and output in registers
+// Forward. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch row and
+// rows = 4 * 16 R queries, a warp has 16 R of them. It keeps the queries, their softmax and their output in registers
 // while the block goes through the keys up to its last query.
 //   out  (B, T, NH, HS) =       the weighted sums of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
@@ -244,7 +250,7 @@ template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_forward_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
   using namespace attention;
-  constexpr int R = query_blocks<HS>, N = step_keys / 16, rows = warps * 16 * R;
+  constexpr int R = query_squares<HS>, N = step_keys / 16, rows = warps * 16 * R;
   if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
@@ -254,7 +260,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   // Keys that the block's queries see, and that the warp's queries see: those up to the last query.
   const int keys_of_block = min(first_of_block + rows, T), keys = first < T ? min(first + 16 * R, T) : 0;
 
-  // 1. Our queries: global -> shared -> registers. The first tiles of keys and values are under way meanwhile.
+  // 1. Our queries: global -> shared -> registers. The first tiles of keys and values come with them. We wait for both.
   Real* smem = dynamic_smem<Real>();
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
   const TilePairs<Real, HS> tiles{smem, K, V, int(row), int(row), keys_of_block};
@@ -269,7 +275,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   // What stays in registers: q; o, the output so far, not yet divided; and for the lane's rows g and g + 8 of each 16
   // queries the softmax's maximum so far (of the whole row) and sum so far (of the lane's columns).
   const float scale = softmax_scale<HS>() * log2_e;
-  Block o[R][HS / 16] = {};
+  Square o[R][HS / 16] = {};
   float max[R][2], sum[R][2] = {};
   for (int r = 0; r < R; r++) max[r][0] = max[r][1] = -INFINITY;
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
@@ -277,7 +283,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
     if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
     // 3. scores = q @ k^T, for our queries and these keys
-    Block s[R][N];
+    Square s[R][N];
     multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
     hide_later_keys<false>(s, first, k0);
 #pragma unroll
@@ -286,12 +292,12 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
       float shrink[2];
       softmax_step<Real>(s[r], max[r], sum[r], shrink, scale);
       for (int i = 0; i < HS / 2; i++) o[r][i / 8][i % 8] *= shrink[i / 2 % 2];
-      // 5. Dropout, after the sum: the denominator is that of all weights.
+      // 5. Dropout, after the sum: the denominator contains all weights.
       if constexpr (DROPOUT) {
 #pragma unroll
         for (int n = 0; n < N; n++) {
           bool keep[8];
-          attention_mask<false>(keep, drop, head.masks, first + r * 16, k0 + n * 16, T);
+          attention_mask<false>(keep, drop, head.draw_head, first + r * 16, k0 + n * 16, T);
           for (int i = 0; i < 8; i++) s[r][n][i] = keep[i] ? s[r][n][i] : 0.0f;
         }
       }
@@ -300,7 +306,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
     multiply_add<Real, HS>(o, s, smem, tiles.y_row(k0));
   }
 
-  // 7. Divide by the denominators, and write lse and out: registers -> shared -> global.
+  // 7. Write lse. Divide out by the denominators, apply dropout's factor, and write it: registers -> shared -> global.
   __syncthreads();  // no warp needs the tiles any more: their memory takes the outputs
 #pragma unroll
   for (int r = 0; r < R; r++) {
@@ -370,13 +376,13 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
   }
 
   const float scale = softmax_scale<HS>() * log2_e;
-  Block dq[1][HS / 16] = {};
+  Square dq[1][HS / 16] = {};
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
-    // 4. A step of 32 keys.
+    // 4. A step of 32 keys. A warp whose queries do not see them only helps to copy, in advance().
     if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
     // 5. scores = q @ k^T, dP = dout @ v^T
-    Block s[1][N], ds[1][N];
+    Square s[1][N], ds[1][N];  // ds: dP now, dS after backward_weight
     multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
     hide_later_keys<false>(s, first, k0);
     multiply_transposed<Real, HS>(ds, dO_of_q, smem, tiles.y_row(k0));
@@ -384,7 +390,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
-      if constexpr (DROPOUT) attention_mask<false>(keep, drop, head.masks, first, k0 + n * 16, T);
+      if constexpr (DROPOUT) attention_mask<false>(keep, drop, head.draw_head, first, k0 + n * 16, T);
       for (int i = 0; i < 8; i++)
         backward_weight<Real>(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2],
                               !DROPOUT || keep[i], drop.keep_scale);
@@ -418,8 +424,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   const int warp = warp_index();
   const int first_of_block = int(blockIdx.z) * rows, first = first_of_block + warp * 16;
 
-  // 1. Our keys and values, and the first tiles of queries and dout: global -> shared -> registers. Behind the tiles,
-  //    shared memory has lse and D of the queries of both stages, (2, tile).
+  // 1. Our keys and values: global -> shared -> registers. The first tiles of queries and dout come with them, and stay
+  //    in shared memory. Behind the tiles it has lse and D of the queries of both stages, (2, tile).
   Real* smem = dynamic_smem<Real>();
   float2* lse_and_D = reinterpret_cast<float2*>(smem + smem_rows<HS, 2 * rows> * HS);
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out;
@@ -434,7 +440,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   uint32_t k[1][HS / 16][4], v[1][HS / 16][4];
   load_a<HS>(k, smem, own);
   load_a<HS>(v, smem, own + rows);
-  // Threads 2 i and 2 i + 1 fetch lse and D of query i of a tile, one tile ahead.
+  // Threads 2 i and 2 i + 1 fetch lse and D of query i of a tile, one tile ahead. Tiles of 32 need 64 threads; nobody
+  // stores what the others fetch.
   static_assert(2 * tiles.tile <= threads);
   const auto load_lse_or_D = [&](int query) {
     // Queries from T on get weights of exp(-infinity) = 0.
@@ -443,7 +450,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   };
 
   const float scale = softmax_scale<HS>() * log2_e;
-  Block dk[1][HS / 16] = {}, dv[1][HS / 16] = {};
+  Square dk[1][HS / 16] = {}, dv[1][HS / 16] = {};
   float next = load_lse_or_D(first_of_block + threadIdx.x / 2);
   for (int i = 0; i < tiles.end; i += step_queries<HS>) {  // queries, counted from first_of_block
     // 2. A step of 16 or 32 queries. A new tile: lse and D go to shared memory, before the barrier in advance().
@@ -455,15 +462,15 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
     }
     if (q0 + step_queries<HS> <= first) continue;  // they do not see the warp's keys
     // 3. scores^T = k @ q^T, dP^T = v @ dout^T
-    Block p[1][N], ds[1][N];
+    Square p[1][N], ds[1][N];  // scores and dP now, weights and dS after backward_weight
     multiply_transposed<Real, HS>(p, k, smem, tiles.x_row(i));
     hide_later_keys<true>(p, first, q0);
     multiply_transposed<Real, HS>(ds, v, smem, tiles.y_row(i));
-    // 4. Scores become dropped weights, dP becomes dS.
+    // 4. Scores become weights after dropout, dP becomes dS.
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
-      if constexpr (DROPOUT) attention_mask<true>(keep, drop, head.masks, q0 + n * 16, first, T);
+      if constexpr (DROPOUT) attention_mask<true>(keep, drop, head.draw_head, q0 + n * 16, first, T);
       for (int j = 0; j < 8; j++) {
         const float2 of_q = lse_and_D[i % (2 * tiles.tile) + n * 16 + column_of(j)];
         backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], drop.keep_scale);
@@ -519,7 +526,7 @@ constexpr size_t smem_bytes(int more = 0) {
 
 }  // namespace attention
 
-// out (B, T, C) =, lse (B, NH, T) = or null; qkv (B, T, 3, NH, HS).
+// out and lse = attention of qkv, with the shapes that stand above the kernels. lse may be null.
 // A query's result does not depend on B. A score that overflows float makes its query's results NaN.
 template <class Real>
 void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropout& drop, int B, int T, int C, int NH,
@@ -532,7 +539,7 @@ void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropo
       launch(attention_forward_float_kernel<HS, dropout>, {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream}, out,
              lse, qkv, drop, T, NH);
     } else {
-      constexpr int rows = warps * 16 * query_blocks<HS>;
+      constexpr int rows = warps * 16 * query_squares<HS>;
       launch(attention_forward_kernel<Real, HS, dropout>,
              {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, qkv, drop, T,
              NH);
@@ -540,8 +547,7 @@ void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropo
   });
 }
 
-// dqkv (B, T, 3, NH, HS) =, D (B, NH, T) = is scratch memory; dout (B, T, C), qkv (B, T, 3, NH, HS), out (B, T, C),
-// lse (B, NH, T)
+// dqkv = the gradient of qkv, with the shapes that stand above the kernels. D is scratch memory.
 template <class Real>
 void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                         const DeviceDropout& drop, int B, int T, int C, int NH, cudaStream_t stream) {

@@ -45,8 +45,8 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
 }
 
 // dqkv (B, T, 3, NH, HS) =; dout (B, T, C), qkv (B, T, 3, NH, HS), out (B, T, C), lse (B, NH, T)
-// With P the weights, m the mask (0 or the scale), dP = m * (dout @ v^T) and D = sum_kv P * dP = dout . out:
-//   dv = (m * P)^T @ dout,  dS = P * (dP - D) / sqrt(HS),  dq = dS @ k,  dk = dS^T @ q
+// With P the weights, m the mask (0 or the scale), dP = dout @ v^T and D = sum_kv P * m * dP = dout . out:
+//   dv = (m * P)^T @ dout,  dS = P * (m * dP - D) / sqrt(HS),  dq = dS @ k,  dk = dS^T @ q
 template <class Real>
 void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const Real* lse,
                         const Dropout& drop, int B, int T, int C, int NH) {
@@ -127,6 +127,7 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
     const int b = bh / NH, h = bh % NH;
     const size_t row = size_t(3) * C;
     const Real *Q = qkv + b * T * row + h * HS, *K = Q + C, *V = K + C;
+    // Tags for scratch(), see simd.h.
     struct Keys;
     struct Values;
     struct Left;
@@ -147,7 +148,7 @@ void attention_forward(Real* out, Real* lse, const Real* qkv, const Dropout& dro
                               rows, padded<Factor>(keys), HS, {.n_end = q0 + 1});
       if (drop.active()) block_draws(draws, drop, uint64_t(drop.first_row + b) * NH + h, q0, rows, T);
       // 3. Softmax, row by row: first all maxima, then all exponentials. In loops of their own, rows do not wait for
-      //    each other. P becomes exp(score - maximum), dropped out, but not yet divided by its sum.
+      //    each other. P becomes exp(score - maximum) after dropout, not yet divided by the sum before it.
       Real tops[QB], norm[QB];
       for (int i = 0; i < rows; i++) {
         Real* p = P + size_t(i) * ld;
@@ -206,6 +207,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
     const Real *Q = qkv + head, *K = Q + C, *V = K + C;
     const Real *dO = dout + size_t(b) * T * C + h * HS, *O = out + size_t(b) * T * C + h * HS;
     Real *dQ = dqkv + head, *dK = dQ + C, *dV = dK + C;
+    // Tags for scratch(), see simd.h.
     struct KeysByChannel;
     struct ValuesByChannel;
     struct Keys;
@@ -245,7 +247,7 @@ void attention_backward(Real* dqkv, const Real* dout, const Real* qkv, const Rea
         for (int c = 0; c < HS; c++) dot += dOb[size_t(i) * C + c] * Ob[size_t(i) * C + c];
         dots[i] = dot;
       }
-      // 4. Row by row, scores become dropped weights and dP becomes dS. Keys after the query get 0.
+      // 4. Row by row, scores become weights after dropout, and dP becomes dS. Keys after the query get 0.
       for (int i = 0; i < rows; i++) {
         Real *p = P + size_t(i) * ld, *dp = dP + size_t(i) * ld;
         const int visible = q0 + i + 1;

@@ -1,5 +1,6 @@
-// Building blocks of the kernels: eight numbers at a time, sums over lanes, and the tensor cores' instructions. The only
-// file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU (CUDA_ON_CPU).
+// Building blocks of the kernels: eight numbers at a time, sums over lanes, and the tensor cores' instructions. The
+// only file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU
+// (CUDA_ON_CPU).
 // defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, dynamic_smem, pack2, mma_16x8x16, ldmatrix_x4,
 //          ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit, copy_async_wait
 #pragma once
@@ -91,7 +92,8 @@ __device__ inline Real* dynamic_smem() {
 //   a (16 x 16):  a[0] = (g, 2t..2t+1)   a[1] = (g + 8, 2t..)   a[2] = (g, 2t + 8..)   a[3] = (g + 8, 2t + 8..)
 //   b (16 x 8):   b[0] = (2t..2t+1, g)   b[1] = (2t + 8.., g)
 //   d (16 x 8):   d[0], d[1] = (g, 2t), (g, 2t + 1)   d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1)
-// So d, rounded to 16 bits, is again an a: the product of a product needs no exchange between lanes.
+// So two d's side by side, rounded to 16 bits, are again an a: the product of a product needs no exchange between
+// lanes.
 
 // Two floats, rounded to Real (bf16 or fp16), in one register: lo in the low half.
 template <class Real>

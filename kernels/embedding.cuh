@@ -39,12 +39,12 @@ void embedding_forward(Real* out, const int* x, const Real* wte, const Real* wpe
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward. Some tokens of a text are far more frequent than others. With a block for each token, all others would wait
-// for the block that adds the spaces. So the rows of dout are cut into segments:
+// for the block of the most frequent one, the space. So the rows of dout are cut into segments:
 //
 //   rows of dout     0 ... 511 | 512 ... 1023 | ...      a segment is one or more pieces of 512 rows
-//   token 0          block T   | block T + V  | ...      a block adds the rows of one token in one segment
+//   position t       block t, over all rows              the first T blocks add the rows of one position each
+//   token 0          block T   | block T + V  | ...      the others add the rows of one token in one segment each
 //   token 1          block T+1 | ...
-//   position t       block t, over all rows              the blocks before them add the rows of one position each
 //
 // add_partials adds up the segments.
 
@@ -75,8 +75,8 @@ static __device__ inline int rows_of_token(int* list, const int* x, int token, i
     if (i % 32 == 0) found[i / 32] = bits;
   }
   __syncthreads();
-  // 2. Every thread goes through all words and counts. In the words of its own warp, which is every eighth, the lane
-  //    whose bit is set writes its row to the list, behind as many rows as there are bits before it.
+  // 2. Each warp writes the rows found in its words, which are every eighth. A row's place in the list is the number of
+  //    set bits before it, so every thread goes through all words and counts.
   int count = 0;
 #pragma unroll
   for (int word = 0; word < embedding_piece / 32; word++) {
@@ -97,9 +97,9 @@ struct ColumnOwner {
       : groups(embedding_threads / (C / 8)), group(threadIdx.x / (C / 8)), c(threadIdx.x % (C / 8) * 8) {}
 };
 
-// sum += this thread's eight columns of those rows row(0) ... row(n - 1) of dout (rows, C) that are its group's turn.
-// Four loads are under way together. Past the end the last row is loaded again and not added: a load within a branch
-// would be waited for right there.
+// Adds this thread's eight columns of its group's rows to sum. Of the rows row(0) ... row(n - 1) of dout (rows, C), a
+// group has row(group), row(group + groups), ... Four loads are under way together. Past the end the last row is loaded
+// again and not added: a thread would wait for a load within a branch right there.
 template <class Real, class Row>
 __device__ inline void add_rows(Float8& sum, const Real* dout, Row row, int n, const ColumnOwner& own, int C) {
   constexpr int at_once = 4;
@@ -117,11 +117,12 @@ __device__ inline void add_rows(Float8& sum, const Real* dout, Row row, int n, c
   }
 }
 
-// Launched with T + segments * V blocks of 256 threads. Block t < T adds the rows of position t; block T + segment * V
-// + token adds the rows of one token in one segment.
-//   dwpe     (T, C) = or +=
-//   partials (segments, V, C) =
-//   dout     (B, T, C);  x (B, T): the tokens
+// Launched with T + segments * V blocks of 256 threads. Block t < T adds the rows of position t. Block
+// T + segment * V + token adds the rows of one token in one segment.
+//   dwpe     (T, C) = or +=        dout summed over B
+//   partials (segments, V, C) =    for each segment and token, the sum of the rows in which the token stands, or zeros
+//   dout     (B, T, C)
+//   x        (B, T)                the tokens
 template <class Real>
 __global__ void __launch_bounds__(embedding_threads)
     embedding_backward_kernel(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate,
@@ -161,10 +162,8 @@ __global__ void __launch_bounds__(embedding_threads)
 // How many floats embedding_backward writes to `partials`: no more than dout or wte has, whichever is larger.
 inline size_t embedding_partials(int B, int T, int C, int V) { return size_t(embedding_segments(B * T, V)) * V * C; }
 
-// dwpe (T, C) = or += dout (B, T, C) summed over B
-// partials (segments, V, C) = for each segment and token, the sum of the segment's rows of dout in which the token
-// stands, or zeros. It has embedding_partials(B, T, C, V) floats; add_partials makes dwte of them, see embedding_sums.
-// dout (B, T, C), x (B, T)
+// dwpe = or += the gradient of wpe, from dout. The kernel above has the shapes. partials has
+// embedding_partials(B, T, C, V) floats; add_partials makes dwte of them, see embedding_sums.
 template <class Real>
 void embedding_backward(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate, int B, int T,
                         int C, int V, cudaStream_t stream) {

@@ -1,7 +1,7 @@
 // Layer normalisation: Ba, Kiros, Hinton, "Layer Normalization", 2016, equation 4. layernorm.h has the equations and
-// the CPU twin. In the same pass over memory go the steps that stand before it in the model: a branch gets its bias and
-// dropout, and is added to the residual stream. Backward is one pass as well, for the gradients of the stream and of
-// the branch.
+// the CPU twin. The kernel also does the step before: it adds bias and dropout to a branch (the output of attention or
+// of the MLP) and adds that to the residual stream. Backward is one kernel as well, for the gradients of the stream and
+// of the branch.
 // defines: layernorm_forward, residual_layernorm_forward, layernorm_partials, residual_layernorm_backward,
 //          layernorm_sums
 #pragma once
@@ -16,9 +16,10 @@
 constexpr int layernorm_threads = 128;
 constexpr int layernorm_max_C = 2048;
 
-// How rows are spread over threads. `lanes` threads hold a row in their registers: lane l has its chunks l, l + lanes,
-// ..., `each` of them, where a chunk is eight channels. A block has rows_at_once such groups of lanes. The 384 channels
-// of the lecture's model, for example, with lanes = 16 and each = 3:
+// How rows are spread over threads. A group of `lanes` threads holds a row in its registers: lane l has its chunks l,
+// l + lanes, ..., `each` of them, where a chunk is eight channels. A lane here is a thread's number in its group, and a
+// group is half a warp or the whole block. A block has rows_at_once groups. The 384 channels of the lecture's model,
+// for example, with lanes = 16 and each = 3:
 //
 //   chunk    0  1  2 ...  15 | 16 17 18 ...  31 | 32 33 34 ...  47
 //   lane     0  1  2 ...  15 |  0  1  2 ...  15 |  0  1  2 ...  15
@@ -104,8 +105,8 @@ __global__ void __launch_bounds__(layernorm_threads)
     }
   }
 
-  // 3. Mean and standard deviation of the row: each lane adds up its chunks, row_sum adds up the lanes. The squares are
-  //    those of x - mean; E[x^2] - E[x]^2 would cancel.
+  // 3. Mean and rstd of the row: each lane adds up its chunks, row_sum adds up the lanes. The squares are those of
+  //    x - mean; E[x^2] - E[x]^2 would lose digits.
   float sum = 0, squares = 0;
 #pragma unroll
   for (int j = 0; j < each; j++)
@@ -154,13 +155,12 @@ void launch_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* 
 template <class Real>
 void layernorm_forward(Real* out, float* mean, float* rstd, const Real* inp, const float* weight, const float* bias,
                        int rows, int C, cudaStream_t stream) {
-  launch_layernorm_forward<false, Real>(nullptr, out, mean, rstd, inp, nullptr, nullptr, {}, weight, bias,
-                                        rows, 1, C, stream);
+  launch_layernorm_forward<false, Real>(nullptr, out, mean, rstd, inp, nullptr, nullptr, {}, weight, bias, rows, 1, C,
+                                        stream);
 }
 
-// stream_out (B, T, C) = inp (B, T, C) + dropout(branch (B, T, C) + branch_bias (C))
-// norm (B, T, C) = layernorm of stream_out, mean (B, T) = ..., rstd (B, T) = ...; weight (C), bias (C)
-// stream_out may be inp; mean and rstd may be null.
+// stream_out = inp + dropout(branch + branch_bias), norm = layernorm of stream_out. The kernel above has the shapes,
+// with rows = B * T. stream_out may be inp; mean and rstd may be null.
 template <class Real>
 void residual_layernorm_forward(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
                                 const Real* branch, const float* branch_bias, const DeviceDropout& drop,
@@ -173,11 +173,12 @@ void residual_layernorm_forward(Real* stream_out, Real* norm, float* mean, float
 
 constexpr int layernorm_block_rows = sums_block_rows;  // rows of a block of backward
 
-// Fetches the rows of inp, dnorm and dstream that backward reads, one step before it uses them. Shared memory has
-// places for the current and the next row of each group of lanes or, where two would take more than 48 KB, for the
-// current row alone. A thread reads only chunks that it has fetched itself, so no barrier is needed.
+// Fetches the rows of inp, dnorm and dstream that backward reads. Shared memory has two places for each group of lanes,
+// so that the next row is on its way while the current one is in use. Where two would take more than 48 KB it has one,
+// and advance() waits for the row. A thread reads only chunks that it has fetched itself, so no barrier is needed.
 //
-//   start(first row);  for each row of the group: { advance(row, the group's next row);  ... get(input, j) ... }
+//   start(first row);
+//   for each row of the group: { advance(row, the group's next row);  ... inp(j), dnorm(j), dstream(j) ... }
 //
 // Rows from `end` on are zeros. So is dstream with inputs = 2, for a caller who writes it for the first time.
 template <class Shape, class Real>
@@ -190,13 +191,13 @@ struct RowsAhead {
 
   const Real* from[3];  // inp, dnorm, dstream (rows, C)
   int inputs, lane, end, C;
-  int next = 0;  // fetch() fills this place and moves on to the other, where get() finds the row before
+  int place = 0;  // get() reads this place; the next fetch() overwrites it
 
-  // This thread's chunk j of an input's row, in the place `next`.
+  // This thread's chunk j of an input's row, in this place.
   __device__ Real* chunk_of(int input, int j) const {
-    return dynamic_smem<Chunk>()[((next * 3 + input) * each + j) * layernorm_threads + threadIdx.x].v;
+    return dynamic_smem<Chunk>()[((place * 3 + input) * each + j) * layernorm_threads + threadIdx.x].v;
   }
-  // Begins to copy this thread's chunks of a row.
+  // Begins to copy this thread's chunks of a row. With two places, get() then reads the row that was fetched before it.
   __device__ void fetch(int row) {
 #pragma unroll
     for (int a = 0; a < 3; a++)
@@ -209,27 +210,33 @@ struct RowsAhead {
         for (int i = 0; i < 8; i += 16 / int(sizeof(Real))) copy_async_16(chunk_of(a, j) + i, source + i, valid);
       }
     copy_async_commit();
-    if (places == 2) next ^= 1;
+    if (places == 2) place ^= 1;
   }
   __device__ void start(int row) {
     if (places == 2) fetch(row);
   }
-  // From now on get() returns this row's chunks. The following row is on its way.
+  // From now on inp(), dnorm() and dstream() return this row's chunks. With two places, the following row is on its
+  // way.
   __device__ void advance(int row, int following) {
     fetch(places == 2 ? following : row);
     copy_async_wait<places - 1>();
   }
   __device__ Float8 get(int input, int j) const { return load8(chunk_of(input, j)); }
+  __device__ Float8 inp(int j) const { return get(0, j); }
+  __device__ Float8 dnorm(int j) const { return get(1, j); }
+  __device__ Float8 dstream(int j) const { return get(2, j); }
 };
 
 // Launched with ceil(rows / 64) blocks of 128 threads: a block has 64 rows, its groups of lanes take turns at them.
-//   dstream  (rows, C) = or +=, as `first` says    the gradient of the residual stream
-//   dbranch  (rows, C) = or null                   dropout(dstream)
-//   partials (blocks, 3, C) =                      the block's sums for dweight, dbias and dbranch_bias
-//   dnorm, inp (rows, C), mean, rstd (rows), weight (C) as in forward
+//   dstream  (rows, C) += or, if `first`, =    the gradient of the residual stream
+//   dbranch  (rows, C) = or null               dropout(dstream), with forward's mask
+//   partials (blocks, 3, C) =                  the block's sums for dweight, dbias and dbranch_bias
+//   dnorm    (rows, C)                         the gradient of forward's norm
+//   inp      (rows, C)                         what forward normalised: its stream_out, if there was a branch
+//   mean, rstd (rows), weight (C)              as in forward; drop, T and one_in_C, too
 // Each lane keeps its channels' sums for dweight, dbias and dbranch_bias in registers, 24 of them for each chunk, until
-// the block's rows are done. That leaves few registers, so long rows take a whole block, and pass 3 over a row reads it
-// again from shared memory.
+// the block's rows are done. That leaves few registers, so long rows take a whole block, and the second pass over a row
+// (step 3) reads it again from shared memory.
 template <class Shape, class Real>
 __global__ void __launch_bounds__(layernorm_threads, 2)
     residual_layernorm_backward_kernel(Real* dstream, Real* dbranch, float* partials, const Real* dnorm,
@@ -239,7 +246,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int block_row = blockIdx.x * layernorm_block_rows, end = min(rows, block_row + layernorm_block_rows);
 
-  // 1. Send for the first row of each group. Read mean and rstd of the block's 64 rows.
+  // 1. Start to fetch the first row of each group. Read mean and rstd of the block's 64 rows.
   RowsAhead<Shape, Real> ahead = {{inp, dnorm, dstream}, first ? 2 : 3, lane, end, C};
   ahead.start(block_row + group);
   if (dbranch && drop.active()) drop.read_step();
@@ -259,38 +266,36 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     ahead.advance(row, row + rows_at_once);
 
     // 2. First pass over the row: its terms of dweight and dbias, and the sums over its channels of g = dnorm * weight
-    //    and of g * n, where n is the normalised number.
+    //    and of g * n, where n is the normalised number. d is dnorm.
     float sum_g = 0, sum_gn = 0;
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int chunk = lane + j * lanes;
       if (chunk >= chunks) continue;
-      const Float8 x = ahead.get(0, j), w = load8(weight + chunk * 8);
-      Float8 g = ahead.get(1, j);
+      const Float8 x = ahead.inp(j), w = load8(weight + chunk * 8), d = ahead.dnorm(j);
 #pragma unroll
       for (int i = 0; i < 8; i++) {
         const float n = (x[i] - m) * s;
-        dweight[j][i] += g[i] * n;
-        dbias[j][i] += g[i];
-        g[i] *= w[i];
-        sum_g += g[i];
-        sum_gn += g[i] * n;
+        dweight[j][i] += d[i] * n;
+        dbias[j][i] += d[i];
+        const float g = d[i] * w[i];
+        sum_g += g;
+        sum_gn += g * n;
       }
     }
-    sum_g = row_sum<Shape>(sum_g) * one_in_C;
-    sum_gn = row_sum<Shape>(sum_gn) * one_in_C;
+    const float mean_g = row_sum<Shape>(sum_g) * one_in_C, mean_gn = row_sum<Shape>(sum_gn) * one_in_C;
 
-    // 3. Second pass: the gradient of the stream and, dropped out as in forward, of the branch.
-    asm volatile("" ::: "memory");  // so that the compiler reads again, and does not keep what pass 2 has read
+    // 3. Second pass: the gradient of the stream and, with forward's dropout mask, of the branch.
+    asm volatile("" ::: "memory");  // so that the compiler reads again, and does not keep what the first pass has read
     const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
 #pragma unroll
     for (int j = 0; j < each; j++) {
       const int chunk = lane + j * lanes;
       if (chunk >= chunks) continue;
-      const Float8 x = ahead.get(0, j), g = ahead.get(1, j), w = load8(weight + chunk * 8);
-      Float8 dx = ahead.get(2, j);
+      const Float8 x = ahead.inp(j), d = ahead.dnorm(j), w = load8(weight + chunk * 8);
+      Float8 dx = ahead.dstream(j);
 #pragma unroll
-      for (int i = 0; i < 8; i++) dx[i] += (g[i] * w[i] - sum_g - (x[i] - m) * s * sum_gn) * s;
+      for (int i = 0; i < 8; i++) dx[i] += (d[i] * w[i] - mean_g - (x[i] - m) * s * mean_gn) * s;
       store8(dstream + at + chunk * 8, dx);
       if (!dbranch) continue;
       // dx as it was computed, not as it was stored: so the branch's gradient is rounded once, not twice.
@@ -301,7 +306,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     }
   }
 
-  // 4. The groups' sums, added in order: registers -> shared, over the rows that were there -> global.
+  // 4. The groups' sums, added in order: registers -> shared, overwriting the fetched rows -> global.
   copy_async_wait<0>();  // the last fetch, of zeros, must not arrive later
   __syncthreads();
   float* const group_partials = dynamic_smem<float>();  // (3, rows_at_once, max_C)
@@ -329,13 +334,11 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
 // How many floats residual_layernorm_backward writes to `partials`.
 inline size_t layernorm_partials(int rows, int C) { return partials_size(rows, 3 * C); }
 
-// dstream (B, T, C) +=, or = if `first`: the gradient that comes through the normalisation from dnorm (B, T, C).
-// `first` means that nothing has written dstream yet. The equation is in layernorm.h.
-// dbranch (B, T, C) = dropout(dstream), with the mask of the branch that forward added just before it normalised. It is
-// null if there was no branch, and may be dnorm.
-// partials (blocks, 3, C) = each block's sums over its 64 rows, for dweight, dbias and dbranch_bias. It has
-// layernorm_partials(B * T, C) floats; add_partials makes the gradients of them, see layernorm_sums.
-// inp (B, T, C), mean, rstd (B, T): what forward normalised, and how
+// dstream += the gradient that comes through the normalisation from dnorm, or = if `first`: nothing has written it yet.
+// The equation is in layernorm.h, the kernel above has the shapes, with rows = B * T.
+// dbranch = dropout(dstream), with the mask of the branch that forward added just before it normalised. It is null if
+// there was no branch, and may be dnorm.
+// partials has layernorm_partials(B * T, C) floats; add_partials makes the gradients of them, see layernorm_sums.
 template <class Real>
 void residual_layernorm_backward(Real* dstream, Real* dbranch, float* partials, const Real* dnorm, const Real* inp,
                                  const float* mean, const float* rstd, const float* weight, bool first,

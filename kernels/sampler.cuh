@@ -1,6 +1,7 @@
 // Draws a token from its logits: choose_token of host/sampler.h on the GPU, with the same result, so that no logits
-// travel to the host. The GPU's exp() may round differently. That matters only if `uniform` falls within 1e-15 of the
-// border between two tokens.
+// travel to the host. exp() may round differently, and so may the sums for V > 256, which have another order. That
+// matters only if `uniform` falls on the border between two tokens, within such a rounding error (1e-15 or so for
+// V = 65).
 // defines: sample_token
 #pragma once
 #include <cstdint>
@@ -12,9 +13,9 @@
 constexpr int sample_token_block = 256;
 constexpr int sample_token_largest_V = 1 << 16;
 
-// A number for each token, larger for a larger logit and, among equal logits, for an earlier token. Its upper 32 bits
-// are the logit's, changed so that they compare as integers the way the floats do: negative floats have all bits
-// inverted, the others only the sign. Its lower 16 bits are the token, inverted.
+// A number for each token, larger for a larger logit and, among equal logits, for an earlier token. It has 48 bits.
+// The upper 32 are the logit's, changed so that they compare as integers the way the floats do: negative floats have
+// all bits inverted, the others only the sign. The lower 16 are the token, inverted.
 __device__ inline uint64_t likelihood_rank(float logit, int v) {
   const uint32_t bits = __float_as_uint(logit + 0.0f);  // -0 + 0 = 0: equal numbers must have equal bits
   const uint32_t ordered = bits >> 31 ? ~bits : bits | 0x80000000u;
@@ -24,7 +25,7 @@ __device__ inline uint64_t likelihood_rank(float logit, int v) {
 // Launched with one block of 256 threads. A thread has every 256th token, and in step 3 a contiguous piece of them.
 //   token  (1) =   the drawn token
 //   logits (V)
-// temperature 0 takes the likeliest token; top_k 0 allows all tokens; uniform is a random number in (0, 1).
+// temperature, top_k and uniform as in sample_token, below
 template <class Real>
 __global__ void __launch_bounds__(sample_token_block)
     sample_token_kernel(int* token, const Real* logits, int V, double temperature, int top_k, double uniform) {
@@ -41,9 +42,9 @@ __global__ void __launch_bounds__(sample_token_block)
     return;  // all threads do, so no barrier waits for one
   }
 
-  // 2. The lowest rank that is allowed: that of the top_k-th likeliest token. It is the largest number that at least
-  //    top_k ranks reach. We find its 48 bits from the highest to the lowest: a bit is 1 if enough ranks still reach
-  //    the number.
+  // 2. The lowest rank that is allowed, of the top_k-th likeliest token. It is the largest number x for which at least
+  //    top_k ranks are >= x. We find its 48 bits from the highest to the lowest: a bit is 1 if enough ranks are still
+  //    >= x with it.
   uint64_t lowest = 0;
   if (top_k > 0 && top_k < V)
     for (int bit = 47; bit >= 0; bit--) {
@@ -65,7 +66,8 @@ __global__ void __launch_bounds__(sample_token_block)
   pieces[threadIdx.x] = sum;
   __syncthreads();
   // 4. Thread 0 alone: draw a share of the total weight, find the piece in which the running sum passes it, and within
-  //    that piece the token. The order of the sums is fixed, and no sum exceeds a later one.
+  //    that piece the token. The order of the sums is fixed. If rounding lets the piece end before `share`, we take its
+  //    last token with a weight.
   if (threadIdx.x != 0) return;
   double total = 0;
   for (int i = 0; i < count; i++) total += pieces[i];

@@ -10,24 +10,25 @@
 //    +------+ +----------:-----:--+
 //    | a    | |          :     :  |
 //    |======| |==========+-----+==| <+  task   24 or 48 rows of c for one thread, which copies its rows of a as well.
-//    | tile | |          |tile |  |  |
+//    | tile | |          |tile |  |  |          With matrix registers 64 rows. A task may be only some of the columns.
 //    |======| |==========+-----+==| <+  tile   MR x NR numbers of c. Their sums stay in registers while k runs.
 //    +------+ +-------------------+ c
 //
 // `multiply` does it in these steps:
 //
-//   for each block of k (two thousand units, so that few sums have to wait in c):
+//   for each block of k (2048 units, so that the sums rarely have to wait in c; or 768, see KC):
 //     1. all threads copy b's block into panels                                                            (pack_block)
 //     for each task, in parallel:
 //       2. the thread copies the task's rows of a, MR at a time                                                (pack_a)
 //       3. for each panel, for each MR rows: a tile, that is MR x NR sums in registers. Each k loads NV vectors
 //          of b, broadcasts MR numbers of a, and does MR * NV fused multiply-adds                       (tile)
-//     4. after the last block of k, the caller's `after` works on the task's rows while they are in the cache
+//       4. after the last block of k, the caller's `after` works on the task's numbers while they are in the cache
 //
 // `multiply_by_columns` does the same with a and b in each other's place, where a is the smaller one.
 //
-// Every element of c is one chain of multiply-adds over k = 0, 1, ..., K - 1, whichever tile, task or thread computes
-// it. So the result has the same bits for any number of threads, and a row of it for any number of other rows.
+// Every element of c is one chain of multiply-adds over k = 0, 1, ..., K - 1 (with matrix registers, see below),
+// whichever tile, task or thread computes it. So the result has the same bits for any number of threads, and a row of
+// it for any number of other rows.
 //
 // Factor is the type that the operands are rounded to as they are copied: Real itself or bfloat16 (factors.h).
 // defines, in namespace product: View, Start, Nothing, multiply, multiply_by_columns, pack_blocks, for layers; pack_a,
@@ -57,10 +58,8 @@ constexpr int NV = 2;
 template <class Factor>
 constexpr int NR = lanes<Sum<Factor>>* NV;
 
-// Units of k in a block. Blocks are long, because between two of them the sums wait in c. A tile that begins by loading
-// sums from memory stands still until they are there, while a panel is read in order and so is fetched ahead. Where `a`
-// is by columns, K is the number of rows of a batch and c a weight's gradient. Shorter blocks, whose panels stay in a
-// nearer cache, are faster there.
+// Units of k in a block. Blocks are long, because a tile that begins by loading its sums from c has to wait for them.
+// multiply() uses shorter ones where `a` is by columns, except with matrix registers. doc/cpu-matmul.md says why.
 constexpr int KC = 2048, KC_COLUMNS = 768;
 
 // Rows of a task, a multiple of MR. They are few: each row of c that a task walks along is a stream of its own, and the
@@ -117,8 +116,8 @@ size_t packed_size(int K, int N) {
 //
 //                       b: K x 32
 //                      +----+----+      A tile of a is 16 rows by 16 units of k, of b 16 units of k by 16 columns.
-//                      |tile|tile|      All tiles of the same 16 rows or columns are a "line". It is contiguous in the
-//                      +----+----+      copy, tile after tile along k.
+//                      |tile|tile|      A "line" is one row of a or one column of b. All tiles of the same 16 lines
+//                      +----+----+      are a "strip", which the copy has tile after tile along k.
 //                      |tile|tile|
 //                      +----+----+
 //     a: 32 x K          :    :         Four tiles of c, 32 x 32 sums, stay in registers while k runs: for each 32 k,
@@ -132,11 +131,11 @@ size_t packed_size(int K, int N) {
 // and then adds both. So results differ from the vectors' in their rounding. They still do not depend on threads, tasks
 // or rows.
 
-// Units of a line: K numbers in whole tiles.
+// Units of k in a strip: K numbers in whole tiles.
 constexpr int tiled_units(int K) { return (units<bfloat16>(K) + amx::side - 1) / amx::side * amx::side; }
 
-// A thread that multiplies has one of these on its stack meanwhile. It reserves the thread's matrix registers, or
-// nothing where the type cannot use them.
+// A thread keeps one of these on its stack while it multiplies. It reserves the thread's matrix registers, or nothing
+// where the type cannot use them.
 template <class Factor>
 using Registers = std::conditional_t<tiles_possible<Factor>, amx::Tiles, char>;
 
@@ -146,13 +145,13 @@ bool tiles_taken() {
   return tiles_possible<Factor> && amx::enabled;
 }
 
-// Copies one tile. data points to its first number; the rows of a or columns of b that it holds are `line` numbers
-// apart, and neighbours in k are `k` numbers apart. There are `lines` of them, and K numbers along k; where that is
-// less than 16 and 32, the rest of the tile is 0.
-// to (16, 16) units: a's rows by k (rows_are_lines), or k by b's columns
-// sums (lines), only with line == 1 and possibly nullptr: sums[i] += the numbers of row or column i
+// Copies one tile. data points to its first number. Its lines are line_stride numbers apart, and neighbours in k are
+// k_stride numbers apart. The matrix has `lines` more lines, and K more numbers along k; where that is less than 16 and
+// 32, the rest of the tile is 0.
+// to (16, 16) units: lines by k, as a wants it (rows_are_lines), or k by lines, as b does
+// sums (lines), only with line_stride == 1 and possibly nullptr: sums[i] += the numbers of line i
 template <bool rows_are_lines>
-void pack_tile(uint32_t* to, const float* data, size_t line, size_t k, int lines, int K, float* sums) {
+void pack_tile(uint32_t* to, const float* data, size_t line_stride, size_t k_stride, int lines, int K, float* sums) {
   constexpr int side = amx::side;
   // 16 units from 32 neighbours in k.
   const auto along = [K](const float* from) {
@@ -171,50 +170,52 @@ void pack_tile(uint32_t* to, const float* data, size_t line, size_t k, int lines
   // 1. Read the way memory has the numbers, either along k or across it, and round pairs to bfloat16.
   // 2. Transpose the tile if it is to stand the other way.
   Vec<uint32_t> square[side] = {};
-  if (line != 1) {
-    for (int i = 0; i < std::min(side, lines); i++) square[i] = along(data + i * line);
+  if (line_stride != 1) {
+    for (int i = 0; i < std::min(side, lines); i++) square[i] = along(data + i * line_stride);
     if (!rows_are_lines) transpose<uint32_t>(square);
   } else if (lines > 0) {
     Vec<float> total = sums ? across(sums) : Vec<float>{};
     for (int u = 0; 2 * u < std::min(2 * side, K); u++) {
-      const float* x = data + 2 * u * k;
+      const float* x = data + 2 * u * k_stride;
       const bool pair = 2 * u + 1 < K;
-      const Vec<float> even = across(x), odd = pair ? across(x + k) : Vec<float>{};
+      const Vec<float> even = across(x), odd = pair ? across(x + k_stride) : Vec<float>{};
       square[u] = units_across<bfloat16>(even, odd);
       total += pair ? even + odd : even;
     }
     if (sums) std::memcpy(sums, &total, std::min(side, lines) * sizeof *sums);
     if (rows_are_lines) transpose<uint32_t>(square);
   }
-  // 3. Store it.
   for (int i = 0; i < side; i++) store(to + i * side, square[i]);
 }
 
-constexpr int tile_steps(int K) { return tiled_units(K) / amx::side; }  // tiles of a line
-// Lines of so many rows or columns: an even number, since four_tiles takes two at a time.
-constexpr int tile_lines(int lines) { return (lines + 2 * amx::side - 1) / (2 * amx::side) * 2; }
+constexpr int tile_steps(int K) { return tiled_units(K) / amx::side; }  // tiles of a strip
+// Strips of so many lines: an even number, since four_tiles takes two at a time.
+constexpr int tile_strips(int lines) { return (lines + 2 * amx::side - 1) / (2 * amx::side) * 2; }
 
-// packed (tile_lines(lines), tile_steps(K)) tiles = data, with strides as in pack_tile. It reads memory in order: the
-// outer loop goes along k if line is 1, else from line to line. Threads share the outer loop's tile_passes: this call
-// does begin ... end - 1.
-inline int tile_passes(size_t line, int lines, int K) { return line == 1 ? tile_steps(K) : tile_lines(lines); }
+// packed (tile_strips(lines), tile_steps(K)) tiles = data, with strides as in pack_tile. It reads memory in order: the
+// outer loop goes along k if line_stride is 1, else from strip to strip. Threads share the outer loop's tile_passes:
+// this call does begin ... end - 1.
+inline int tile_passes(size_t line_stride, int lines, int K) {
+  return line_stride == 1 ? tile_steps(K) : tile_strips(lines);
+}
 template <bool rows_are_lines>
-void pack_tiles(uint32_t* packed, const float* data, size_t line, size_t k, int lines, int K, float* sums, int begin,
-                int end) {
+void pack_tiles(uint32_t* packed, const float* data, size_t line_stride, size_t k_stride, int lines, int K, float* sums,
+                int begin, int end) {
   constexpr int side = amx::side;
-  const int inner = line == 1 ? tile_lines(lines) : tile_steps(K);
+  const int inner = line_stride == 1 ? tile_strips(lines) : tile_steps(K);
   for (int pass = begin; pass < end; pass++)
     for (int i = 0; i < inner; i++) {
-      const int l = (line == 1 ? i : pass) * side, u = (line == 1 ? pass : i) * side;
-      pack_tile<rows_are_lines>(packed + size_t(l) * tiled_units(K) + u * side, data + l * line + 2 * u * k, line, k,
-                                lines - l, K - 2 * u, sums && l < lines ? sums + l : nullptr);
+      const int l = (line_stride == 1 ? i : pass) * side, u = (line_stride == 1 ? pass : i) * side;
+      pack_tile<rows_are_lines>(packed + size_t(l) * tiled_units(K) + u * side,
+                                data + l * line_stride + 2 * u * k_stride, line_stride, k_stride, lines - l, K - 2 * u,
+                                sums && l < lines ? sums + l : nullptr);
     }
 }
 
-// c (32, 32), rows ldc apart, = start (32, 32) + two lines of a @ two lines of b, of `count` tiles each
-// a, b: the first tile of the first line; the second line begins a_line and b_line units later
-inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const uint32_t* a, size_t a_line,
-                       const uint32_t* b, size_t b_line, int count) {
+// c (32, 32), rows ldc apart, = start (32, 32) + two strips of a @ two strips of b, of `count` tiles each
+// a, b: the first tile of the first strip; the second strip begins a_strip and b_strip units later
+inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const uint32_t* a, size_t a_strip,
+                       const uint32_t* b, size_t b_strip, int count) {
   using namespace amx;
   // 1. Ask for c now, so that the stores at the end find it in the cache.
   for (int i = 0; i < 2 * side; i++)
@@ -232,14 +233,13 @@ inline void four_tiles(float* c, size_t ldc, const Start<float>& start, const ui
   for (int t = 0; t < count; t++, a += area, b += area) {
     amx::load<4>(a, side);
     amx::load<6>(b, side);
-    amx::load<5>(a + a_line, side);
-    amx::load<7>(b + b_line, side);
+    amx::load<5>(a + a_strip, side);
+    amx::load<7>(b + b_strip, side);
     amx::multiply_add<0, 4, 6>();
     amx::multiply_add<1, 4, 7>();
     amx::multiply_add<2, 5, 6>();
     amx::multiply_add<3, 5, 7>();
   }
-  // 4. Store the sums.
   amx::store<0>(c, ldc);
   amx::store<1>(c + side, ldc);
   amx::store<2>(c + side * ldc, ldc);
@@ -303,7 +303,8 @@ void pack_b(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N) {
 
 // a (M, K) as `tile` reads it, MR rows at a time. Rows m ... m + MR - 1 begin at data + m / MR * tile, and their unit
 // (i, u) is i * row + u * column further. In a copy the MR rows' units lie side by side (row = 1, column = MR); a
-// matrix that is read in place has its own strides.
+// matrix that is read in place has its own strides. With matrix registers there are no such MR rows: strip i begins at
+// data + i * tile, and row and column mean nothing.
 template <class Factor>
 struct PackedA {
   const Unit<Factor>* data;
@@ -408,20 +409,19 @@ PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
   return {packed, 1, MR, size_t(units<Factor>(K)) * MR};
 }
 
-// Where a tile's rows of `a` are: in the matrix itself, a_row numbers apart; in a copy; or in a copy that the loop asks
-// for some steps ahead, and for the panel as well. Asking ahead pays where both come from L2 or L3 and what the
-// processor fetches by itself comes too late. In attention everything is near, and the requests would only take the
-// loads' slots.
-enum class A { in_place, packed, packed_ahead };
+// How a tile reads `a`: in the matrix itself, whose rows are a_row numbers apart; from a copy; or from a copy that the
+// loop asks for some steps ahead, and for the panel as well (doc/cpu-matmul.md). In attention everything is near, and
+// the requests would only take the loads' slots.
+enum class ReadA { in_place, packed, packed_ahead };
 
 // The innermost loop. c (ROWS, NR), rows ldc apart, = start (ROWS, NR) + a (ROWS, n_units) @ panel (n_units, NR)
-template <int ROWS, class Factor, A where>
+template <int ROWS, class Factor, ReadA how>
 inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const Unit<Factor>* a, size_t a_row,
                  const Unit<Factor>* panel, int n_units) {
   constexpr int W = lanes<Sum<Factor>>;
-  if (where != A::in_place) a_row = 1;
-  const size_t a_column = where == A::in_place ? 1 : MR;
-  // 1. The sums begin with start. They are registers from here to step 4: `repeat` sees to that, see simd.h.
+  if (how != ReadA::in_place) a_row = 1;
+  const size_t a_column = how == ReadA::in_place ? 1 : MR;
+  // 1. The sums begin with start. They are registers from here to the stores: `repeat` sees to that, see simd.h.
   Vec<Sum<Factor>> sum[ROWS][NV];
   repeat<ROWS * NV>([&](auto n) {
     constexpr int i = n / NV, j = n % NV;
@@ -434,7 +434,7 @@ inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, co
   for (int u = 0; u < n_units; u++) {
     Vec<Unit<Factor>> b[NV];
     for (int j = 0; j < NV; j++) b[j] = load(panel + j * W);
-    if constexpr (where == A::packed_ahead) {
+    if constexpr (how == ReadA::packed_ahead) {
       for (int j = 0; j < NR<Factor>; j += 64 / int(sizeof *panel)) __builtin_prefetch(panel + 32 * NR<Factor> + j);
       __builtin_prefetch(a + 16 * MR);
     }
@@ -445,7 +445,6 @@ inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, co
     a += a_column;
     panel += NR<Factor>;
   }
-  // 4. Store the sums.
   repeat<ROWS * NV>([&](auto n) {
     constexpr int i = n / NV, j = n % NV;
     store(c + i * ldc + j * W, sum[i][j]);
@@ -454,17 +453,17 @@ inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, co
 
 // The same for `rows` up to ROWS, and for the last columns of a matrix: c (rows, columns). A tile of fewer than NR
 // columns is computed in a padded buffer.
-template <int ROWS, class Factor, A where>
+template <int ROWS, class Factor, ReadA how>
 void edge_tile(int rows, int columns, Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start,
                const Unit<Factor>* a, size_t a_row, const Unit<Factor>* panel, int n_units) {
   if constexpr (ROWS > 1)
-    if (rows < ROWS) return edge_tile<ROWS - 1, Factor, where>(rows, columns, c, ldc, start, a, a_row, panel, n_units);
-  if (columns == NR<Factor>) return tile<ROWS, Factor, where>(c, ldc, start, a, a_row, panel, n_units);
+    if (rows < ROWS) return edge_tile<ROWS - 1, Factor, how>(rows, columns, c, ldc, start, a, a_row, panel, n_units);
+  if (columns == NR<Factor>) return tile<ROWS, Factor, how>(c, ldc, start, a, a_row, panel, n_units);
   Sum<Factor> padded[ROWS * NR<Factor>] = {};
   if (start.data)
     for (int i = 0; i < ROWS; i++)
       std::memcpy(padded + i * NR<Factor>, start.data + i * start.row, columns * sizeof *padded);
-  tile<ROWS, Factor, where>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, panel, n_units);
+  tile<ROWS, Factor, how>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, panel, n_units);
   for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Factor>, columns * sizeof *padded);
 }
 
@@ -484,7 +483,7 @@ struct Triangle {
   int n_end = none, k_end = none, k_begin = -none;
 };
 
-// multiply_packed with matrix registers: the same arguments, where a panel is two lines of b's tiles.
+// multiply_packed with matrix registers: the same arguments, where a panel is two strips of b's tiles.
 inline void multiply_tiles(float* c, size_t ldc, const Start<float>& start, const PackedA<bfloat16>& a,
                            const uint32_t* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only) {
   constexpr int side = amx::side, two = 2 * side;
@@ -515,7 +514,7 @@ inline void multiply_tiles(float* c, size_t ldc, const Start<float>& start, cons
 // c (M, N), rows ldc apart, = start (M, N) + a (M, K) @ b (K, N), by the thread that calls
 // packed_b: b's panels, `panel_size` units apart, from pack_b or pack_block. copy: how the tiles read an `a` that is a
 // copy.
-template <class Factor, A copy = A::packed>
+template <class Factor, ReadA copy = ReadA::packed>
 void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const PackedA<Factor>& a,
                      const Unit<Factor>* packed_b, size_t panel_size, int M, int N, int K, const Triangle& only = {}) {
   if constexpr (tiles_possible<Factor>)
@@ -523,7 +522,7 @@ void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start
   for (int n = 0; n < N; n += NR<Factor>) {
     const int columns = std::min(NR<Factor>, N - n);
     for (int m = 0; m < M; m += MR) {
-      // 1. This tile's rows and columns, and the units of k that the triangle leaves.
+      // This tile's rows and columns, and the units of k that the triangle leaves.
       const int rows = std::min(MR, M - m), last = m + rows - 1;
       if (n >= only.n_end + last) continue;
       const int first_unit = std::max(0, only.k_begin + m) / Factors<Factor>::terms;
@@ -531,10 +530,9 @@ void multiply_packed(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start
       const Unit<Factor>* panel = packed_b + n / NR<Factor> * panel_size + size_t(first_unit) * NR<Factor>;
       const Start<Sum<Factor>> from = {start.data ? start.data + m * start.row + n : nullptr, start.row};
       const Unit<Factor>* a_tile = a.data + m / MR * a.tile + first_unit * a.column;
-      // 2. Multiply.
       Sum<Factor>* to = c + m * ldc + n;
       if (a.row != 1)
-        edge_tile<MR, Factor, A::in_place>(rows, columns, to, ldc, from, a_tile, a.row, panel, n_units);
+        edge_tile<MR, Factor, ReadA::in_place>(rows, columns, to, ldc, from, a_tile, a.row, panel, n_units);
       else
         edge_tile<MR, Factor, copy>(rows, columns, to, ldc, from, a_tile, 1, panel, n_units);
     }
@@ -596,7 +594,7 @@ template <class Factor, class After = Nothing>
 void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b,
               int M, int N, int K, const After& after = {}, Sum<Factor>* sums = nullptr,
               const Unit<Factor>* packed = nullptr) {
-  struct MemoryA;
+  struct MemoryA;  // tags for scratch(), see simd.h
   struct MemoryB;
   const bool tiles = tiles_taken<Factor>();
   const int block = (a.row == 1 && !tiles ? KC_COLUMNS : KC) * Factors<Factor>::terms;
@@ -622,9 +620,9 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
       // 3. Multiply. From the second block of k on, the sums begin with what the blocks before have left in c.
       const Start<Sum<Factor>> first = {start.data ? start.data + m * start.row + n : nullptr, start.row};
       Sum<Factor>* target = c + size_t(m) * N + n;
-      multiply_packed<Factor, A::packed_ahead>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)},
-                                               packed_a, packed_b + panel_size * (n / NR<Factor>), panel_size, rows,
-                                               columns, kc);
+      multiply_packed<Factor, ReadA::packed_ahead>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)},
+                                                   packed_a, packed_b + panel_size * (n / NR<Factor>), panel_size, rows,
+                                                   columns, kc);
       // 4. The last block of k: c's elements are complete.
       if (k0 + kc < K) continue;
       if (columns == N)
@@ -642,7 +640,7 @@ template <class Factor>
 void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int M, int N, int K,
                          Sum<Factor>* sums) {
   if (tiles_taken<Factor>()) return multiply<Factor>(c, {c, size_t(N)}, a, b, M, N, K, Nothing{}, sums);
-  struct MemoryA;
+  struct MemoryA;  // tags for scratch(), see simd.h
   struct MemoryB;
   constexpr int block = KC * Factors<Factor>::terms, MC = task_rows(true);
   const int panels = (N + NR<Factor> - 1) / NR<Factor>, longest = std::min(K, block);
@@ -668,8 +666,8 @@ void multiply_by_columns(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<
       for (int m = 0; m < M; m += MR) {
         const PackedA<Factor> packed_a = {all_a + m * row, 1, MR, MR * row};
         Sum<Factor>* target = c + size_t(m) * N + n;
-        multiply_packed<Factor, A::packed_ahead>(target, N, {target, size_t(N)}, packed_a, packed_b, panel_size,
-                                                 std::min(MR, M - m), columns, kc);
+        multiply_packed<Factor, ReadA::packed_ahead>(target, N, {target, size_t(N)}, packed_a, packed_b, panel_size,
+                                                     std::min(MR, M - m), columns, kc);
       }
     }
   }

@@ -92,6 +92,17 @@ TEST_CASE("Runs in every type repeat, and resume, byte for byte") {
   }
 }
 
+TEST_CASE("A run that goes on in another type says so, and that its products are others") {
+  const std::string folder = prepared();
+  REQUIRE(train_with(on_gpu, folder, "/out", tiny + " --dtype=float32 --max_iters=6").code == 0);
+  const Run r = train_with(on_gpu, folder, "/out", " --init_from=resume --max_iters=12 --dtype=bfloat16");
+  INFO(r.err);
+  CHECK(r.code == 0);
+  CHECK(contains(r.err, "going on in another type: float32 -> bfloat16\n"));
+  CHECK(contains(r.err, "the matrix products take other algorithms than before ("));
+  CHECK(contains(r.err, "the run goes on, but not bit for bit\n"));
+}
+
 TEST_CASE("A run goes on on another device") {
   const std::string folder = prepared();
   REQUIRE(train_with(on_gpu, folder, "/a", tiny + " --dtype=float32 --max_iters=6").code == 0);
@@ -200,6 +211,10 @@ TEST_CASE("What a GPU cannot do is refused before it begins") {
   refused(on_gpu, " --n_head=2 --n_embd=16", "head size");
   refused(on_gpu, " --n_head=32 --n_embd=4096", "n_embd");
   refused("CUDA_ON_CPU_MEMORY=300000 " + on_gpu, "", "on this GPU there are free");
+  for (const std::string dtype : {"bfloat16", "tf32"})
+    refused("CUDA_ON_CPU_DEVICES=75 " + on_gpu, " --dtype=" + dtype,
+            "--dtype " + dtype + ": card 0 on the CPU has no " + dtype +
+                " arithmetic (compute capability 8.0 has); --dtype float16 or float32");
 }
 
 TEST_CASE("On a GPU a run without an end begins at once, and Ctrl-C ends it") {

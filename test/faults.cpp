@@ -1,12 +1,13 @@
-// Linked into a program, it makes the system fail: the calls by which files are written are counted, and what FAULT says
-// happens at one of them. The program itself is the one that is shipped.
-//   FAULT=12:ENOSPC   the 12th call fails with this errno: ENOSPC, EDQUOT, EROFS, EIO, or EINTR (which rename never gives: the next)
-//   FAULT=12:short    the next write takes only half of its bytes
-//   FAULT=12:torn     the next write takes half, then the process is killed
-//   FAULT=12:kill     the process is killed before it
-//   FAULT=12:power    the same, and the disk forgets what no fsync has brought to it
-//   FAULT_CLOCK=1     the clock of the day goes back an hour each time somebody looks
-//   FAULT_LOG=path    a line for each call: its name and its file's path
+// Linked into the shipped program, this file makes the system fail: it counts the calls that write files, and fails one
+// of them as FAULT says.
+//   FAULT=12:ENOSPC   the 12th call fails with this errno: ENOSPC, EDQUOT, EROFS, EIO, or EINTR at the next call
+//                     that is not rename, which never gives EINTR
+//   FAULT=12:short    the first write from there on takes only half of its bytes
+//   FAULT=12:torn     the same write takes half of its bytes, then the process is killed
+//   FAULT=12:kill     the process is killed before the 12th call
+//   FAULT=12:power    the same, and the disk forgets all bytes that no fsync has brought to it
+//   FAULT_CLOCK=1     the time of day goes back an hour each time the program asks for it
+//   FAULT_LOG=path    logs each call as a line: its name and the path of its file
 #include <dlfcn.h>
 #include <fcntl.h>
 #include <unistd.h>
@@ -33,15 +34,15 @@ Function* real(const char* name) {
 
 struct File {
   std::string path;
-  off_t safe = 0;  // so many bytes are on the disk
+  off_t safe = 0;  // how many bytes are on the disk
 };
 
 std::mutex mutex;
-std::map<int, File>& files() {  // those that are open for writing, by descriptor
+std::map<int, File>& files() {  // open for writing, by descriptor
   static std::map<int, File> open_files;
   return open_files;
 }
-std::vector<std::pair<int, off_t>> forgotten;  // closed with bytes that are not on the disk: kept open here
+std::vector<std::pair<int, off_t>> forgotten;  // files that the program closed before all bytes were on the disk
 int calls = 0;
 
 void lose_power() {
@@ -50,7 +51,7 @@ void lose_power() {
     if (ftruncate(file, safe) != 0) {}
 }
 
-// Counts a call; returns the fault that it is to suffer, or nothing.
+// Counts a call and returns the fault that it shall suffer, or "".
 std::string fault_of(const char* call, const std::string& path) {
   static const std::string fault = std::getenv("FAULT") ? std::getenv("FAULT") : "";
   static const char* log = std::getenv("FAULT_LOG");
@@ -130,7 +131,7 @@ int fsync(int file) {
   const auto found = files().find(file);
   if (is_error(fault_of("fsync", found == files().end() ? "a folder" : found->second.path))) return -1;
   if (found != files().end()) found->second.safe = lseek(file, 0, SEEK_END);
-  return 0;  // the tests would wait for the real one
+  return 0;  // a real fsync would only make the tests slow
 }
 
 int rename(const char* from, const char* to) {

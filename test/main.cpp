@@ -129,7 +129,7 @@ Run Process::wait() {
 std::string program(const char* name) {
   const char* folder = std::getenv("PROGRAMS");
   const std::string path = (fs::absolute(folder ? folder : ".") / name).string();
-  std::string word;  // whatever the folder's name, it is one word for the shell
+  std::string word;  // quoted, so that the shell sees one word whatever the folder is called
   for (const char c : path) word += c == '\'' ? "'\\''" : std::string(1, c);
   return "'" + word + "'";
 }

@@ -50,7 +50,7 @@ TEST_CASE("data_prep: the first nine tenths train, the rest validates") {
   CHECK(contains(r.out, "vocabulary: 10 characters: \\n\\r aenv\u00EF\u20AC\U0001F600\n"));
   CHECK(contains(r.out, "train: 9 tokens in " + out + "/train_000000.bin\n"));
   CHECK(contains(r.out, "val: 1 tokens in " + out + "/val_000000.bin\n"));
-  CHECK(text_in(out) == read_file(text));  // the line's end included
+  CHECK(text_in(out) == read_file(text));  // with the line end
   CHECK(contents(out).size() == 4);        // two shards, vocab.json, baselines.json
 }
 
@@ -107,7 +107,7 @@ TEST_CASE("data_prep: a text of another kind is prepared, and it is said") {
 
 TEST_CASE("data_prep: a text longer than the pieces it is read in") {
   const std::string folder = test_folder(), text = folder + "/my.txt", out = folder + "/data";
-  std::string many = "\uFEFFx";  // one byte off, so that a character is cut between the pieces of 2^20 bytes
+  std::string many = "\uFEFFx";  // x shifts all by one byte, so that a piece of 2^20 bytes ends inside a character
   while (many.size() < 3'000'000) many += "\u20AC\u00E9\U0001F600a";
   write_file(text, many);
   const Run r = data_prep(text + " --out " + out);
@@ -190,7 +190,7 @@ TEST_CASE("data_prep: no vocabulary stands beside a mixture of two texts") {
   const std::string folder = test_folder(), out = folder + "/data", text = folder + "/my.txt";
   write_file(text, "abcabcabc");
   REQUIRE(data_prep(text + " --out " + out).code == 0);
-  // The same characters, so the hash would not tell; the new val shard finds its place taken and cannot go in.
+  // Both texts have the same characters, so the hash cannot tell them apart. A folder is in the val shard's way.
   fs::remove(out + "/val_000000.bin");
   make_folder(out + "/val_000000.bin/in_the_way");
   write_file(text, "cbacbacba");
@@ -231,7 +231,7 @@ TEST_CASE("data_prep: Tiny Shakespeare") {
 }
 
 TEST_CASE("get_text: keeps what exists, checks what comes, falls back, and leaves nothing half done") {
-  // In the folder bin, which the script sees first: a curl that writes something and ends as it is told, and a bible.
+  // The script finds our curl and bible in the folder bin first. Our curl writes something and exits with a given code.
   const std::string folder = test_folder(), bin = folder + "/bin", out = folder + "/data/input.txt";
   const auto fake = [&](const char* name, const std::string& body) {
     make_folder(bin);

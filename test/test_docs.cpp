@@ -1,4 +1,4 @@
-// What the documentation names must exist: files, and names where the text says they are.
+// Every file that the documentation names exists, and every other name stands where the text says.
 #include <cctype>
 #include <filesystem>
 #include <regex>
@@ -25,7 +25,7 @@ std::vector<Word> code_words(const std::string& text) {
   return words;
 }
 
-// out/ and data/ are written by the programs, and their files are not part of the tree.
+// The programs write out/ and data/; files in them are not part of the tree.
 bool is_file_of_the_tree(const std::string& word) {
   static const std::regex file(R"([\w./]+\.(h|cpp|cu|cuh|py|sh|md)|(kernels|host|dev|test)/)");
   return std::regex_match(word, file);
@@ -47,7 +47,7 @@ std::vector<std::string> pieces_of(const std::string& page) {
   return pieces;
 }
 
-// A function's source: from the first line that has its name and `(`, and is no statement, to the brace that closes it.
+// A function's source: from the first line that has its name and `(` and is not a statement, to the closing brace.
 std::string function_in(const std::string& path, const std::string& name) {
   std::istringstream in(read_file(path));
   const std::regex head("( *)[A-Za-z][^;=]*\\b" + name + "\\([^;]*");
@@ -81,7 +81,7 @@ const std::regex symbol(R"([A-Za-z_]\w+(::\w+)?)");
 // The names in a table whose columns are functions, headed "`forward` in `train_gpt.cu`", stand in those functions.
 int check_columns(const std::vector<std::string>& pieces) {
   int checked = 0;
-  std::vector<std::string> functions;  // by column; empty: the column is not one
+  std::vector<std::string> functions;  // by column; "" if the column is not a function
   for (const std::string& piece : pieces) {
     if (piece.empty() || piece[0] != '|') {
       functions.clear();
@@ -109,8 +109,8 @@ int check_columns(const std::vector<std::string>& pieces) {
   return checked;
 }
 
-// A name stands in the file beside which the text names it: "`name` in `file`", "(`name`, `file`)". A name without a
-// file beside it stands in one of those that the same paragraph names, or else the section before it.
+// If a file stands beside a name, as in "`name` in `file`" or "(`name`, `file`)", that file has the name. Otherwise one
+// of the files that the paragraph names has it, or one that the section names before.
 int check_symbols(const std::vector<std::string>& pieces) {
   int checked = 0;
   std::vector<std::string> section;  // files
@@ -206,7 +206,7 @@ TEST_CASE("Code on the page of the ladder is that of its sources") {
     excerpts++;
   }
   CHECK(excerpts > 8);
-  size_t blocks = 0;  // none stands there without its place
+  size_t blocks = 0;  // no block may stand on the page without its place
   for (size_t at = page.find("```cpp"); at != std::string::npos; at = page.find("```cpp", at + 1)) blocks++;
   CHECK(blocks == size_t(excerpts));
   for (const auto& entry : fs::directory_iterator("dev/ladder"))

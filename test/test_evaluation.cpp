@@ -1,4 +1,4 @@
-// Which validation tokens decide what is best: host/evaluation.h, fixed_loss.
+// Which validation tokens decide which checkpoint is the best: fixed_loss in host/evaluation.h.
 #include <algorithm>
 #include <numeric>
 
@@ -7,7 +7,7 @@
 
 namespace {
 
-// Notes which targets it is asked for; the loss of a target is its number, so that sums are exact.
+// Notes which targets it scores. The loss of a target is its number, so that sums are exact.
 struct Counting final : Scorer {
   int T;
   std::vector<uint64_t> scored = {};
@@ -66,8 +66,8 @@ TEST_CASE("Of a long validation split the same windows are scored, evenly spaced
       CHECK(one.scored.front() == 1);
       CHECK(one.scored.back() < tokens);
       CHECK(std::is_sorted(one.scored.begin(), one.scored.end()));
-      CHECK(std::adjacent_find(one.scored.begin(), one.scored.end()) == one.scored.end());  // none twice
-      // From the first to the last: what is left at the end is no longer than the space between two.
+      CHECK(std::adjacent_find(one.scored.begin(), one.scored.end()) == one.scored.end());  // no target is scored twice
+      // The windows reach from the first token to the last: a larger stride would not fit.
       if (windows > 1) {
         const uint64_t stride = one.scored[size_t(T)] - one.scored[0];
         for (size_t k = 0; k < windows; k++) CHECK(one.scored[k * size_t(T)] == 1 + k * stride);

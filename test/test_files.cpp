@@ -1,4 +1,4 @@
-// host/files.h: what was there before survives every failure, and every error says what and where.
+// host/files.h: the old file survives every failure, and every error says what went wrong and where.
 #include "../host/files.h"
 
 #include <filesystem>
@@ -55,7 +55,7 @@ TEST_CASE("a file that cannot be written names itself and the reason", "[files]"
 TEST_CASE("folders are made with those above them", "[files]") {
   const std::string folder = test_folder();
   make_folder(folder + "/a/b/c");
-  make_folder(folder + "/a/b/c/");  // is there already
+  make_folder(folder + "/a/b/c/");  // the folder exists already
   CHECK(fs::is_directory(folder + "/a/b/c"));
   write_file(folder + "/file", "");
   CHECK_THROWS_WITH(make_folder(folder + "/file/b"), ContainsSubstring(folder + "/file is a file"));
@@ -86,7 +86,7 @@ TEST_CASE("a file is called what its first bytes say", "[files]") {
   const std::pair<std::string, std::string> kinds[] = {
       {"", "empty"},
       {"\x40\1\0\0\0\0\0\0{\"a\":"s, "a safetensors file"},
-      {"\x1F\x8B\x08\0\0\0\0\0{\"a\":"s, "a safetensors file"},  // a header of 559,903 bytes, like gzip's mark
+      {"\x1F\x8B\x08\0\0\0\0\0{\"a\":"s, "a safetensors file"},  // the header's length, 559,903, begins like gzip's
       {"\x1F\x8B\x08\0\0\0\0\0\2\3"s, "compressed by gzip (unpack it first)"},
       {"\x28\xB5\x2F\xFD\4", "compressed by zstd (unpack it first)"},
       {"\xFD\x37zXZ\0"s, "compressed by xz (unpack it first)"},
@@ -140,10 +140,10 @@ TEST_CASE("the checksum sees any changed byte, any length and any order", "[file
 
   std::vector<uint64_t> words = {1, 2, 3, 4, 5, 6, 7, 8};
   const uint64_t before = checksum(words.data(), 64);
-  std::swap(words[0], words[4]);  // one lane
+  std::swap(words[0], words[4]);  // two words of one lane
   CHECK(checksum(words.data(), 64) != before);
   std::swap(words[0], words[4]);
-  std::swap(words[0], words[1]);  // two lanes
+  std::swap(words[0], words[1]);  // words of different lanes
   CHECK(checksum(words.data(), 64) != before);
 }
 

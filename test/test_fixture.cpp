@@ -1,5 +1,5 @@
-// The whole model against PyTorch: test/fixture.safetensors holds weights, a batch, and the logits, loss, gradients and
-// losses of ten AdamW steps that dev/check/reference.py got for them in double precision.
+// The whole model against PyTorch: test/fixture.safetensors holds weights and a batch, and the logits, the loss, the
+// gradients and the losses of ten AdamW steps that dev/check/reference.py computed from them in double precision.
 #define MICROGPT_NO_MAIN
 #include "../train_gpt_cpu.cpp"
 
@@ -53,7 +53,7 @@ Batch fixture_batch() {
   return {tokens("x"), tokens("y"), int(shape[0]), int(shape[1])};
 }
 
-// The fixture's sizes, read from it but for the number of layers, heads, which its names say.
+// The fixture's sizes, from the shapes and names of its tensors.
 ModelShape fixture_shape() {
   ModelShape shape;
   shape.V = int(fixture().find("token_embedding_table.weight").shape[0]);
@@ -64,8 +64,8 @@ ModelShape fixture_shape() {
   return shape;
 }
 
-// A model with the fixture's weights. It has room for one row more than the batch has, so that T of the batch and of
-// the model, and rows in use and allocated, cannot be mistaken for each other unnoticed.
+// A model with the fixture's weights. It has room for one row more than the batch has: code that takes the model's T
+// for the batch's, or allocated rows for rows in use, fails the test.
 template <class Real>
 GPT<Real> fixture_model(int B) {
   GPT<Real> m(fixture_shape(), B + 1);
@@ -175,11 +175,11 @@ TEST_CASE("the comparison's corners") {
   const double zero[3] = {0, 0, 0}, tiny[3] = {0, 1e-300, 0}, one[3] = {1, 1, 1}, near[3] = {1, 1 + 1.9e-6, 1};
   const double with_inf[3] = {1, inf, 1}, with_nan[3] = {1, 1, nan};
   CHECK(mismatch(zero, zero, 3, 1e-6) == "");
-  CHECK(mismatch(tiny, zero, 3, 1e-6) != "");  // where all must be zero, nothing else will do
+  CHECK(mismatch(tiny, zero, 3, 1e-6) != "");  // if all numbers should be zero, the tolerance is zero too
   CHECK(mismatch(near, one, 3, 1e-6) == "");   // 1e-6 * (1 + rms) is twice the tolerance
   CHECK(mismatch(near, one, 3, 0.9e-6) != "");
   CHECK(compare(near, one, 3, 1e-6).share == Approx(0.95).epsilon(1e-6));
-  CHECK(mismatch(with_inf, with_inf, 3, 1e-6) != "");  // equal, but no result
+  CHECK(mismatch(with_inf, with_inf, 3, 1e-6) != "");  // equal, but not finite
   CHECK(mismatch(with_nan, with_nan, 3, 1e-6) != "");
   CHECK(mismatch(one, with_inf, 3, 1e-6) != "");
   CHECK(mismatch(one, with_nan, 3, 1e-6) != "");

@@ -1,5 +1,5 @@
-// What comes from outside, as a person meets it: damaged files, strange texts, impossible flags, odd surroundings. Each
-// is refused by a message that names the file or flag and by exit code 1, and nothing is touched; or it just works.
+// Damaged files, strange texts, impossible flags, odd surroundings. The program either just works, or it refuses: it
+// names the file or flag, exits with code 1 and touches nothing.
 #ifdef __APPLE__
 #include <util.h>
 #else
@@ -80,11 +80,11 @@ TEST_CASE("Inputs: every damaged file is refused by name, and nothing is touched
       check_refused(command, path);
     }
     auto after = contents(folder);
-    after.erase("new");  // a folder may have been made
+    after.erase("new");  // the program may have made this folder
     CHECK((after == before));
     write_file(path, whole);
   }
-  CHECK(run(resume).code == 0);  // all is well again
+  CHECK(run(resume).code == 0);  // the run can go on
 }
 
 TEST_CASE("Inputs: something else stands where a file should be", "[inputs]") {
@@ -105,7 +105,7 @@ TEST_CASE("Inputs: something else stands where a file should be", "[inputs]") {
     check_refused(command, path);
     fs::remove(path);
     REQUIRE(mkfifo(path.c_str(), 0600) == 0);
-    check_refused(command, path);  // and does not wait for a writer
+    check_refused(command, path);  // it does not wait until somebody writes to the pipe
     fs::remove(path);
     fs::rename(kept, path);
   }
@@ -113,7 +113,7 @@ TEST_CASE("Inputs: something else stands where a file should be", "[inputs]") {
   check_refused(sample + " --start=FILE:" + folder + "/prompt", folder + "/prompt: it is a folder");
   check_refused(sample + " --start=FILE:" + folder + "/none", folder + "/none");
   check_refused(sample + " --start=FILE:", "could not open");
-  for (const std::string name : {"/ckpt_last.safetensors.tmp", "/lock"}) {  // where a run must write
+  for (const std::string name : {"/ckpt_last.safetensors.tmp", "/lock"}) {  // a run must write to both
     fs::create_directories(folder + "/blocked" + name);
     check_refused(train_gpt + small_run + " --data " + data + " --out_dir " + folder + "/blocked", name);
     fs::remove_all(folder + "/blocked");
@@ -160,7 +160,7 @@ TEST_CASE("Inputs: a folder that cannot be written", "[inputs]") {
   if (fs::exists("/proc/self")) check_refused(train_gpt + flags + "/proc/none", "could not make the folder /proc/none");
   check_refused("FAULT=1:EROFS " + program("train_gpt_faulty") + flags + folder + "/out",
                 "Read-only file system (choose a folder on a disk that can be written)");
-  if (geteuid() == 0) return;  // whom no permission stops
+  if (geteuid() == 0) return;  // permissions do not stop root
   fs::create_directory(folder + "/closed");
   fs::permissions(folder + "/closed", fs::perms::owner_read | fs::perms::owner_exec);
   check_refused(train_gpt + flags + folder + "/closed", "Permission denied (check who owns it");
@@ -172,7 +172,7 @@ TEST_CASE("Inputs: texts of all kinds", "[inputs]") {
     write_file(folder + "/text", text);
     return run(data_prep + " " + folder + "/text" + out);
   };
-  // Line ends, empty lines and NUL stay; a byte order mark goes, and it is said.
+  // Line ends, empty lines and NUL stay. A byte order mark goes, and data_prep says so.
   const std::string odd = "\xEF\xBB\xBF\r\n\n\n" + std::string(1, '\0') + "a\r\nb\n\n";
   const Run r = prepare(odd);
   CHECK(r.code == 0);
@@ -190,14 +190,14 @@ TEST_CASE("Inputs: texts of all kinds", "[inputs]") {
   write_file(folder + "/text", std::string(5000, 'a'));
   check_refused(data_prep + " " + folder + "/text" + out, "has only one character, 'a'");
 
-  // From a pipe with a name and from one without.
+  // From an unnamed pipe, then from a named one.
   REQUIRE(run("printf abcabcabcabc | " + data_prep + " /dev/stdin" + out).code == 0);
   const std::string want = read_file(folder + "/data/train_000000.bin");
   REQUIRE(mkfifo((folder + "/fifo").c_str(), 0600) == 0);
   REQUIRE(run("printf abcabcabcabc > " + folder + "/fifo & " + data_prep + " " + folder + "/fifo" + out).code == 0);
   CHECK((read_file(folder + "/data/train_000000.bin") == want));
 
-  // The shortest text that a window fits into twice: T + 1 characters are a tenth of it.
+  // In the shortest text that is long enough, the tenth that becomes val has T + 1 characters.
   const std::string flags = train_gpt + small_run + " --max_iters=2 --data " + folder + "/data --out_dir " + folder;
   REQUIRE(prepare(some_text(17)).code == 0);
   check_refused(flags + "/a", "train has 15 tokens, and a window of --block_size 16 needs 17");
@@ -223,7 +223,7 @@ TEST_CASE("Inputs: sizes beyond any machine are refused with the memory that the
   CHECK(!fs::exists(folder + "/out"));
   check_refused(run_it + "/out --n_embd=99999999999", "--n_embd is a whole number from 1 to 2000000000");
   check_refused(run_it + "/out --block_size=2000000000", "a window of --block_size 2000000000 needs 2000000001");
-#if !defined(__SANITIZE_ADDRESS__)  // which takes terabytes of addresses
+#if !defined(__SANITIZE_ADDRESS__)  // AddressSanitizer takes terabytes of addresses
   check_refused("ulimit -v 300000; " + run_it + "/small --n_embd=2048 --threads=1", "of memory");
 #endif
 }
@@ -269,7 +269,7 @@ TEST_CASE("Inputs: the progress bar keeps to a terminal that changes its size", 
   }
   std::string seen;
   size_t narrow_from = 0;
-  const auto bars = [&](size_t from) {  // what stands between the start of a line and its clearing
+  const auto bars = [&](size_t from) {  // the progress lines: from the start of a line to the code that clears its rest
     std::vector<std::string> found;
     for (size_t at = seen.find("\rtrain", from); at != std::string::npos; at = seen.find("\rtrain", at + 1)) {
       const size_t end = seen.find("\033[K", at);
@@ -292,7 +292,7 @@ TEST_CASE("Inputs: the progress bar keeps to a terminal that changes its size", 
       narrow_from = seen.size();
     }
     if (narrow_from == 0) continue;
-    // Bars of before may still be on their way.
+    // Bars that were drawn before the window shrank may still arrive.
     const std::vector<std::string> since = bars(narrow_from);
     if (since.size() > 10000 || (since.size() > 4 && width(since[since.size() - 4]) < 30)) break;
   }

@@ -1,4 +1,5 @@
-// The ladder's networks: every gradient against finite differences in double; what a WaveNet sees and remembers.
+// The ladder's networks: every gradient against finite differences in double; which characters a WaveNet sees, and
+// whether it remembers them correctly.
 #include <cmath>
 
 #include "../dev/ladder/0_gradient_descent.cpp"
@@ -19,8 +20,8 @@ std::vector<int> tokens(int count, int V) {
   return x;
 }
 
-// Fills what is learned with noise, so that nothing is special, and compares every tensor's gradient of a random
-// combination of the logits with central differences, at about a hundred of its elements.
+// Fills the parameters with noise, so that nothing is special. The loss is a random combination of the logits. Compares
+// about a hundred elements of each parameter's gradient with central differences.
 template <class Net>
 void check_gradients(Net& net, int B, int T, const ladder::Mode& mode) {
   const std::vector<int> x = tokens(B * T, net.V);
@@ -39,7 +40,7 @@ void check_gradients(Net& net, int B, int T, const ladder::Mode& mode) {
   };
   for (const TensorSpec& spec : net.param_layout.tensors())
     for (int l = 0; l < spec.layers; l++)
-      std::fill_n(net.grads.data() + spec.offset + l * spec.stride, spec.slice, 0.25);  // += is what is asked for
+      std::fill_n(net.grads.data() + spec.offset + l * spec.stride, spec.slice, 0.25);  // backward has to add
   f();
   net.backward(x.data(), dlogits.data(), B, T, mode);
   for (const TensorSpec& spec : net.param_layout.tensors())
@@ -112,7 +113,7 @@ TEST_CASE("ladder: a WaveNet that remembers writes what one that does not would"
   const std::vector<int> x = tokens(shape.T, shape.V);
   const float* logits = net.forward(x.data(), 1, shape.T, {});
   const std::vector<float> whole(logits, logits + size_t(shape.T) * shape.V);
-  for (int round = 0; round < 2; round++) {  // nothing of the first text is left in the second
+  for (int round = 0; round < 2; round++) {  // the second round must not see what the first one left
     for (int t = 0; t < shape.T; t++) {
       const float* row = net.next_logits(x.data(), t + 1, t);
       const std::vector<float> got(row, row + shape.V),
@@ -170,7 +171,7 @@ TEST_CASE("ladder: the engine's derivatives, and those of the trainer's layers b
   const Scalar a = 2, c = a * a;
   c.backward();
   c.backward();
-  CHECK(a.grad() == 8);  // adds up, as documented
+  CHECK(a.grad() == 8);  // a second backward adds to it, as documented
   CHECK(gradient_descent::layernorm_difference() < 1e-12);
   CHECK(gradient_descent::crossentropy_difference() < 1e-12);
   CHECK(gradient_descent::attention_difference() < 1e-12);
@@ -234,7 +235,7 @@ TEST_CASE("ladder: every rung runs, and the report tells of it", "[ladder]") {
                            "| + layernorm | ", "Receptive field: 7 characters", "~~~\n", "4.4e-16"})
     CHECK(contains(report, part));
 
-  // The same flags, the same bytes: a rung is a function of its seed and text, but for its times.
+  // Equal flags give equal bytes: apart from the times, a rung depends only on its seed and its text.
   const auto numbers = [&](const std::string& where) {
     nlohmann::json json = nlohmann::json::parse(read_file(where + "/result.json"));
     for (auto& row : json["rows"]) row.erase("seconds"), row.erase("record");
@@ -249,7 +250,7 @@ TEST_CASE("ladder: every rung runs, and the report tells of it", "[ladder]") {
 }
 
 TEST_CASE("ladder: a rung says what it missed where it had a chance to reach it", "[ladder]") {
-  std::string text;  // of the size of Tiny Shakespeare, and of no interest
+  std::string text;  // as long as Tiny Shakespeare
   for (int i = 0; i < 1115394; i++) text += char('0' + i % 65);
   const std::string missed = "MISSED: counted bigram, val ", counted = ladder_program +
                                                                        " counted --seed=3 --data=" + prepared(text) +

@@ -1,5 +1,5 @@
-// Every layer: its blocked version against the plain loops, its backward pass against finite differences in double, on
-// sizes that fit no tile. Outputs that are written (=) hold NaN before, those that are added to (+=) hold noise.
+// Every layer: the blocked version against the plain loops, the backward pass against finite differences in double. The
+// sizes fit no tile. Outputs that a layer sets (=) hold NaN before, outputs that it adds to (+=) hold noise.
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -44,13 +44,13 @@ void check_gradient(Doubles& x, const Doubles& grad, const std::function<double(
   ::check_gradient(x.data(), grad.data(), x.size(), f, tolerance);
 }
 
-// Rounding of a float sum of K terms.
+// How much a float sum of K terms may be off.
 double rounding(int K) { return 4 * std::sqrt(double(K)) * 0x1p-24; }
 
 }  // namespace
 
 TEST_CASE("matmul: gradients") {
-  const int rows = 14, C = 19, OC = 17;  // no multiples of a tile or a vector of doubles, and more than one of each
+  const int rows = 14, C = 19, OC = 17;  // more than one tile and one vector of doubles, but no multiple of either
   Doubles inp = noise(rows * C, 1), weight = noise(OC * C, 2), bias = noise(OC, 3), dout = noise(rows * OC, 4);
   Doubles out(rows * OC), dinp(rows * C, nan_value), dweight(OC * C), dbias(OC);
   matmul_backward(dinp.data(), dweight.data(), dbias.data(), dout.data(), inp.data(), weight.data(), rows, C, OC);
@@ -67,8 +67,8 @@ TEST_CASE("matmul: the blocked product is the plain one") {
   struct Size {
     int rows, C, OC;
   };
-  // one element, less than a tile, more than one, V = 65, tasks of 48 rows of dweight; then more than one block of k in
-  // forward, in dinp, and in dweight by rows and by columns
+  // One element, less than a tile, more than a tile, V = 65, tasks of 48 rows of dweight; then more than one block of k
+  // in forward, in dinp, and in dweight by rows and by columns.
   constexpr int long_k = product::KC + 3;
   for (const Size s : {Size{1, 1, 1},
                        {1, 48, 65},
@@ -106,7 +106,7 @@ TEST_CASE("matmul: the blocked product is the plain one") {
 
 TEMPLATE_TEST_CASE("matmul: what happens to the output after it is what would happen later", "", float, bfloat16) {
   for (const bool tiles : ways_of<TestType>())
-    for (const int rows : {7, 200}) {  // columns divided between tasks, and not
+    for (const int rows : {7, 200}) {  // with 7 rows the tasks divide the columns, with 200 they do not
       const TakeTiles take(tiles);
       const int C = 2 * product::KC + 1, OC = 260, T = rows;  // more than one block of k
       const Dropout drop = {5, 6, site::fc_dropout, dropout_threshold(0.3), 1};
@@ -134,7 +134,7 @@ TEMPLATE_TEST_CASE("matmul: what happens to the output after it is what would ha
     }
 }
 
-// x as products of type bfloat16 see it.
+// x rounded to bfloat16, as the products of that type use it.
 template <class From>
 std::vector<double> as_bfloat16(const std::vector<From>& x) {
   std::vector<double> out;
@@ -159,7 +159,7 @@ TEST_CASE("bfloat16: products of rounded operands, summed in float") {
   struct Size {
     int rows, C, OC;
   };
-  // odd numbers of terms, whose last pair is half empty; more than one block of pairs
+  // Sums with an odd number of terms, whose last pair is half empty; more than one block of pairs.
   constexpr int long_k = 2 * product::KC + 3;
   for (const Size s : {Size{1, 1, 1},
                        {1, 48, 65},
@@ -188,7 +188,7 @@ TEST_CASE("bfloat16: products of rounded operands, summed in float") {
       reference::matmul_backward<double>(dx.data(), dw.data(), nullptr, d.data(), x.data(), w.data(), s.rows, s.C,
                                          s.OC);
       for (int r = 0; r < s.rows; r++)
-        for (int o = 0; o < s.OC; o++) db[o] += dout[r * s.OC + o];  // the bias is not in a product
+        for (int o = 0; o < s.OC; o++) db[o] += dout[r * s.OC + o];  // no product computes db, so dout is not rounded
       check_close(out, want, rounding(s.C));
       check_close(dinp, dx, rounding(s.OC));
       check_close(dweight, dw, rounding(s.rows));
@@ -214,8 +214,8 @@ TEST_CASE("bfloat16: attention stays within its rounding") {
       reference::attention_forward(out64.data(), lse64.data(), qkv64.data(), drop, B, T, C, NH);
       reference::attention_backward(dqkv64.data(), dout64.data(), qkv64.data(), out64.data(), lse64.data(), drop, B, T,
                                     C, NH);
-      // Operands are rounded by up to 2^-8 of themselves. Early queries see few values, which do not average out, and the
-      // first query's gradients cancel to zero: the worst elements are off by a multiple of that.
+      // Rounding changes an operand by up to 2^-8 of itself. Early queries see few values, so their errors do not
+      // average out, and the first query's gradients cancel to zero: the worst elements are off by a multiple of 2^-8.
       check_close(out, out64, 0x1p-6);
       check_close(lse, lse64, 0x1p-8);
       check_close(dqkv, dqkv64, 0x1p-4);
@@ -278,7 +278,7 @@ TEST_CASE("attention: the blocked version is the plain one") {
       check_close(blocked, out64, 1e-12);
       check_close(blocked_lse, lse64, 1e-12);
       check_close(blocked_dqkv, dqkv64, 1e-12);
-      // float against double; the scores' rounding enters the weights through exp, so the worst seen is about 3e-6
+      // float against double; exp carries the rounding of the scores into the weights: we saw errors up to 3e-6
       check_close(out, out64, 1e-5);
       check_close(lse, lse64, 1e-5);
       check_close(dqkv, dqkv64, 2e-5);
@@ -398,8 +398,8 @@ TEST_CASE("cross-entropy: values and gradients") {
     crossentropy_backward(dlogits.data(), probs.data(), targets.data(), 0.3, rows, V);
     check_gradient(logits, dlogits, f);
   }
-  // float's vectors, with and without a rest, against sums in double. A logit less the highest, above -32, is rounded by
-  // up to 1e-6, which its exponential carries on as a relative error.
+  // Vectors of floats, with and without a remainder, against sums in double. Rounding moves the distance of a logit
+  // from the highest one (up to 32 here) by up to 1e-6, and exp turns that into a relative error.
   for (const int V : {64, 65, 1000, 1007}) {
     const Doubles exact = noise(V, 2, 4);
     const std::vector<float> logits(exact.begin(), exact.end());

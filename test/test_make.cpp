@@ -1,4 +1,4 @@
-// The Makefile on machines of all kinds, which are played here: other compilers, flags, and CUDA Toolkits.
+// The Makefile with fake compilers, flags and CUDA Toolkits, so that one machine plays many.
 #include <sys/stat.h>
 
 #include <filesystem>
@@ -10,7 +10,7 @@ namespace {
 
 namespace fs = std::filesystem;
 
-// make as a person starts it: this run's own settings do not reach it. What it builds goes to the folder `build`.
+// Runs make without this process's environment. What make builds goes to the folder `build`.
 Run make(const std::string& build, const std::string& arguments, const std::string& environment = "") {
   return run("env -i PATH=\"$PATH\" " + environment + " make ARCH=ptx BUILD=" + build + " " + arguments);
 }
@@ -21,7 +21,7 @@ void write_script(const std::string& path, const std::string& body) {
   chmod(path.c_str(), 0755);
 }
 
-// An nvcc that tells its version, then runs the commands `compile`.
+// A fake nvcc: it prints its version if asked, otherwise it runs the commands `compile`.
 std::string fake_nvcc(const std::string& folder, const std::string& version, const std::string& compile) {
   write_script(folder + "/bin/nvcc",
                "[ \"$1\" = --version ] && echo 'release " + version + ", V" + version + ".1' && exit\n" + compile);
@@ -61,7 +61,7 @@ TEST_CASE("A CUDA Toolkit that cannot build the GPU trainer stops make, which sa
     const std::string nvcc = fake_nvcc(folder, t.version, "cat '" + folder + "/says' >&2\nexit 1");
     const Run r = make(folder, "NVCC=" + nvcc + " " + folder + "/cuda-ptx/train_gpt.o");
     INFO(r.err);
-    CHECK(r.code == 2);  // make's own
+    CHECK(r.code == 2);  // make's own exit code
     CHECK(contains(line_with(r.err, "error: "), "CUDA " + t.version));
     CHECK(contains(line_with(r.err, "error: "), t.reason));
     CHECK(contains(r.err, "\n" + t.compiler_says + "\n"));
@@ -76,8 +76,8 @@ TEST_CASE("A CUDA Toolkit that cannot build the GPU trainer stops make, which sa
 
 TEST_CASE("CUDA's libraries are found wherever a toolkit keeps them, in folders of any name") {
   struct Folders {
-    std::string libraries, nvcc_says;  // where they are, and where nvcc says so
-    std::string nvcc_top = "bin/..";   // what it takes for the toolkit's folder
+    std::string libraries, nvcc_says;  // where the libraries are, and what nvcc says about that
+    std::string nvcc_top = "bin/..";   // what nvcc takes for the toolkit's folder
   };
   for (const Folders& l : {Folders{"lib64", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},  // NVIDIA's
                            Folders{"lib", "\"-Lbin/../lib64/stubs\" \"-Lbin/../lib64\""},    // pip's, as of 13.0
@@ -87,7 +87,7 @@ TEST_CASE("CUDA's libraries are found wherever a toolkit keeps them, in folders 
                                    "\"-Lbin/../targets/x86_64-linux/lib/stubs\" "
                                    "\"-Lbin/../targets/x86_64-linux/lib\"",
                                    "bin/../targets/x86_64-linux"},
-                           Folders{"apart", "-Lapart/stubs -Lapart "}}) {  // a distribution's
+                           Folders{"apart", "-Lapart/stubs -Lapart "}}) {  // a Linux distribution's
     const std::string top = test_folder() + "/it's 100 %C, #1";
     fs::create_directories(top + "/" + l.libraries + "/stubs");
     for (const char* name : {"/libcudart_static.a", "/libcublasLt.so.13", "/stubs/libcublasLt.so"})
@@ -204,14 +204,14 @@ TEST_CASE("make runs as many compilers as there are processors, or as memory has
   };
   const auto jobs = [&] { return std::stoi(run("dev/setup/jobs.sh " + root).out); };
   const int processors = std::stoi(run("getconf _NPROCESSORS_ONLN").out);
-  CHECK(jobs() == processors);  // nothing is known of memory
+  CHECK(jobs() == processors);  // no file says how much memory there is
   put("/proc/meminfo", "MemFree: 9 kB\nMemAvailable: 99000000000 kB");
   CHECK(jobs() == processors);
   put("/proc/meminfo", "MemFree: 99000000000 kB\nMemAvailable: 1048576 kB");
   CHECK(jobs() == 1);
   put("/proc/meminfo", "MemAvailable: 99000000 kB");
-  // A limit counts wherever it is set: on our container, on our control group or on a group above it. Control groups come in
-  // two versions, which keep it in different files.
+  // A limit counts wherever it is set: on our container, on our control group or on a group above it. The two versions
+  // of control groups keep it in different files.
   put("/proc/self/cgroup", "9:memory:/a/b\n8:cpu,cpuacct:/c\n0::/d/e:f");
   for (const std::string limit : {"/memory.max", "/d/memory.max", "/d/e:f/memory.max", "/memory/memory.limit_in_bytes",
                                   "/memory/a/memory.limit_in_bytes", "/memory/a/b/memory.limit_in_bytes"}) {
@@ -234,7 +234,7 @@ TEST_CASE("make runs as many compilers as there are processors, or as memory has
   CHECK(flag("MAKEFLAGS=-j5") == 5);
   CHECK(flag("", "-j7") == 7);
 
-  // Two compilers: one that waits for a second one to begin, and one that says so if it is not alone.
+  // Two fake compilers: `waits` waits until a second one begins, `looks` fails if another one runs.
   const std::string files = " NVCC= " + root + "/host/flags.o " + root + "/host/plot.o CXX=" + root;
   write_file(root + "/openmp", "");
   write_script(root + "/waits",

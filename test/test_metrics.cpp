@@ -1,4 +1,4 @@
-// host/metrics.h: a run's record, and how a resumed run goes on with it.
+// host/metrics.h: a run's record, and how a resumed run continues it.
 #include "../host/metrics.h"
 
 #include <cmath>
@@ -19,7 +19,7 @@ TEST_CASE("metrics are one JSON object a line", "[metrics]") {
   metrics.add_eval(10, 3.25, 3.5, 3.375);
   metrics.add_final(11, 1.5, 2.5);
   metrics.add_final(11, 1.5, 2.5, 1.25);
-  CHECK(read_file(path) ==  // already while the run goes on
+  CHECK(read_file(path) ==  // `metrics` still exists: a running run's record is complete, too
         R"({"type":"eval","iter":0,"train_loss":4.25,"val_loss":4.5}
 {"type":"iter","iter":0,"loss":4.125,"lr":0.0003,"time_ms":12.5,"tokens_per_s":1000.0}
 {"type":"iter","iter":10,"loss":null,"lr":0.0003,"time_ms":12.5,"tokens_per_s":0.3333333333333333}
@@ -46,7 +46,7 @@ TEST_CASE("a resumed run keeps the lines before its first iteration", "[metrics]
       "{\"type\":\"iter\",\"iter\":20,\"loss\":2.0}\n"
       "{\"type\":\"final\"}\n"
       "not JSON\n[1]\n{\"iter\":\"x\"}\n{\"iter\":-1e300}\n\n";
-  write_file(path, dropped + kept + "{\"type\":\"iter\",\"iter\":12,\"lo");  // torn
+  write_file(path, dropped + kept + "{\"type\":\"iter\",\"iter\":12,\"lo");  // a line cut off in the middle
   {
     Metrics metrics(path, 20);
     CHECK(read_file(path) == kept);

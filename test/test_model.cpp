@@ -1,4 +1,4 @@
-// The whole model: its gradient by finite differences with dropout on, and what must be exactly equal.
+// The whole model: its gradient against finite differences, with dropout on, and results that must be exactly equal.
 #define MICROGPT_NO_MAIN
 #include "../host/run.h"
 #include "../train_gpt_cpu.cpp"
@@ -21,7 +21,7 @@ std::vector<int> some_tokens(size_t count, uint32_t which, int V = tiny.V) {
   return tokens;
 }
 
-// Larger weights than at the start of training, and biases that are not zero: no gradient is small by symmetry.
+// Weights larger than at the start of training, and biases that are not zero, so that no gradient is small by symmetry.
 template <class Real, class Factor>
 void randomise(GPT<Real, Factor>& m) {
   for (const TensorSpec& spec : m.param_layout.tensors())
@@ -131,7 +131,7 @@ TEST_CASE("The model's gradient is that of its loss, dropout on") {
         got.push_back(m.grads_memory.data()[spec.offset + l * spec.stride + i]);
         want.push_back((up - down) / (2 * h));
       }
-      // A hidden unit within h of ReLU's kink would differ; none is, with these numbers.
+      // A hidden unit within h of ReLU's kink would fail the test, but these numbers have none.
       const std::string message = mismatch(got.data(), want.data(), got.size(), 1e-6);
       INFO(spec.name << ", layer " << l << ": " << message);
       CHECK(message.empty());
@@ -139,7 +139,7 @@ TEST_CASE("The model's gradient is that of its loss, dropout on") {
 }
 
 TEMPLATE_TEST_CASE("Losses and gradients are bit-identical with 1, 2 and 3 threads", "", float, bfloat16) {
-  const ModelShape shape = {65, 64, 96, 2, 3};  // large enough that every layer wakes the other threads
+  const ModelShape shape = {65, 64, 96, 2, 3};  // large enough that every layer uses all threads
   const int B = 8, T = shape.T;
   CHECK(size_t(B) * T * std::min(shape.C, shape.V) > worth_threads);
   const int threads_before = omp_get_max_threads();
@@ -167,13 +167,13 @@ TEMPLATE_TEST_CASE("Losses and gradients are bit-identical with 1, 2 and 3 threa
     omp_set_num_threads(threads_before);
     CHECK((results[0] == results[1]));
     CHECK((results[0] == results[2]));
-    CHECK(results[0][2] < results[0][0]);  // and it learns
+    CHECK(results[0][2] < results[0][0]);  // the model learns
   }
 }
 
 TEST_CASE("The type of the products is bfloat16 only where it is clearly faster") {
   CHECK(faster_dtype({181, 403}) == "float32");    // as on Emerald Rapids
-  CHECK(faster_dtype({2700, 177}) == "bfloat16");  // and there in matrix registers
+  CHECK(faster_dtype({2700, 177}) == "bfloat16");  // Emerald Rapids with matrix registers
   CHECK(faster_dtype({488, 243}) == "bfloat16");   // Zen 4
   CHECK(faster_dtype({139, 100}) == "float32");
   CHECK(faster_dtype({141, 100}) == "bfloat16");
@@ -253,7 +253,7 @@ TEST_CASE("Weights that were packed for sampling are forgotten when they change"
   zero_gradients(m);
   const std::vector<int> x = some_tokens(tiny.T, 1);
   pack_weights(m);
-  update(m, {0.1, 0.9, 0.99, 1e-8, 0.5, 1, 1}, 0);  // without a gradient, weight decay alone
+  update(m, {0.1, 0.9, 0.99, 1e-8, 0.5, 1, 1}, 0);  // the gradient is zero: weight decay alone acts
   const float* logits = forward(m, x.data(), 1, tiny.T);
   const std::vector<float> got(logits, logits + tiny.V);
   m.packed = {};
@@ -281,7 +281,7 @@ TEST_CASE("Clipping scales the gradient to the norm that is asked for") {
   zero_gradients(m);
   m.dw.wte[0] = 3;
   m.dw.headb[64] = 4;  // a norm of 5
-  // plain steps show the scaled gradient: with beta1 = 0, the first m is (1 - 0) * g
+  // With beta1 = 0, the first m is the scaled gradient: (1 - 0) * g.
   update(m, {0, 0, 0.9, 1e-8, 0, 1, 1}, 1);
   const auto moments = placed<Params<double>>(m.m_memory.data(), tiny);
   CHECK(moments.wte[0] == Approx(0.6));

@@ -1,4 +1,4 @@
-// N-gram losses against values counted by hand, and against those known for Tiny Shakespeare.
+// N-gram losses against values counted by hand, and against the known losses of Tiny Shakespeare.
 #include "test.h"
 
 #include <cmath>
@@ -12,14 +12,14 @@
 #include "../host/shards.h"
 #include "../host/text.h"
 
-// The text all of the following counts: a b a a b c, as 0 1 0 0 1 2.
+// The text that the tests below count: a b a a b c, as 0 1 0 0 1 2.
 //   alone    a 3, b 2, c 1                     N = 6, t = 3
 //   after a  b 2, a 1                          n = 3, t = 2
 //   after b  a 1, c 1                          n = 2, t = 2
 //   after c  nothing: the text ends there      n = 0, t = 0
 //   after ab a 1, c 1                          n = 2, t = 2
 static const std::vector<int> counted = {0, 1, 0, 0, 1, 2};
-static const std::vector<int> abc = {0, 1, 2};  // scores b after a, then c after ab
+static const std::vector<int> abc = {0, 1, 2};  // the losses of b after a and of c after ab
 
 static double mean(std::vector<double> probabilities) {
   double sum = 0;
@@ -40,8 +40,8 @@ TEST_CASE("ngram: unigram, smoothed only when a character was never seen") {
 TEST_CASE("ngram: bigram") {
   CHECK(bigram_loss(counted, abc, 3) == exactly(mean({(2. + 1) / (3 + 3), (1. + 1) / (2 + 3)})));
   CHECK(bigram_loss(counted, abc, 3, 0.5) == exactly(mean({2.5 / 4.5, 1.5 / 3.5})));
-  CHECK(bigram_loss(counted, std::vector<int>{2, 1}, 3) == exactly(mean({1. / 3})));  // nothing was seen after c
-  // The best a table can do on its own text: pairs ab, ba, aa, ab, bc.
+  CHECK(bigram_loss(counted, std::vector<int>{2, 1}, 3) == exactly(mean({1. / 3})));  // the text ends at its only c
+  // The best that a table can do on its own text. The pairs are ab, ba, aa, ab, bc.
   CHECK(bigram_loss(counted, counted, 3, 0) == exactly(mean({2. / 3, 1. / 2, 1. / 3, 2. / 3, 1. / 2})));
 }
 
@@ -51,9 +51,9 @@ TEST_CASE("ngram: Witten-Bell") {
   // P(b | a)  = (2 + 2 * 3/9) / (3 + 2) = 8/15
   // P(c | b)  = (1 + 2 * 2/9) / (2 + 2) = 13/36
   CHECK(witten_bell_loss(counted, abc, 3, 2) == exactly(mean({8. / 15, 13. / 36})));
-  // P(c | ab) = (1 + 2 * 13/36) / (2 + 2) = 31/72, while b has no longer context than a
+  // P(c | ab) = (1 + 2 * 13/36) / (2 + 2) = 31/72, while b has no context longer than a
   CHECK(witten_bell_loss(counted, abc, 3, 3) == exactly(mean({8. / 15, 31. / 72})));
-  // Contexts that were never seen leave it to the shorter ones: P(b | c) = P(b), P(a | cb) = P(a | b).
+  // If a context was never seen, the shorter one decides: P(b | c) = P(b), P(a | cb) = P(a | b).
   CHECK(witten_bell_loss(counted, std::vector<int>{2, 1}, 3, 5) == exactly(mean({3. / 9})));
   CHECK(witten_bell_loss(counted, std::vector<int>{2, 1, 0}, 3, 5) ==
         exactly(mean({3. / 9, (1 + 2 * 4. / 9) / (2 + 2)})));
@@ -65,8 +65,7 @@ TEST_CASE("ngram: what may follow a context adds up to one") {
     const std::vector<int> before = {0, 1, 2};
     double bigram = 0, witten_bell = 0;
     for (int c = 0; c < V; c++) {
-      const std::vector<int> after = {0, 1, 2,
-                                      c};  // its sum of losses, less that of the first three, is -ln P(c | 012)
+      const std::vector<int> after = {0, 1, 2, c};  // -ln P(c | 012) = total loss of `after` - total loss of `before`
       bigram += std::exp(2 * bigram_loss(train, before, V) - 3 * bigram_loss(train, after, V));
       witten_bell += std::exp(2 * witten_bell_loss(train, before, V, 5) - 3 * witten_bell_loss(train, after, V, 5));
     }
@@ -111,12 +110,12 @@ static Tokens as_split(const char* split, const std::vector<uint16_t>& tokens, c
 }
 
 TEST_CASE("ngram: a long text is counted from its end, and the names say so") {
-  // a a a ... then 2 M times a b a b: had the beginning counted, b after a would be less than certain.
+  // a a a ..., then 2 M characters a b a b ...: if the beginning counted, b after a would not be certain.
   const Vocabulary vocabulary({U'a', U'b'});
   std::vector<uint16_t> train(2'500'000, 0), val(2'000'001);
   for (size_t i = 500'000; i < train.size(); i++) train[i] = uint16_t(i % 2);
   for (size_t i = 0; i < val.size(); i++) val[i] = uint16_t(i % 2);
-  val.back() = 1;  // b after b would cost a lot, were it scored
+  val.back() = 1;  // scoring b after b would cost a lot
   const std::vector<Baseline> baselines =
       compute_baselines(as_split("train", train, vocabulary), as_split("val", val, vocabulary), 2);
   REQUIRE(baselines.size() == 4);

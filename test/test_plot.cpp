@@ -1,4 +1,4 @@
-// host/plot.h: a picture comes out for every run, and no text becomes a command.
+// host/plot.h: every run gets a picture, and no text becomes a command of gnuplot.
 #include "../host/plot.h"
 
 #include <cmath>

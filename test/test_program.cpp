@@ -1,4 +1,4 @@
-// The program as a person uses it: a text in, a trained model out, and every refusal.
+// The program as you use it: a text goes in, a trained model comes out; and everything that it refuses.
 #include <cmath>
 #include <filesystem>
 #include <random>
@@ -18,7 +18,7 @@ TEST_CASE("A run trains, samples, saves and says so") {
   const Run r = train(folder);
   INFO(r.err);
   REQUIRE(r.code == 0);
-  // 'ab' over and over has one bit of surprise at the first letter only: a model that learns gets below 0.1 at once
+  // In "abab..." only the first letter is a surprise, of one bit: a model that learns soon gets below 0.1.
   const std::vector<nlohmann::json> lines = lines_of(folder + "/out/metrics.jsonl");
   std::string kinds;
   for (const nlohmann::json& line : lines) kinds += line["type"].get<std::string>().substr(0, 1);
@@ -26,7 +26,7 @@ TEST_CASE("A run trains, samples, saves and says so") {
   CHECK(lines[0]["val_loss"].get<double>() == Approx(std::log(2.0)).margin(0.05));
   CHECK(lines[7]["val_exact"].get<double>() < 0.1);
   for (const auto& [line, has] : {std::pair{0, true}, {3, true}, {6, false}, {7, true}})
-    CHECK(lines[size_t(line)].contains("val_fixed") == has);  // not those before the last step, but those after it
+    CHECK(lines[size_t(line)].contains("val_fixed") == has);  // the evaluation before the last step has none
   CHECK(lines[7]["val_fixed"] == lines[7]["val_exact"]);
   const std::string at_start = loss_text(lines[0]["val_fixed"]).substr(0, 6);
   CHECK(contains(r.err, "exact val loss: " + at_start + ", the best so far\n"));
@@ -53,14 +53,14 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   REQUIRE(train(folder, "--seed=2", "/other").code == 0);
   CHECK((read_file(folder + "/one/ckpt_last.safetensors") != read_file(folder + "/other/ckpt_last.safetensors")));
 
-  // Half the way, then on. The schedule is constant, so its length does not matter; the file records max_iters.
+  // Half the steps, then the rest. The learning rate is constant, so max_iters changes only what the file records.
   REQUIRE(train(folder, "--max_iters=11", "/resumed").code == 0);
   const Run r =
       run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder + "/resumed");
   INFO(r.err);
   REQUIRE(r.code == 0);
   CHECK(contains(r.err, "going on with another value of max_iters: 11 -> 20"));
-  CHECK(r.err.find("preset") == std::string::npos);  // which a resumed run does not use
+  CHECK(r.err.find("preset") == std::string::npos);  // a resumed run uses no preset
   CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/resumed/ckpt_last.safetensors")));
   CHECK((read_file(folder + "/one/ckpt_best.safetensors") == read_file(folder + "/resumed/ckpt_best.safetensors")));
   const auto one = lines_of(folder + "/one/metrics.jsonl"), resumed = lines_of(folder + "/resumed/metrics.jsonl");
@@ -68,8 +68,8 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   CHECK(one.back()["val_exact"] == resumed.back()["val_exact"]);
 }
 
-// Both texts are random letters, so a model that learns the training text by heart gets worse on the validation text: this
-// run is at its best long before its end.
+// Both texts are random letters, so a model that learns the training text by heart gets worse on the validation text:
+// this run is at its best long before its end.
 TEST_CASE("The best checkpoint is the one whose loss on the same validation text was the lowest") {
   std::mt19937 random(1);
   std::string letters;
@@ -93,8 +93,8 @@ TEST_CASE("The best checkpoint is the one whose loss on the same validation text
       where_random = line["iter"];
     }
   }
-  REQUIRE(where < 100);          // what ends there below has its best weights behind it
-  CHECK(where != where_random);  // else this test could not tell the two apart
+  REQUIRE(where < 100);          // the run of 100 steps below has passed its best weights when it ends
+  CHECK(where != where_random);  // otherwise this test could not tell the two losses apart
   CHECK(info.iteration == where);
   CHECK(info.best_iteration == where);
   CHECK(info.best_loss == lowest);
@@ -102,7 +102,7 @@ TEST_CASE("The best checkpoint is the one whose loss on the same validation text
   const Run e = run(train_gpt + " eval --checkpoint=best" + data + " --out_dir " + folder + "/whole");
   CHECK(contains(e.out, text("val exact: ", loss_text(lowest), "\n")));
 
-  // A run that ends at an evaluation and is then made longer has the same best weights as one that was long at once.
+  // A run that ends at an evaluation and is then resumed has the same best weights as one long run.
   REQUIRE(train(folder, flags + "--max_iters=100", "/parts").code == 0);
   const std::string parts = folder + "/parts", last = parts + "/ckpt_last.safetensors";
   fs::copy(parts, folder + "/old", fs::copy_options::recursive);
@@ -111,7 +111,7 @@ TEST_CASE("The best checkpoint is the one whose loss on the same validation text
   CHECK(Checkpoint(parts + "/ckpt_best.safetensors").info().iteration == where);
   CHECK((read_file(last) == read_file(folder + "/whole/ckpt_last.safetensors")));
 
-  // So does a run begun by a program that asked random batches, and was told a number that nothing will ever reach.
+  // So does a run of an older program, which judged by random batches: no run will ever reach its best loss.
   const std::string old = folder + "/old/ckpt_last.safetensors";
   {
     const SafetensorsFile file(old);
@@ -153,7 +153,7 @@ TEST_CASE("OMP_NUM_THREADS, or the processors that the run may use, say how many
     return r.err;
   };
   CHECK(contains(err("OMP_NUM_THREADS=3"), ", 3 threads"));
-  // OMP_NUM_THREADS is often set without its owner's knowledge: a line says so where it is not the number of cores.
+  // People often do not know that OMP_NUM_THREADS is set: a line says so if it is not the number of cores.
   const std::string because = ", because OMP_NUM_THREADS is ";
   const std::string free = err("env -u OMP_NUM_THREADS");
   CHECK(!contains(free, because));
@@ -219,7 +219,7 @@ TEST_CASE("Without --dtype the faster type is measured, once; a run that goes on
     CHECK(run(train_gpt + " sample --max_new_tokens=3 --out_dir " + folder + out).err.empty());
     CHECK(!measured(run(train_gpt + " export --out_dir " + folder + out)));
 
-    // Whoever asks for the type does not wait until all tensors are read; they are read, and verified, afterwards.
+    // dtype_so_far reads the type without waiting for the tensors; the program reads and verifies them later.
     Config config;
     config.command = "sample";
     config.out_dir = folder + out;
@@ -307,7 +307,7 @@ TEST_CASE("The flag --version says what a report of a fault needs") {
                                   {built_for.avx512, "AVX-512"},
                                   {built_for.avx512_bf16, "AVX512_BF16"}})
     if (has) kernels += std::string(", ") + name;
-  CHECK(std::regex_match(second, std::regex(kernels + "(, AMX)?")));  // which a virtual machine may hide
+  CHECK(std::regex_match(second, std::regex(kernels + "(, AMX)?")));  // a virtual machine may hide AMX
   CHECK(third == "built without CUDA");
   CHECK(more == "");
   CHECK(run(train_gpt + " sample --version").out == r.out);
@@ -355,7 +355,7 @@ TEST_CASE("Refusals: checkpoints and prompts") {
   write_file(folder + "/short", kept.substr(0, kept.size() - 5));
   check_refused(train_gpt + " sample --checkpoint=" + folder + "/short", "short");
 
-  // another text: of other letters, and of the same ones
+  // Two other texts: one of other letters, one of the same letters.
   const std::string other = prepared("xyz" + std::string(500, 'x')), same = prepared("b" + std::string(500, 'a'));
   check_refused(train_gpt + " --init_from=resume --max_iters=30 --data " + other + "/data" + out, "another vocabulary");
   check_refused(train_gpt + " --init_from=resume --max_iters=30 --data " + same + "/data" + out, "another text");
@@ -363,7 +363,7 @@ TEST_CASE("Refusals: checkpoints and prompts") {
   CHECK((read_file(last) == kept));
 }
 
-// The losses at step 0, on the real text: published runs with other seeds lie between 4.17 and 4.29.
+// On the real text, the losses at step 0 of published runs with other seeds lie between 4.17 and 4.29.
 TEST_CASE("Tiny Shakespeare: the course's model starts in its band") {
   const char* text = std::getenv("MICROGPT_TEXT");
   if (!text) return skip("MICROGPT_TEXT does not name Tiny Shakespeare");

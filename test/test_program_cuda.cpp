@@ -1,4 +1,4 @@
-// The GPU trainer as a person uses it, on CUDA-on-CPU: which device it takes and what it says, files that go from one
+// The GPU trainer as you use it, on CUDA-on-CPU: which device it takes, what it says, and runs that move from one
 // device to the other and back. CUDA_ON_CPU_DEVICES and CUDA_ON_CPU_MEMORY (bytes) describe the GPU that it finds.
 #include <csignal>
 
@@ -50,9 +50,9 @@ TEST_CASE("The GPU trainer trains, samples, saves and says on what") {
   CHECK(got.back() < 0.1);
   CHECK(read_file(folder + "/gpu/sample.txt") == read_file(folder + "/cpu/sample.txt"));
   CHECK(contains(read_file(folder + "/gpu/matmul_algorithms.txt"), "algorithms of matrix products"));
-  CHECK(train_with(on_gpu, folder, "/gpu", " eval").code == 1);  // a command comes first
+  CHECK(train_with(on_gpu, folder, "/gpu", " eval").code == 1);  // refused: a command must come first
   const Run eval = run(on_gpu + " eval --data " + folder + "/data --out_dir " + folder + "/gpu");
-  CHECK(losses_of(eval.out).back() == Approx(got.back()).margin(1e-3));  // in bfloat16, unless it is told otherwise
+  CHECK(losses_of(eval.out).back() == Approx(got.back()).margin(1e-3));  // eval uses bfloat16 by default
   const Run sample = run(on_gpu + " sample --out_dir " + folder + "/gpu --start=ab --max_new_tokens=20");
   CHECK(contains(sample.out, "abababab"));
 }
@@ -180,7 +180,7 @@ TEST_CASE("The first GPU that does something is used, and those before it are na
                  "card 0 on the CPU has compute capability 6.1, 7.5 (Turing) or later is needed; "
                  "card 1 on the CPU: it is busy or closed"));
   CHECK(contains(r.err, "; card 2 on the CPU is used instead\n"));
-  CHECK(contains(r.err, "float16 on card 2 on the CPU"));  // what Turing has
+  CHECK(contains(r.err, "float16 on card 2 on the CPU"));  // Turing has no bfloat16
   CHECK_FALSE(contains(r.err, "card 3"));
 }
 

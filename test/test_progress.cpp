@@ -1,4 +1,4 @@
-// host/progress.h: the line, which is a pure function of what it shows.
+// host/progress.h: the progress line, which depends only on the numbers it shows.
 #include "../host/progress.h"
 
 #include <cmath>

@@ -36,9 +36,8 @@ std::map<std::string, std::string> unzip(const std::string& path) {
   return records;
 }
 
-// The pickle as JSON: a call is {"call": name, "args": [...]}, with "items" once the result got some; a persistent id
-// is
-// {"id": [...]}.
+// The pickle as JSON. A call is {"call": name, "args": [...]}, plus "items" if the pickle adds items to the result. A
+// persistent id is {"id": [...]}.
 Json unpickle(const std::string& bytes) {
   std::vector<Json> stack;
   std::vector<size_t> marks;
@@ -192,7 +191,7 @@ TEST_CASE("every record's data starts at a multiple of 64 bytes", "[pth]") {
     const size_t begin = at + 30 + number(at + 26, 2) + number(at + 28, 2);
     CHECK(begin % 64 == 0);
     CHECK(number(at + 6, 2) == 0);
-    CHECK(number(at + 10, 4) == 33u << 16);  // 1980-01-01 00:00, whatever the clock says
+    CHECK(number(at + 10, 4) == 33u << 16);  // always 1980-01-01 00:00, so that equal models give equal files
     CHECK(number(at + 18, 4) == number(at + 22, 4));
     at = begin + number(at + 18, 4);
     records++;

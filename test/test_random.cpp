@@ -6,7 +6,7 @@
 #include "../kernels/residual.h"
 #include "test.h"
 
-// The known answers of the authors' library, Random123 (kat_vectors, philox4x32 10).
+// The known answers of Random123, the library of Philox's authors (kat_vectors, philox4x32 10).
 TEST_CASE("Philox gives the published answers") {
   struct Known {
     Philox4 counter;
@@ -32,7 +32,7 @@ TEST_CASE("Philox gives the published answers") {
 
 TEST_CASE("Random numbers by lanes are those drawn one by one") {
   uint32_t words[4][32];
-  const uint64_t first = 0xfffffff0;  // the index runs over the border of 32 bits
+  const uint64_t first = 0xfffffff0;  // the index passes 2^32
   random4_lanes(words, 7, 8, site::fc_dropout + 3, first);
   for (int i = 0; i < 32; i++) {
     const Philox4 r = random4(7, 8, site::fc_dropout + 3, first + i);
@@ -71,7 +71,7 @@ TEST_CASE("Normal numbers have the moments of N(0, 1)") {
       fourths += v * v * v * v;
     }
   }
-  // four standard errors each: sqrt(1, 2, 15, 96) / sqrt(n)
+  // Each may be off by four standard errors: sqrt(1, 2, 15, 96) / sqrt(n).
   CHECK(std::fabs(sum / n) < 4 * std::sqrt(1.0 / n));
   CHECK(std::fabs(squares / n - 1) < 4 * std::sqrt(2.0 / n));
   CHECK(std::fabs(cubes / n) < 4 * std::sqrt(15.0 / n));

@@ -1,6 +1,5 @@
 // What doc/reliability.md promises: runs that are killed, disks that fail, signals, two runs in one folder, numbers that
-// are not finite. After each the run goes on from what was saved, and ends in the very bytes of one that nothing
-// happened to.
+// are not finite. After each, the run resumes from its files and ends with the same bytes as a run without trouble.
 #include <unistd.h>
 
 #include <chrono>
@@ -17,7 +16,7 @@ namespace {
 
 const std::string faulty = program("train_gpt_faulty");
 
-// Everything that a finished run left behind, its record without the times that measure the machine.
+// All files that a finished run left, with the measured times cut from its record.
 std::map<std::string, std::string> left_in(const std::string& folder) {
   std::map<std::string, std::string> files = contents(folder);
   std::string record;
@@ -47,7 +46,7 @@ double seconds_of(const std::string& command) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-// Its checkpoints open, if there are any: every byte is checked.
+// The checkpoints in `out`, if there are any, load; loading checks every byte.
 void check_loads(const std::string& out) {
   for (const char* name : {"/ckpt_last.safetensors", "/ckpt_best.safetensors"})
     if (fs::exists(out + name)) CHECK_NOTHROW(Checkpoint(out + name));
@@ -75,7 +74,7 @@ TEST_CASE("A run that is killed a hundred times ends in the bytes of one that is
     INFO(r.err);
     const bool complete = r.code == 1 && r.err.find("has done its 600 iterations") != std::string::npos;
     REQUIRE((complete || r.code == 0 || r.code == 128 + SIGKILL));
-    if (complete || r.code == 0) {  // at its end before the blow: another one
+    if (complete || r.code == 0) {  // the run ended before the kill: start another one
       fs::remove(out + "/lock");
       check_equal(left_in(out), want);
       fs::remove_all(out);
@@ -93,20 +92,20 @@ TEST_CASE("A run that is killed a hundred times ends in the bytes of one that is
   check_equal(left_in(out), want);
 }
 
-// All calls with all faults take ten times as long: MICROGPT_EXHAUSTIVE=1. Else the writes in the middle of a file are
-// represented by some, and faults that are alike take turns.
+// MICROGPT_EXHAUSTIVE=1 tries every fault at every call, which takes ten times as long. Without it we skip most writes
+// in the middle of a file, and faults that are alike take turns.
 TEST_CASE("Every call that writes a file fails once: what is saved loads, and the run goes on", "[reliability]") {
 #ifdef __APPLE__
   return skip("macOS does not let a program stand before the system's calls");
 #endif
   const bool exhaustive = std::getenv("MICROGPT_EXHAUSTIVE");
   const std::string folder = prepared(), data = " --data " + folder + "/data";
-  // A quick gnuplot.
+  // A fake gnuplot, which is fast.
   make_folder(folder + "/bin");
   write_file(folder + "/bin/gnuplot", "#!/bin/sh\nprintf '\\211PNGIEND\\256B`\\202'\ncat >/dev/null\n");
   fs::permissions(folder + "/bin/gnuplot", fs::perms::owner_all);
   const std::string path = "PATH=" + folder + "/bin:$PATH ";
-  // A run with a past, so that there is something to lose; then the part of it that suffers the faults.
+  // First a run without faults, so that there is something to lose; then we resume it with the faults.
   REQUIRE(run(path + train_gpt + small_run + data + " --max_iters=8 --eval_interval=4 --threads=1 --out_dir " + folder +
               "/past")
               .code == 0);
@@ -121,7 +120,7 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
   std::vector<std::string> calls = {""};
   std::ifstream log(folder + "/calls");
   for (std::string line; std::getline(log, line);) calls.push_back(line);
-  REQUIRE(calls.size() > 60);  // two evaluations' and the last checkpoint, the record, the model, the picture, the text
+  REQUIRE(calls.size() > 60);  // checkpoints of two evaluations and of the end, record, model, picture, sample
 
   size_t last_write = 0;
   for (size_t n = 1; n < calls.size(); n++)
@@ -143,7 +142,7 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
       } else if (fault[0] != 'E') {
         CHECK(r.code == 128 + SIGKILL);
       } else if (kind == "write" && contains(calls[n], "/lock")) {
-        CHECK(r.code == 0);  // what the lock says is of use to people only
+        CHECK(r.code == 0);  // only people read what is in the lock
       } else {
         CHECK(r.code == 1);
         CHECK(contains(r.err, "error: could not "));
@@ -156,7 +155,7 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
       if (r.code != 0) {
         const Run again = run(path + train_gpt + resume + "/out");
         INFO(again.err);
-        // Behind the record's last line there is nothing left to do but to bring it to the disk.
+        // If the record has its last line, only the fsync was missing: the run is complete.
         const bool complete = again.err.find("has done its 11 iterations") != std::string::npos;
         if (complete) fs::remove(folder + "/out/lock");
         CHECK(again.code == (complete ? 1 : 0));
@@ -192,7 +191,7 @@ TEST_CASE("Signals finish the step, save, and say so by the exit code; the run t
 TEST_CASE("A second Ctrl-C ends the run at once, other signals do not, and what is ignored stays ignored",
           "[reliability]") {
   const std::string folder = prepared(), data = " --data " + folder + "/data";
-  // A step of this takes a second.
+  // A step of this model takes a second.
   const std::string slow = " --preset=lecture --n_layer=40 --n_embd=64 --n_head=2 --block_size=150 --batch_size=200" +
                            data + " --eval_iters=1 --max_iters=1000000 --out_dir " + folder;
   {
@@ -205,7 +204,7 @@ TEST_CASE("A second Ctrl-C ends the run at once, other signals do not, and what 
     CHECK(r.code == 128 + SIGINT);
     CHECK(r.err.find("stopped before") == std::string::npos);  // in the middle of the step
   }
-  {  // Slurm warns before it ends a job, and the system repeats that the time is over
+  {  // Slurm warns before it ends a job, and the system signals more than once that the time is over
     Process process(train_gpt + slow + "/warned");
     process.wait_for("step 0");
     for (const int number : {SIGUSR1, SIGXCPU, SIGXCPU, SIGTERM}) {
@@ -231,7 +230,7 @@ TEST_CASE("A file that outgrows its limit is an error like a full disk", "[relia
   const std::string resume =
       train_gpt + " --init_from=resume --max_iters=30 --data " + folder + "/data --out_dir " + out;
   const std::string hint = "File too large (files may not grow that large here: raise ulimit -f";
-  check_refused("ulimit -f 100; " + resume, hint);  // 50 or 100 KB, a third of it
+  check_refused("ulimit -f 100; " + resume, hint);  // 100 blocks are 50 or 100 KB, a third of the checkpoint
   CHECK((read_file(last) == kept));
   check_refused("ulimit -f 1; " + program("data_prep") + " " + folder + "/input.txt --out " + folder + "/data", hint);
   CHECK(run("ulimit -f 1; " + train_gpt + " sample --max_new_tokens=9000 --out_dir " + out + " >" + folder + "/text")
@@ -246,7 +245,7 @@ TEST_CASE("A small stack is enough, or it is said that it is not", "[reliability
   check_refused("ulimit -s 128; " + train_gpt + flags + "/128", "the stack may grow to 128 KB only: allow 256 KB");
   check_refused("ulimit -s 128; " + program("data_prep") + " " + folder + "/input.txt --out " + folder, "128 KB only");
   CHECK(!fs::exists(folder + "/128"));
-#if !defined(__SANITIZE_ADDRESS__)  // which needs more
+#if !defined(__SANITIZE_ADDRESS__)  // AddressSanitizer needs more
   CHECK(run("ulimit -s 256; " + train_gpt + flags + "/256").code == 0);
   CHECK(fs::exists(folder + "/256/training_plot.png"));
   CHECK(run("ulimit -s 256; " + train_gpt + " sample --max_new_tokens=3 --out_dir " + folder + "/256").code == 0);
@@ -262,7 +261,7 @@ TEST_CASE("One of several processes refuses to train, and nothing is touched", "
     check_refused(several + " " + train_gpt + flags + "/out", several.substr(0, several.find('=')) + " is ");
     CHECK(!fs::exists(folder + "/out"));
   }
-  // The script of a job that may start four, one process of mpirun in it, and a variable without torchrun's other ones.
+  // A job's script that may start four processes, mpirun with a single process, and one of torchrun's variables alone.
   CHECK(run("SLURM_NTASKS=4 SLURM_PROCID=0 WORLD_SIZE=2 " + train_gpt + flags + "/one").code == 0);
   CHECK(run("OMPI_COMM_WORLD_SIZE=1 SLURM_STEP_NUM_TASKS=2 " + train_gpt + flags + "/two").code == 0);
   CHECK(run("WORLD_SIZE=2 RANK=1 " + train_gpt + " sample --max_new_tokens=3 --out_dir " + folder + "/one").code == 0);
@@ -278,11 +277,11 @@ TEST_CASE("Two runs do not share a folder, and a killed one leaves it free", "[r
   check_refused(train_gpt + flags + " --out_dir " + out, "/out is in use by process ");
   check_refused(train_gpt + flags + " --init_from=resume --out_dir " + out, "/out is in use by process ");
   CHECK((read_file(out + "/ckpt_best.safetensors") == best));
-  CHECK(run(train_gpt + " sample --max_new_tokens=3 --out_dir " + out).code == 0);  // reads only
+  CHECK(run(train_gpt + " sample --max_new_tokens=3 --out_dir " + out).code == 0);  // sample only reads
   first.signal(SIGKILL);
   first.wait();
   CHECK(fs::exists(out + "/lock"));
-  CHECK(Checkpoint(out + "/ckpt_last.safetensors").info().iteration > 100);  // written between evaluations
+  CHECK(Checkpoint(out + "/ckpt_last.safetensors").info().iteration > 100);  // not from an evaluation
   const int next = Checkpoint(out + "/ckpt_last.safetensors").info().iteration + 1;
   const Run r = run(train_gpt + " --init_from=resume --max_iters=" + std::to_string(next) + " --data " + folder +
                     "/data --out_dir " + out);
@@ -308,7 +307,7 @@ TEST_CASE("A run that was stopped after its last step finishes when it goes on",
   const std::string folder = prepared(), resume = " --init_from=resume --data " + folder + "/data --out_dir " + folder;
   REQUIRE(train(folder).code == 0);
   const auto want = left_in(folder + "/out");
-  // As a kill leaves it between the last checkpoint and the end.
+  // What a kill between the last checkpoint and the end leaves.
   std::string record = read_file(folder + "/out/metrics.jsonl");
   write_file(folder + "/out/metrics.jsonl", record.substr(0, record.find("{\"type\":\"final\"")));
   for (const char* name : {"/out/sample.txt", "/out/training_plot.png", "/out/microGPT_model.pth"})
@@ -345,8 +344,8 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
   CHECK(contains(r.err, last + " is the last good state"));
   CHECK(Checkpoint(last).info().iteration == 0);
 
-  // Checkpoints in which one tensor makes the next step overflow: in forward, or only in the update, whose weights must
-  // not reach a checkpoint before the next loss tells.
+  // One tensor of the checkpoint makes the next step overflow: either the forward pass, or only the update. Then the
+  // weights must not reach a checkpoint before the next loss shows the damage.
   REQUIRE(train(folder, "--max_iters=3 --dtype=float32", "/made").code == 0);
   const std::string made = folder + "/made/ckpt_last.safetensors", good = read_file(made);
   enum class Spoil { weights, m, v };
@@ -376,12 +375,12 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
   std::string message = go_on_with("headw", Spoil::weights, "--max_iters=9");
   CHECK(contains(message, "the loss of iteration 3 is not finite"));
   CHECK(contains(message, "it began in iteration 3 with logits"));
-  message = go_on_with("headw", Spoil::weights, "--max_iters=4");  // which is evaluated first
+  message = go_on_with("headw", Spoil::weights, "--max_iters=4");  // its last iteration begins with an evaluation
   CHECK(contains(message, "the evaluation before iteration 3 are not finite; the weights are finite, but too large"));
-  message = go_on_with("lnfw", Spoil::m, "--max_iters=4");  // and evaluated at once
+  message = go_on_with("lnfw", Spoil::m, "--max_iters=4");  // an evaluation follows at once
   CHECK(contains(message, "the loss after iteration 3 is not finite"));
   CHECK(contains(message, "it began in iteration 3 with the weights lnfw"));
-  message = go_on_with("lnfw", Spoil::v, "--max_iters=9");  // which no loss tells, but the next checkpoint
+  message = go_on_with("lnfw", Spoil::v, "--max_iters=9");  // no loss shows it, but the next checkpoint does
   CHECK(contains(message, "the weights after iteration 7 are not finite"));
   CHECK(contains(message, "it began in iteration 3 with AdamW's v of lnfw"));
 }
@@ -389,7 +388,7 @@ TEST_CASE("A loss that is not finite ends the run, keeps the last good checkpoin
 TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliability]") {
   const std::string folder = prepared();
   const std::string flags = small_run + " --data " + folder + "/data --max_iters=200 --out_dir " + folder;
-  // The pipe closes after the first line; the run is not killed by it.
+  // The pipe closes after the first line, but that does not kill the run.
   const Run r = run("(" + train_gpt + flags + "/pipe; echo code $? >&2) | head -n 1");
   CHECK(contains(r.err, "not everything could be written to standard output; every file is whole"));
   CHECK(contains(r.err, "code 1\n"));
@@ -397,7 +396,7 @@ TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliabil
   const Run closed = run(train_gpt + flags + "/closed >&-");
   CHECK(closed.code == 1);
   check_equal(left_in(folder + "/closed"), left_in(folder + "/pipe"));
-  // Nor does it go into a file that was given the number of the closed stream.
+  // The output does not go into a file that got the descriptor of the closed stream.
   CHECK(run("FAULT=100:kill " + faulty + flags + "/killed >&-").code == 128 + SIGKILL);
   CHECK(read_file(folder + "/killed/lock").find("step") == std::string::npos);
   if (fs::exists("/dev/full")) {
@@ -408,7 +407,7 @@ TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliabil
   CHECK(run(train_gpt + " sample --max_new_tokens=100000 --out_dir " + folder + "/pipe | head -c 3").out.size() == 3);
 }
 
-// A day's run in little.
+// Stands in for a run that takes a day.
 TEST_CASE("A long run keeps its memory and its open files", "[reliability]") {
   if (!fs::exists("/proc/self/statm")) return skip("needs /proc");
   const int steps = 200'000;
@@ -431,16 +430,16 @@ TEST_CASE("A long run keeps its memory and its open files", "[reliability]") {
   double first = 0, last = 0, largest = 0;
   int files = 0, most = 0;
   REQUIRE(look(first, files));
-  // At the end the model is exported, drawn and sampled from, which takes memory of its own.
+  // We stop looking before the end, where export, plot and sample take memory of their own.
   while (!process.printed("step " + std::to_string(steps / 100 * 100 - 100) + ":") && look(last, files)) {
     largest = std::max(largest, last);
     most = std::max(most, files);
     usleep(20'000);
   }
   CHECK(process.wait().code == 0);
-  CHECK(most <= 12);  // 0, 1, 2, the record, the lock, the text's two files, two of a checkpoint, what looks takes
+  CHECK(most <= 12);  // 0, 1, 2, the record, the lock, two shards, two of a checkpoint, and three more
   INFO(first << " MB, at most " << largest << " MB");
-#if !defined(__SANITIZE_ADDRESS__)  // which keeps what is freed
+#if !defined(__SANITIZE_ADDRESS__)  // AddressSanitizer keeps freed memory
   CHECK(largest - first < 1);
 #endif
 }

@@ -1,4 +1,4 @@
-// host/safetensors.h: what is written is read back, other programs' files open, and no damage passes.
+// host/safetensors.h: tensors survive a round trip, files of other programs open, and no damage goes unnoticed.
 #include "../host/safetensors.h"
 
 #include <cstdint>
@@ -20,7 +20,8 @@ std::string raw_file(const std::string& header, size_t data_bytes) {
   return path;
 }
 
-void overwrite(const std::string& path, const std::string& content) {  // without the flush, for many small files
+// Without fsync, because the tests write many small files.
+void overwrite(const std::string& path, const std::string& content) {
   std::ofstream(path, std::ios::binary | std::ios::trunc) << content;
 }
 
@@ -97,7 +98,7 @@ TEST_CASE("safetensors: damage names the tensor", "[safetensors]") {
   const std::string path = test_folder() + "/a.safetensors";
   write_safetensors(path, small, facts);
   std::string bad = read_file(path);
-  bad.back() = char(bad.back() ^ 1);  // F64 comes first, so this is w
+  bad.back() = char(bad.back() ^ 1);  // F64 comes first, so the last byte belongs to w
   overwrite(path, bad);
   CHECK_THROWS_WITH(SafetensorsFile(path),
                     ContainsSubstring(path) && ContainsSubstring("tensor w is damaged: its checksum is"));
@@ -145,14 +146,14 @@ TEST_CASE("safetensors: no header is believed", "[safetensors]") {
   refuses("{" + tensor("F32", "[1]", "[0,4,8]") + "}", 4, "two offsets");
   refuses("{" + tensor("F32", "[2]", "[0,8]") + "}", 4, "cut off");
   refuses("{" + tensor("F32", "[2]", "[0,4]") + "}", 4, "need 8");
-  refuses("{" + tensor("F32", "[4611686018427387905]", "[0,4]") + "}", 4, "overflows");  // 2^62 + 1: 4 bytes, wrapped
+  refuses("{" + tensor("F32", "[4611686018427387905]", "[0,4]") + "}", 4, "overflows");  // 4 (2^62 + 1) wraps to 4
   refuses("{" + tensor("F32", "[4294967296,4294967296]", "[0,0]") + "}", 0, "overflows");
   refuses("{" + tensor("F32", "[1]", "[4,8]") + "}", 8, "begins at byte 4");  // a hole
   refuses("{" + tensor("F32", "[1]", "[0,4]") + "}", 8, "tensors end at 4");
   refuses("{" + tensor("F32", "[1]", "[0,4]") + R"(,"b":{"dtype":"U8","shape":[2],"data_offsets":[3,5]}})", 5,
           "b begins at byte 3");  // an overlap
 
-  // Lengths of a header that the file does not have.
+  // The file is shorter than the length that it gives for its header.
   for (uint64_t length : {uint64_t{17}, uint64_t{1} << 40, std::numeric_limits<uint64_t>::max()}) {
     const std::string path = test_folder() + "/a";
     overwrite(path, std::string(reinterpret_cast<const char*>(&length), sizeof length) + std::string(16, ' '));

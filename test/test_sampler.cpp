@@ -24,7 +24,7 @@ TEST_CASE("Tokens are drawn with the probabilities of the softmax") {
   CHECK(choose(1.9 / 7, 1, 2) == 1);
   CHECK(choose(2.1 / 7, 1, 2) == 2);
   CHECK(choose(0.001, 1, 1) == 2);
-  CHECK(choose(0.001, 1, 99) == 0);  // more than there are: all
+  CHECK(choose(0.001, 1, 99) == 0);  // top_k above V keeps all
   CHECK(choose(0.001, 0) == 2);
   const std::vector<float> equal = {1, 3, 3};
   CHECK(choose_token(equal.data(), 3, 0, 0, 0.5) == 1);
@@ -35,7 +35,7 @@ TEST_CASE("Tokens are drawn with the probabilities of the softmax") {
 
 namespace {
 
-// Says what it was asked, and always continues with the sum of its context modulo V.
+// Notes every call; its next token is the sum of the context modulo V.
 struct Recorder {
   ModelShape shape_ = {10, 4, 1, 1, 1};
   std::vector<std::vector<int>> asked;

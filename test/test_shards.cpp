@@ -1,4 +1,4 @@
-// Token shards: the bytes another program reads, reading across shards, and every damage that is refused.
+// Token shards: the bytes that other programs read, reading across shards, and every kind of damage.
 #include "test.h"
 
 #include <algorithm>
@@ -132,7 +132,7 @@ TEST_CASE("shards: a writer keeps to what was announced") {
     writer.write(tokens.data(), 4);
     CHECK(contains(error_of([&] { writer.finish(); }), "1 tokens fewer"));
   }
-  CHECK(fs::is_empty(folder));  // nothing half written stays
+  CHECK(fs::is_empty(folder));  // no half-written file stays
   CHECK(contains(error_of([&] { ShardWriter(folder, "train", 5, alphabet(), 0); }), "1 to 2147483647"));
   CHECK(contains(error_of([&] { ShardWriter(folder, "train", 5, alphabet(), 1ull << 31); }), "1 to 2147483647"));
   CHECK(
@@ -141,7 +141,7 @@ TEST_CASE("shards: a writer keeps to what was announced") {
 
 TEST_CASE("shards: a damaged shard is refused by name and left as it is") {
   struct Case {
-    size_t offset;  // in bytes, of `value` as an int32
+    size_t offset;  // where we write `value`, as an int32; in bytes
     int32_t value;
     std::string why;
   };
@@ -192,7 +192,7 @@ TEST_CASE("shards: a missing shard is refused") {
 }
 
 TEST_CASE("shards: a bad token is found wherever it is in a large shard") {
-  const size_t count = 4'200'000;  // more than one block of the check
+  const size_t count = 4'200'000;  // more than the check reads at once
   for (const size_t place : {size_t{0}, size_t{4'194'303}, size_t{4'194'304}, count - 1}) {
     const std::string folder = test_folder();
     std::vector<uint16_t> tokens(count, 6);

@@ -1,4 +1,4 @@
-// UTF-8 and vocabularies: every way a text can be wrong, and that what is right survives the round trip.
+// UTF-8 and vocabularies: we find everything that can be wrong in a text, and correct text survives the round trip.
 #include "test.h"
 
 #include <cstdlib>
@@ -132,7 +132,7 @@ TEST_CASE("vocabulary: a prompt in the other Unicode form is told so, and only t
   const std::string nfd = has + "in parts, the Unicode form NFD (uconv -x nfd converts to it)";
   const std::string nfc = has + "and its neighbour as one, the Unicode form NFC (uconv -x nfc converts to it)";
   CHECK(said({U'e', 0x301}, "\u00E9") == nfd);
-  CHECK(said({U'e', 0x300}, "\u00E9") == none);  // its accent is not there either
+  CHECK(said({U'e', 0x300}, "\u00E9") == none);  // the vocabulary lacks the accent, too
   CHECK(said({0x301}, "\u00E9") == none);
   CHECK(said({U'e', 0x301, 0xE9}, "\u00E8") == none);
   CHECK(said({0x3B1, 0x301}, "\u03AC") == nfd);

@@ -1,4 +1,4 @@
-// host/machine.h: cores and quotas as Linux tells them, in a copy of the few files that it tells them in.
+// host/machine.h: finds cores and quotas in files of Linux, here in copies of those files.
 #include "../host/machine.h"
 
 #include <cmath>
@@ -20,9 +20,9 @@ TEST_CASE("threads: two logical processors of one core count once", "[threads]")
   CHECK(physical_cores({0, 1, 2, 3, 4, 5}, root) == 3);
   CHECK(physical_cores({0, 4}, root) == 1);
   CHECK(physical_cores({1, 2}, root) == 2);
-  CHECK(physical_cores({0, 6}, root) == 0);  // the system does not know the second
+  CHECK(physical_cores({0, 6}, root) == 0);  // the system does not know CPU 6
 
-  // One thread for each, within the quota.
+  // One thread per core, within the quota.
   CHECK(usable_cores({0, 1, 2, 3, 4, 5}, root) == 3);
   CHECK(usable_cores({4}, root) == 1);
   CHECK(usable_cores({0, 6}, root) == 2);

@@ -10,15 +10,15 @@
 
 #include "test.h"
 
-// The element that comes closest to its budget, or exceeds it the most. Share: its error over the budget; above 1 the
-// arrays differ, infinity says that no error can be stated, because a number is not finite or the budget is zero.
+// The element that comes closest to its budget, or exceeds it the most. `share` is its error over its budget.
+// Above 1 the arrays differ; infinity means that a number is not finite or that the budget is zero.
 struct Worst {
   size_t index = 0;
   double got = 0, want = 0, share = 0;
 };
 
-// An element's budget is tolerance * (|want| + rms(want)). The root mean square is that of the whole tensor: an element
-// that nearly cancels cannot be better than the terms it is the sum of, and those are about as large as its neighbours.
+// An element's budget is tolerance * (|want| + rms(want)), with the root mean square over the whole tensor. A sum that
+// nearly cancels cannot be more exact than its terms, and those are about as large as the neighbouring elements.
 template <class A, class B>
 Worst compare(const A* got, const B* want, size_t n, double tolerance) {
   double squares = 0;
@@ -29,14 +29,14 @@ Worst compare(const A* got, const B* want, size_t n, double tolerance) {
     const double g = double(got[i]), w = double(want[i]);
     const double error = std::fabs(g - w), budget = tolerance * (std::fabs(w) + rms);
     double share = error == 0 ? 0 : error / budget;
-    // Asked for by name: NaN compares as false with everything, and an infinite budget would forgive any error.
+    // Checked explicitly: every comparison with NaN is false, and an infinite budget would forgive any error.
     if (!std::isfinite(g) || !std::isfinite(budget)) share = std::numeric_limits<double>::infinity();
     if (i == 0 || share > worst.share) worst = {i, g, w, share};
   }
   return worst;
 }
 
-// "" when every element is finite and within its budget, otherwise what is wrong and where.
+// Returns "" if every element is finite and within its budget, otherwise the worst element and its error.
 template <class A, class B>
 std::string mismatch(const A* got, const B* want, size_t n, double tolerance) {
   const Worst worst = compare(got, want, n, tolerance);

@@ -1,4 +1,4 @@
-// What the tests of CUDA kernels share. They run on the CPU (dev/cuda_on_cpu) or, built by nvcc, on a GPU.
+// Shared by the tests of CUDA kernels, which run on the CPU (dev/cuda_on_cpu) or, built by nvcc, on a GPU.
 // defines: DeviceArray, rounded, rounding_of, noise
 #pragma once
 #include <cuda_bf16.h>
@@ -16,9 +16,9 @@
 #include "compare.h"
 #include "test.h"
 
-// Device memory with a guard before and after it. Fresh memory, and so an output that no kernel has written, is all
-// ones: NaN in every floating type, -1 in integers. Reading it back checks that the guards are as they were. On the CPU
-// the array ends where its memory does, up to a vector of 16 bytes, so that reading behind it is noticed too.
+// Device memory with a guard before and after it. All bits of fresh memory are one, so an output that no kernel has
+// written is NaN in every floating type and -1 in integers. read() checks that nobody wrote the guards. On the CPU the
+// array ends where its memory ends, but for less than 16 bytes, so that we notice reads behind it, too.
 template <class Real>
 class DeviceArray {
  public:
@@ -35,7 +35,7 @@ class DeviceArray {
   Real* data() const { return reinterpret_cast<Real*>(memory_ + before_); }
   size_t size() const { return count_; }
 
-  // The elements, after all work on the device; fails if something was written around them.
+  // Waits for the device and returns the elements; fails the test if a kernel wrote outside of them.
   std::vector<Real> read() const {
     std::vector<unsigned char> all(before_ + bytes() + behind_);
     std::vector<Real> inside(count_);
@@ -63,7 +63,7 @@ class DeviceArray {
     before_ = behind_ = 512;
 #ifdef CUDA_ON_CPU
     behind_ = (16 - bytes() % 16) % 16;
-    before_ += (256 - (bytes() + behind_) % 256) % 256;  // arrays of multiples of 256 bytes end where a page does
+    before_ += (256 - (bytes() + behind_) % 256) % 256;  // a multiple of 256 bytes ends where its page ends
 #endif
     std::vector<unsigned char> all(before_ + bytes() + behind_, 0xff);
     if (!values.empty()) std::memcpy(all.data() + before_, values.data(), bytes());
@@ -72,11 +72,11 @@ class DeviceArray {
     CUDA_CHECK(cudaDeviceSynchronize());  // the copy may still be under way, and other streams would not wait for it
   }
 
-  size_t count_, before_, behind_;  // elements, and bytes of the guards
+  size_t count_, before_, behind_;  // count_ in elements, the guards in bytes
   unsigned char* memory_ = nullptr;
 };
 
-// What Real makes of numbers: the reference is computed from the inputs that the kernel really sees.
+// x rounded to Real: the numbers that the kernel really sees, from which we compute the reference.
 template <class Real, class To = double>
 std::vector<To> rounded(const std::vector<float>& x) {
   std::vector<To> out(x.size());

@@ -7,8 +7,8 @@
 
 #include "compare.h"
 
-// Compares grad (count) with the central differences of f at every element of x (count), or at about a hundred of a
-// large one. With h = 1e-5 the truncation is about 1e-10 and the rounding 1e-16 / h = 1e-11 of f's size.
+// Compares grad (count) with central differences of f at each element of x (count), or at about a hundred of a large x.
+// With h = 1e-5 the truncation error is about 1e-10 and the rounding error 1e-16 / h = 1e-11, relative to f.
 inline void check_gradient(double* x, const double* grad, size_t count, const std::function<double()>& f,
                            double tolerance = 1e-7) {
   std::vector<double> got, want;

@@ -1,4 +1,4 @@
-// What every test includes: Catch2, whichever version is installed, and a few things to try programs and files with.
+// Every test includes this: Catch2, in whichever version is installed, and helpers that run programs and read files.
 // defines: test_folder, contents, skip, Run, run, Process, program, error_of, contains
 #pragma once
 #include <map>
@@ -16,13 +16,13 @@ inline auto ContainsSubstring(const std::string& part) { return Catch::Matchers:
 #include "../host/error.h"
 #include "../host/tensors.h"
 
-// Large arrays and files are compared in double parentheses, CHECK((a == b)): a failure would print them otherwise, which
-// takes Catch2 minutes.
+// Compare large arrays and files in double parentheses, CHECK((a == b)). Otherwise a failure prints them, which takes
+// Catch2 minutes.
 
-// A fresh, empty folder, which is removed when the tests end.
+// Makes a fresh, empty folder, which goes away when the tests end.
 std::string test_folder();
 
-// Every file under a folder, by its path from there; what is no file, as "no file".
+// The contents of every file under a folder, by relative path; "no file" for anything else.
 std::map<std::string, std::string> contents(const std::string& folder);
 
 // Counts the running test case as skipped, not as passed (Catch2 2 has no such thing); the caller returns.
@@ -35,14 +35,14 @@ struct Run {
 };
 Run run(const std::string& command_line);
 
-// A shell command that runs meanwhile, with every signal as a person's terminal leaves it. Killed when it goes.
+// A shell command that runs in the background, with signals set as in a terminal. The destructor kills it.
 class Process {
  public:
   explicit Process(const std::string& command_line);
   ~Process();
   Process(const Process&) = delete;
   bool printed(const std::string& part) const;   // on stdout or stderr, by now
-  void wait_for(const std::string& part) const;  // fails the test after a minute, or if the process ends without
+  void wait_for(const std::string& part) const;  // fails after a minute, or if the process ends first
   void signal(int number) const;
   int id() const { return pid_; }
   Run wait();
@@ -53,7 +53,7 @@ class Process {
   int pid_;
 };
 
-// The absolute path of a program that was built, in the folder $PROGRAMS: "train_gpt_cpu", "data_prep". Quoted for run.
+// The absolute path of a program in the folder $PROGRAMS, such as "train_gpt_cpu" or "data_prep", quoted for run.
 std::string program(const char* name);
 
 // The message of the Error that body() raises.
@@ -65,7 +65,7 @@ std::string error_of(Body body) {
   return "no error";
 }
 
-// For CHECKs: whether part is in text; a failure shows both.
+// Whether part is in text. In a CHECK, a failure shows both.
 inline bool contains(const std::string& text, const std::string& part) {
   UNSCOPED_INFO("in \"" << text << "\" for \"" << part << "\"");
   return text.find(part) != std::string::npos;

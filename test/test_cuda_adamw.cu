@@ -20,7 +20,7 @@ std::vector<float> absolute(std::vector<float> x) {
   return x;
 }
 
-// Large, so that what an update adds is about as large as the parameter: all its terms show.
+// Large values, so that an update is about as large as the parameter and every term of it shows.
 constexpr double beta1 = 0.9, beta2 = 0.99, eps = 1e-2, weight_decay = 0.3;
 double learning_rate_of(int iteration) { return 0.5 / (1 + iteration); }
 
@@ -79,7 +79,7 @@ TEMPLATE_TEST_CASE("AdamW on the device", "[cuda]", float, bf16, fp16) {
       a.step();
       b.step();
     }
-    // Five steps of a few roundings each.
+    // Five steps, each rounds a few times.
     const double tolerance = 8 * 0x1p-24;
     check_close(a.params.read(), want_p, tolerance);
     check_close(a.m.read(), want_m, tolerance);
@@ -92,7 +92,7 @@ TEMPLATE_TEST_CASE("AdamW on the device", "[cuda]", float, bf16, fp16) {
     if (a.copy)
       CHECK((a.working.floats() == rounded<TestType, float>(a.params.read())));
     else
-      CHECK(std::isnan(float(working[0])));  // untouched
+      CHECK(std::isnan(float(working[0])));  // nobody wrote it
     CHECK(same_bits(a.params.read(), b.params.read()));
     CHECK(same_bits(a.m.read(), b.m.read()));
     CHECK(same_bits(a.v.read(), b.v.read()));
@@ -124,7 +124,7 @@ TEST_CASE("AdamW on the device with the constants of a real run", "[cuda]") {
 }
 
 TEST_CASE("AdamW on the device: 1 - beta is that of doubles", "[cuda]") {
-  // m = (1 - beta1) * g: with the betas rounded first, 1 - 0.9 would be 4 units in the last place too large.
+  // m = (1 - beta1) * g: if we rounded beta1 to float first, 1 - 0.9 would be 4 units in the last place too large.
   const std::vector<float> zeros(4, 0), ones(4, 1);
   Training<float> a(zeros, zeros, zeros, ones);
   a.update();
@@ -169,7 +169,7 @@ TEST_CASE("AdamW on the device refuses a count that is not a multiple of 4", "[c
 
 namespace {
 
-// The state after the norm of the gradients has been found; their number is not a multiple of what one block takes.
+// The state after prepare_update has computed the norm of the gradients. The last block gets fewer of them.
 TrainState prepare(const std::vector<float>& gradients, double grad_clip, bool loss_scaling, float loss_scale = 1) {
   DeviceArray<float> grads(gradients);
   DeviceArray<double> partials(gradient_norm_partials);
@@ -179,7 +179,7 @@ TrainState prepare(const std::vector<float>& gradients, double grad_clip, bool l
   double sum = 0;
   for (const double partial : partials.read()) sum += partial;
   const double want = gradient_norm_squared(gradients.data(), gradients.size());
-  // Equal terms, added one after the other, round in the same direction: 5000 * 2^-53.
+  // A sum of equal terms may round in the same direction each time: 5000 * 2^-53.
   if (std::isfinite(want)) CHECK(std::fabs(sum - want) <= 1e-12 * want);
   return state.read()[0];
 }
@@ -198,11 +198,11 @@ TEST_CASE("The gradient's norm on the device decides about clipping", "[cuda]") 
   };
   CHECK(scale(0) == 1);
   CHECK(scale(norm * 1.0001) == 1);
-  // The order of the sum may turn the rounding to float round, but no more.
+  // Another order of the sum may change the last bit after rounding to float, but no more.
   CHECK(std::fabs(scale(norm * 0.9999) - 0.9999) < 0x1p-23);
   CHECK(std::fabs(scale(1) * norm - 1) < 0x1p-23);
   CHECK(scale(0, 1024) == 1.f / 1024);
-  CHECK(scale(norm, 1024) == 1.f / 1024);  // the true gradients have a 1024th of this norm
+  CHECK(scale(norm, 1024) == 1.f / 1024);  // the true norm is norm / 1024
   CHECK(std::fabs(scale(1, 16) * norm - 1) < 0x1p-23);
   CHECK(scale(1, 16) == scale(1, 16));
 }
@@ -221,12 +221,12 @@ TEST_CASE("A gradient that is not finite is found wherever it is", "[cuda]") {
     gradients[at] = bad;
     CHECK(prepare(gradients, 0, true, 8).overflow == 1);
   }
-  // Without loss scaling it is not an overflow: the update goes on, as on the CPU, and training stops.
+  // Without loss scaling NaN is no overflow: the update goes on, as on the CPU, and training stops.
   std::vector<float> gradients = noise(count, 1);
   gradients[200] = a_nan;
   CHECK(prepare(gradients, 1, false).overflow == 0);
   CHECK(prepare(gradients, 1, false).gradient_scale == 1);
-  // The squares of large floats are not floats, and yet finite.
+  // The squares of large floats overflow a float, but they are finite.
   gradients.assign(count, 1e30f);
   CHECK(prepare(gradients, 1, true).overflow == 0);
   CHECK(std::fabs(prepare(gradients, 1, true).gradient_scale * 1e30 * std::sqrt(double(count)) - 1) < 0x1p-22);
@@ -282,7 +282,7 @@ TEST_CASE("The loss scale follows the gradients", "[cuda]") {
   CHECK(s.loss_scale == loss_scale_start);
   CHECK(s.steps_since_overflow == 0);
   CHECK(s.overflow == 0);
-  CHECK(s.step == 14);  // the step counts nevertheless
+  CHECK(s.step == 14);  // an overflow does not keep the step from counting
 
   s.loss_scale = 1;
   s.overflow = 1;

@@ -1,4 +1,4 @@
-// Attention's CUDA kernels against the plain loops of the CPU twin, in double from inputs rounded to Real.
+// Attention's CUDA kernels against the plain loops on the CPU, which compute in double from inputs rounded to Real.
 #include "../kernels/attention.cuh"
 #include "../kernels/attention.h"
 #include "cuda.h"
@@ -25,7 +25,7 @@ Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropo
   const DeviceArray<float> lse(s.weights());
   const DeviceArray<int> step(std::vector<int>{int(drop.step)});
   Dropout without_step = drop;
-  without_step.step = 12345;  // the number on the device counts
+  without_step.step = 12345;  // the kernel must take the step on the device instead
   attention_forward(out.data(), lse.data(), in.data(), {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T,
                     s.C(), s.NH, nullptr);
   return {out.read(), {}, lse.read(), {}};
@@ -50,9 +50,10 @@ Dropout dropout(double p, int first_row = 0) {
 std::vector<float> random_qkv(const Shape& s, double scale = 1) { return noise(s.rows() * 3 * s.C(), 1, scale); }
 std::vector<float> random_dout(const Shape& s) { return noise(s.rows() * s.C(), 2); }
 
-// How far from the exact numbers the kernels may be. A weight that is rounded to Real errs by up to half a unit, which
-// is more than two standard deviations; a weight in float by what exp makes of a sum over channels of size `scores`.
-// The errors of a sum's terms are independent and add up like squares: twice their root, and half a unit of the result.
+// How far from the exact numbers the kernels may be. A weight rounded to Real is off by up to half a unit, which is
+// more than two standard deviations. A weight in float is off because exp enlarges the rounding of a score as large as
+// `scores`. The errors of a sum's terms are independent, so their squares add up: the budget is twice the square root,
+// and half a unit of the result.
 struct Budgets {
   std::vector<double> out, dqkv;
 };
@@ -62,7 +63,7 @@ Budgets budgets(const Shape& s, const std::vector<double>& qkv, const std::vecto
                 const Dropout& drop, double scores) {
   const bool is_float = std::is_same_v<Real, float>, is_fp16 = std::is_same_v<Real, fp16>;
   const double half_unit = is_float ? 0x1p-24 : is_fp16 ? 0x1p-11 : 0x1p-8, of_weight = is_float ? 0 : half_unit;
-  const double smallest = is_fp16 ? 0x1p-25 : 0x1p-126;  // where numbers are not relative to anything
+  const double smallest = is_fp16 ? 0x1p-25 : 0x1p-126;  // below it, errors are absolute
   const double in_float = 0x1p-24 * (scores / 2 + 1) * std::sqrt(double(std::max(s.T, s.HS)));
   const double scale = 1 / std::sqrt(double(s.HS)), kept = dropout_scale(drop.threshold);
   Budgets x{std::vector<double>(out.size()), std::vector<double>(dqkv.size())};
@@ -75,7 +76,7 @@ Budgets budgets(const Shape& s, const std::vector<double>& qkv, const std::vecto
           const size_t at_k = size_t(b * s.T + kv) * 3 * s.C() + s.C() + h * s.HS, at_v = at_k + s.C();
           const bool keep = attention_draw(drop, uint64_t(drop.first_row + b) * s.NH + h, q, kv, s.T) < drop.threshold;
           const double m = keep ? kept : 0;
-          double dot = 0, difference = 0, terms = 0;  // of m * dP - D
+          double dot = 0, difference = 0, terms = 0;  // difference, terms: of m * dP - D
           for (int i = 0; i < s.HS; i++) {
             dot += qkv[at_q + i] * qkv[at_k + i];
             difference += dout[row + i] * (m * qkv[at_v + i] - out[row + i]);
@@ -114,7 +115,7 @@ void check_within(const std::vector<Real>& got, const std::vector<double>& want,
   CHECK(share <= 1);
 }
 
-// Forward and backward against the reference. Backward gets the reference's out and lse, rounded, so that errors of
+// Forward and backward against the reference. Backward gets the rounded out and lse of the reference, so that errors of
 // forward do not count twice.
 template <class Real>
 void check_against_reference(const Shape& s, const Dropout& drop, double scale = 1, double scores = 4) {
@@ -138,7 +139,7 @@ void check_against_reference(const Shape& s, const Dropout& drop, double scale =
 }  // namespace
 
 TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float, bf16, fp16) {
-  const bool plain = std::is_same_v<TestType, float>;  // its lengths matter by the warp only, and it is slow here
+  const bool plain = std::is_same_v<TestType, float>;  // its kernels are slow here, and only whole warps of T matter
   for (const int T : plain ? std::vector{1, 31, 33, 65} : std::vector{1, 15, 16, 17, 31, 33, 64, 65, 100, 130}) {
     check_against_reference<TestType>({2, T, 1, 64}, dropout(0.2, 3));
     check_against_reference<TestType>({1, T, 2, 64}, dropout(0));
@@ -148,14 +149,14 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float
       check_against_reference<TestType>({1, T, 2, HS}, dropout(T % 2 ? 0.2 : 0, 1));
 }
 
-// The running softmax's maximum, weights far below float's range, scores of later keys beyond it.
+// Scores so large that small weights underflow, and that later keys often raise the running softmax's maximum.
 TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf16, fp16) {
   for (const int HS : {64, 128}) check_against_reference<TestType>({1, 70, 1, HS}, dropout(0.2), 5, 100);
 }
 
-// Weights that show: with one-hot values, out (q, c) is the weight of key first_key + c; with one-hot dout, dv (kv, c)
-// is that of query first_query + c; and with D = 0, dout . v = 1 and one-hot keys and queries, dq and dk show dS the
-// same way. All of them are exactly zero where the CPU's draws drop, and nowhere else.
+// Inputs that make weights visible. With one-hot values, out (q, c) is the weight of key first_key + c. With one-hot
+// dout, dv (kv, c) is the weight of query first_query + c. With D = 0, dout . v = 1 and one-hot keys and queries, dq
+// and dk show dS the same way. They must be exactly zero where the CPU drops a weight, and nowhere else.
 TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, bf16, fp16) {
   const bool plain = std::is_same_v<TestType, float>;
   const Shape s{plain ? 1 : 2, plain ? 70 : 130, 1, 64};
@@ -214,7 +215,7 @@ void check_same_bits(const Real* a, const Real* b, size_t n) {
 }
 }  // namespace
 
-// One run like the other, and a batch row's numbers do not depend on its neighbours.
+// Two runs give the same bits, and a batch row does not depend on its neighbours.
 TEMPLATE_TEST_CASE("attention on the device: the same bits", "[cuda]", float, bf16, fp16) {
   const Shape all{3, 66, 2, 32}, one{1, 66, 2, 32};
   const std::vector<float> qkv = random_qkv(all), dout = random_dout(all);

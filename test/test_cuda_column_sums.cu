@@ -19,7 +19,7 @@ TEMPLATE_TEST_CASE("A bias's gradient: columns are summed in a fixed order", "[c
   struct Shape {
     int rows, OC, ld;
   };
-  // One row; rows and columns that are no multiple of a block's; many blocks of rows; several of columns
+  // One row; rows and columns that do not fill their blocks; many blocks of rows; several blocks of columns.
   const Shape s =
       GENERATE(Shape{1, 65, 72}, Shape{33, 72, 72}, Shape{64, 8, 16}, Shape{4200, 65, 72}, Shape{130, 600, 608});
   const bool accumulate = GENERATE(true, false);
@@ -66,14 +66,14 @@ TEMPLATE_TEST_CASE("ReLU going back, with the sums for its bias", "[cuda]", floa
   CHECK(d.floats()[7] == 0);
   check_close(partials.read(), sums, rounding(sums_block_rows));
 
-  // A layer that was lost shows.
+  // Outputs that no layer wrote are NaN, which lets the gradient pass.
   const DeviceArray<Real> lost(count), finite(dx);
   relu_backward(finite.data(), partials.data(), lost.data(), rows, OC, nullptr);
   CHECK((finite.floats() == rounded<Real, float>(dx)));
 }
 
 TEST_CASE("Partial sums of several tensors and layers are added in one launch", "[cuda]") {
-  const int layers = 3, rows = 70 * 64 - 3, blocks = 70, C = 48;  // more blocks than are loaded at once
+  const int layers = 3, rows = 70 * 64 - 3, blocks = 70, C = 48;  // more blocks than the kernel loads at once
   const size_t stride = 128, three_stride = partials_size(rows, 3 * C) + 16, one_stride = partials_size(rows, C) + 8;
   const std::vector<float> three = noise(layers * three_stride, 1), one = noise(layers * one_stride, 2);
   const auto sum = [&](const std::vector<float>& partials, int l, size_t layer_stride, int width, int column) {
@@ -89,7 +89,7 @@ TEST_CASE("Partial sums of several tensors and layers are added in one launch", 
   const Sums list[] = {
       {blocks, C, layers, 3, three_device.data(), three_stride, {a.data(), nullptr, c.data()}, {stride, 0, stride}},
       sums_of(slices(d, stride), slices(one_device, one_stride), rows, C, layers),
-      sums_of(slices(a, stride), slices(one_device, one_stride), rows, C, 0),  // of no layer: nothing is written
+      sums_of(slices(a, stride), slices(one_device, one_stride), rows, C, 0),  // no layers: writes nothing
       sums_of(alone.data() + stride, one_device.data() + one_stride, rows, C),
   };
   add_partials(list, accumulate, nullptr);

@@ -11,7 +11,7 @@ constexpr double infinity = std::numeric_limits<double>::infinity();
 
 int padded(int V) { return (V + 7) / 8 * 8; }
 
-// (rows, V) -> (rows, Vp), with NaN where there is no logit
+// (rows, V) -> (rows, Vp), with NaN in the padding
 std::vector<float> with_padding(const std::vector<float>& x, int rows, int V, int Vp) {
   std::vector<float> out(size_t(rows) * Vp, float(a_nan));
   for (int r = 0; r < rows; r++)
@@ -27,7 +27,7 @@ std::vector<int> some_targets(int rows, int V) {
   return out;
 }
 
-// With targets behind the last row's, for rows that are not there: a loss that is written for one lands in a guard.
+// Appends targets for rows that do not exist: a kernel that writes a loss for such a row hits a guard.
 std::vector<int> with_targets_behind(std::vector<int> targets) {
   targets.resize(targets.size() + 8, 0);
   return targets;
@@ -74,8 +74,8 @@ std::vector<float> forward(const std::vector<float>& logits, const std::vector<i
   return losses.read();
 }
 
-// A logit's distance from the largest, up to about 10 here, is rounded once, which is an error of 8 * 2^-24 of its
-// exponential; a sum of V of them in float adds sqrt(V) * 2^-24 or so.
+// A logit's distance from the largest, up to about 10 here, is rounded once: its exponential is off by 8 * 2^-24 of
+// itself. A float sum of V exponentials adds about sqrt(V) * 2^-24.
 double tolerance(int V) { return (8 + 2 * std::sqrt(V)) * 0x1p-24; }
 
 template <class Real>
@@ -108,7 +108,7 @@ TEMPLATE_TEST_CASE("Cross-entropy on the device", "[cuda]", float, bf16, fp16) {
   for (const int V : {1, 2, 8, 65, 120, 128, 129, 256, 300, 1000}) check_shape<TestType>(5, V, padded(V));
   for (const int rows : {1, 2, 8, 31}) check_shape<TestType>(rows, 65, 72);
   check_shape<TestType>(9, 200, 200);
-  check_shape<TestType>(3, 65, 128);  // columns of eight without a single logit
+  check_shape<TestType>(3, 65, 128);  // some groups of eight columns are all padding
   check_shape<TestType>(3, 65, 640);
 }
 
@@ -128,9 +128,9 @@ TEST_CASE("Cross-entropy on the device: logits far apart", "[cuda]") {
   const std::vector<float> logits = {1e38f,  -1e38f,
                                      0,      3e38f,  // one token has all the weight
                                      -3e38f, -3e38f,
-                                     -3e38f, -3e38f,  // the same for all
+                                     -3e38f, -3e38f,  // all tokens have the same weight
                                      0,      -float(infinity),
-                                     0,      -float(infinity),  // two are impossible
+                                     0,      -float(infinity),  // two tokens are impossible
                                      1e4f,   1e4f,
                                      -1e4f,  0};
   const std::vector<int> targets = {3, 1, 2, 0};
@@ -141,7 +141,7 @@ TEST_CASE("Cross-entropy on the device: logits far apart", "[cuda]") {
   const std::vector<float> dlogits = {0, 0, 0,  0, 0, 0, 0, 0, q,  q - 1, q, q, 0, 0, 0, 0,
                                       h, 0, -h, 0, 0, 0, 0, 0, -h, h,     0, 0, 0, 0, 0, 0};
   check_close(got.dlogits, dlogits, 0x1p-23);
-  // A lane's later columns may all be impossible, or its first.
+  // A lane's first columns may be impossible, or all of its later ones.
   std::vector<float> wide(300, -float(infinity));
   wide[0] = wide[299] = 1;
   CHECK(std::fabs(forward<float>(wide, {299}, 300, 304)[0] - log2) < 0x1p-22f);
@@ -159,7 +159,7 @@ TEST_CASE("Cross-entropy on the device: a logit that is not finite makes the los
       CHECK(std::isfinite(losses[2]));
       CHECK(std::isnan(forward<float>(logits, {1, 20, 2}, V, padded(V))[1]));
       const Result<float> got = forward_backward<float>(logits, {1, 17, 2}, 1, 1, V, padded(V));
-      CHECK(got.dlogits[padded(V) + V] == 0);  // the padding's gradient is 0 even there
+      CHECK(got.dlogits[padded(V) + V] == 0);  // the padding's gradient is 0 even in a row of NaN
     }
 }
 
@@ -179,7 +179,7 @@ TEST_CASE("The losses' sum on the device is that of doubles", "[cuda]") {
     for (const float loss : losses) want += loss, absolute += std::fabs(loss);
     DeviceArray<float> in(losses);
     DeviceArray<double> sum(1), again(1);
-    sum_losses(sum.data(), in.data(), false, rows, nullptr);  // sum was NaN
+    sum_losses(sum.data(), in.data(), false, rows, nullptr);  // before, sum was NaN
     const double once = sum.read()[0];
     CHECK(std::fabs(once - want) <= 1e-15 * absolute);
     sum_losses(again.data(), in.data(), false, rows, nullptr);

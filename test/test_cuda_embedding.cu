@@ -1,4 +1,4 @@
-// Batches and the embedding on the device: the windows are the host's, the sums those of doubles.
+// Batches and the embedding on the device: the windows equal the host's, the sums are close to sums in double.
 #include <algorithm>
 #include <vector>
 
@@ -11,7 +11,7 @@
 
 namespace {
 
-constexpr int vocabulary_size = 40000;  // ids that are negative as 16-bit integers with a sign
+constexpr int vocabulary_size = 40000;  // the larger ids would be negative as int16_t
 
 std::vector<uint16_t> some_tokens(size_t count) {
   std::vector<uint16_t> tokens(count);
@@ -20,7 +20,7 @@ std::vector<uint16_t> some_tokens(size_t count) {
   return tokens;
 }
 
-// The tokens as the host's random_batch wants them: a file.
+// The tokens in a file, which the host's random_batch reads.
 Tokens on_disk(const std::vector<uint16_t>& tokens) {
   std::vector<char32_t> characters(vocabulary_size);
   for (int i = 0; i < vocabulary_size; i++) characters[i] = char32_t(0x10000 + i);
@@ -32,7 +32,7 @@ Tokens on_disk(const std::vector<uint16_t>& tokens) {
   return Tokens(folder, "train", vocabulary);
 }
 
-// (rows) tokens: half of them are token 1, as if it were the space, and those from V * 3 / 4 on do not occur.
+// (rows) tokens. Half of them are token 1, as often as a space in a text; tokens from V * 3 / 4 on do not occur.
 std::vector<int> uneven_tokens(int rows, int V) {
   std::vector<int> x(rows);
   for (int r = 0; r < rows; r++) {
@@ -64,7 +64,7 @@ void check_backward(const Shape& s, bool accumulate) {
 
   const DeviceArray<Real> dout_device(dout);
   std::vector<int> and_more = tokens;
-  and_more.resize(rows + embedding_piece, 0);  // what lies behind the last row is no token of the batch
+  and_more.resize(rows + embedding_piece, 0);  // the kernel must not count tokens behind the last row
   const DeviceArray<int> x(and_more);
   std::vector<float> first_dwte, first_dwpe;
   for (int run = 0; run < (accumulate ? 1 : 2); run++) {
@@ -76,7 +76,7 @@ void check_backward(const Shape& s, bool accumulate) {
                  accumulate, nullptr);
     const std::vector<float> got_dwte = accumulate ? dwte.read() : fresh_dwte.read(),
                              got_dwpe = accumulate ? dwpe.read() : fresh_dwpe.read();
-    partials.read();  // for its guards
+    partials.read();  // checks the guards
     if (run == 1) {
       CHECK((got_dwte == first_dwte));
       CHECK((got_dwpe == first_dwpe));
@@ -84,10 +84,10 @@ void check_backward(const Shape& s, bool accumulate) {
     }
     first_dwte = got_dwte;
     first_dwpe = got_dwpe;
-    // Sums in float of at most `rows` terms.
+    // Float sums of at most `rows` terms.
     check_close(got_dwte, want_dwte, 4 * std::sqrt(rows) * 0x1p-24);
     check_close(got_dwpe, want_dwpe, 4 * std::sqrt(B) * 0x1p-24);
-    // A token that does not occur has exactly what it had.
+    // The gradient of a token that does not occur stays exactly as it was.
     for (int v = 0; v < V; v++)
       if (std::find(tokens.begin(), tokens.end(), v) == tokens.end())
         for (size_t i = size_t(v) * C; i < size_t(v + 1) * C; i++)
@@ -104,7 +104,7 @@ TEST_CASE("Random batches on the device are the host's", "[cuda]") {
   const int B = 5, step = 4711;
   const DeviceArray<int> step_on_device(std::vector<int>{step});
   const uint64_t seed = 0x123456789abcdef0, first_row = (uint64_t{1} << 33) + 3;
-  for (const int T : {1, 31, 256, 700, 999}) {  // in the last case every window is the only one there is
+  for (const int T : {1, 31, 256, 700, 999}) {  // with T = 999 there is only one window
     INFO("T " << T);
     std::vector<int> want_x(B * T), want_y(B * T);
     random_batch(want_x.data(), want_y.data(), text, seed, step, site::eval_val, first_row, B, T);
@@ -164,7 +164,7 @@ TEMPLATE_TEST_CASE("embedding forward on the device", "[cuda]", float, bf16, fp1
 }
 
 TEMPLATE_TEST_CASE("embedding backward on the device", "[cuda]", float, bf16, fp16) {
-  // less than a warp of rows, several segments of one piece, one segment of three pieces, two of two, one channel group
+  // Less than a warp of rows; several segments of a piece; one segment of three pieces; two of two; one channel group.
   for (const Shape s : {Shape{3, 31, 48, 65},
                         {2, 1, 16, 7},
                         {11, 120, 48, 65},

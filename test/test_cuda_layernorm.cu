@@ -1,4 +1,5 @@
-// LayerNorm on the device, with the residual connection before it: against residual.h and layernorm.h in double.
+// LayerNorm on the device, with and without the residual connection before it, against residual.h and layernorm.h in
+// double.
 #include <vector>
 
 #include "../host/tensors.h"
@@ -14,14 +15,13 @@ using Doubles = std::vector<double>;
 struct Shape {
   int B, T, C;
 };
-// Every way in which a row is dealt to lanes, full and in part; one row, and blocks that end in the middle.
-// One chunk alone, and the longest row.
+// Every way to deal a row to lanes, full or in part; one row; blocks that are not full; one chunk; the longest row.
 const std::vector<Shape> shapes = {{3, 31, 8},  {3, 31, 48},  {1, 1, 128}, {4, 33, 192},  {3, 23, 384},
                                    {1, 1, 384}, {1, 31, 400}, {1, 3, 640}, {2, 33, 1040}, {3, 1, layernorm_max_C}};
 
 Dropout dropout(double p) { return {0x123456789abc, 4711, site::fc_dropout + 3, dropout_threshold(p), 5}; }
 
-// What a launcher is given: the step is on the device, not in the struct; without dropout it is not even there.
+// What a launcher gets: the step is on the device, not in the struct. Without dropout the pointer to it is null.
 struct OnDevice {
   Dropout drop;
   DeviceArray<int> step_memory;
@@ -31,7 +31,7 @@ struct OnDevice {
 
 Doubles doubles(const std::vector<float>& x) { return Doubles(x.begin(), x.end()); }
 
-// A float sum of C terms.
+// How much a float sum of C terms may be off.
 double rounding(int C) { return 4 * std::sqrt(C) * 0x1p-24; }
 
 struct Normalised {
@@ -66,16 +66,16 @@ void check_forward(const Shape& s, double p) {
   residual_layernorm_forward(stream_out.data(), norm.data(), mean.data(), rstd.data(), inp_device.data(),
                              branch_device.data(), branch_bias_device.data(), d.device(), weight_device.data(),
                              bias_device.data(), B, T, C, nullptr);
-  // rounded once, after three operations in float
+  // Rounded once, after three operations in float.
   check_close(stream_out.floats(), want_stream, rounding_of<Real> + 3 * 0x1p-24);
 
-  // What is normalised is what was stored.
+  // The kernel normalises the rounded numbers that it stores.
   const Normalised want = normalised(doubles(stream_out.floats()), weight, bias, rows, C);
   check_close(norm.floats(), want.norm, rounding_of<Real> + rounding(C));
   check_close(mean.read(), want.mean, rounding(C));
   check_close(rstd.read(), want.rstd, rounding(C));
 
-  // In place and without statistics, as in an evaluation: the same bits.
+  // In place and without statistics, as in an evaluation, we get the same bits.
   const DeviceArray<Real> in_place(inp), norm_again(count);
   residual_layernorm_forward<Real>(in_place.data(), norm_again.data(), nullptr, nullptr, in_place.data(),
                                    branch_device.data(), branch_bias_device.data(), d.device(), weight_device.data(),
@@ -126,7 +126,7 @@ void check_backward(const Shape& s, double p, bool first) {
   residual_layernorm_backward(dstream.data(), dbranch.data(), partials.data(), dnorm_device.data(), inp_device.data(),
                               mean_device.data(), rstd_device.data(), weight_device.data(), first, d.device(), B, T, C,
                               nullptr);
-  // Rounded once, after two sums of C terms; dbranch is rounded once too, not a second time after dstream.
+  // Each is rounded once, after two sums of C terms: dbranch does not come from the rounded dstream.
   check_close(dstream.floats(), want_dstream, rounding_of<Real> + rounding(C));
   check_close(dbranch.floats(), want_dbranch, rounding_of<Real> + rounding(C));
   const std::vector<float> got_dbranch = dbranch.floats();
@@ -134,7 +134,7 @@ void check_backward(const Shape& s, double p, bool first) {
   for (size_t i = 0; i < count; i++) wrong += (got_dbranch[i] == 0) != (want_dbranch[i] == 0);
   CHECK(wrong == 0);
 
-  // The parameters' gradients: sums over the rows, of terms that hold the rounding of sums of C terms.
+  // The parameters' gradients are sums over the rows, and each term carries the rounding of sums of C terms.
   const DeviceArray<float> dweight(C), dbias(C), dbranch_bias(C);
   add_partials({layernorm_sums(dweight.data(), dbias.data(), dbranch_bias.data(), partials.data(), rows, C)}, false,
                nullptr);
@@ -142,7 +142,7 @@ void check_backward(const Shape& s, double p, bool first) {
   check_close(dweight.read(), want_dweight, tolerance);
   check_close(dbias.read(), want_dbias, tolerance);
   check_close(dbranch_bias.read(), want_dbranch_bias, tolerance);
-  // Added to what was there, they are the same floats.
+  // With accumulate, the same floats are added to the old gradients.
   const std::vector<float> before = noise(C, 6);
   const DeviceArray<float> more_dweight(before), more_dbias(before), more_dbranch_bias(before);
   add_partials(
@@ -157,7 +157,7 @@ void check_backward(const Shape& s, double p, bool first) {
   CHECK((more_dbias.read() == sum(dbias)));
   CHECK((more_dbranch_bias.read() == sum(dbranch_bias)));
 
-  // Again, with dbranch in dnorm's place: the same bits.
+  // If dbranch overwrites dnorm, we get the same bits.
   const DeviceArray<Real> dstream_again(dstream_before), dnorm_dbranch(dnorm);
   const DeviceArray<float> partials_again(layernorm_partials(rows, C));
   residual_layernorm_backward(dstream_again.data(), dnorm_dbranch.data(), partials_again.data(), dnorm_dbranch.data(),
@@ -167,7 +167,7 @@ void check_backward(const Shape& s, double p, bool first) {
   CHECK((dnorm_dbranch.floats() == got_dbranch));
   CHECK((partials_again.read() == partials.read()));
 
-  // Without a branch: the stream's gradient and the parameters' are the same, and no one asks for the mask.
+  // Without a branch, the gradients of stream and parameters are the same, and the kernel draws no mask.
   const DeviceArray<Real> dstream_alone(dstream_before);
   const DeviceArray<float> partials_alone(layernorm_partials(rows, C)), dweight_alone(C), dbias_alone(C);
   residual_layernorm_backward<Real>(dstream_alone.data(), nullptr, partials_alone.data(), dnorm_device.data(),
@@ -227,7 +227,7 @@ TEST_CASE("LayerNorm on the device: a variance far below the square of the mean"
       rstd(rows);
   layernorm_forward(norm.data(), mean.data(), rstd.data(), inp_device.data(), weight_device.data(), bias_device.data(),
                     rows, C, nullptr);
-  check_close(norm.read(), want.norm, 4 * 100 * 0x1p-24);  // the mean's rounding; E[x^2] - E[x]^2 has 100 times more
+  check_close(norm.read(), want.norm, 4 * 100 * 0x1p-24);  // the mean's rounding; E[x^2] - E[x]^2 is 100 times worse
   check_close(rstd.read(), want.rstd, rounding(C));
 }
 

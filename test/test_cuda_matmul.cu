@@ -12,25 +12,25 @@ namespace {
 constexpr float nan_float = std::numeric_limits<float>::quiet_NaN();
 
 struct Shape {
-  int rows, C, OC, ld;  // of the matrix with OC columns
+  int rows, C, OC, ld;  // ld: of the matrix with OC columns
 };
-// V = 65 in rows of 72; one row; more columns than a block has, and than a row of the mask's 128 bits
+// V = 65 in rows of 72; one row; more columns than a block has and than the mask's rows of 128 bits
 const Shape shapes[] = {{31, 48, 65, 72}, {1, 16, 65, 72}, {70, 32, 136, 136}, {40, 264, 48, 64}};
 
-// The result is rounded once, and once more where a bias is added afterwards; its K products are summed in float.
+// The result, a float sum of K products, is rounded once, and again if a bias is added afterwards.
 template <class Real>
 double tolerance(int K, int roundings = 1) {
   return roundings * rounding_of<Real> + 4 * std::sqrt(double(K)) * 0x1p-24;
 }
 
-// (rows, columns) -> (rows, ld), with NaN where there is nothing
+// (rows, columns) -> (rows, ld), with NaN in the padding
 std::vector<float> with_padding(const std::vector<float>& x, int rows, int columns, int ld) {
   std::vector<float> out(size_t(rows) * ld, nan_float);
   for (int r = 0; r < rows; r++)
     for (int c = 0; c < columns; c++) out[size_t(r) * ld + c] = x[size_t(r) * columns + c];
   return out;
 }
-// And back; all that was in the padding has to be as in fresh memory.
+// (rows, ld) -> (rows, columns); checks that nobody has written the padding.
 template <class Real>
 std::vector<float> without_padding(const DeviceArray<Real>& from, int rows, int columns, int ld) {
   const std::vector<Real> x = from.read();
@@ -51,11 +51,11 @@ std::vector<float> without_padding(const DeviceArray<Real>& from, int rows, int 
   return out;
 }
 
-// A layer and its gradients, in double, from what Real makes of the numbers.
+// A layer and its gradients, in double, from numbers rounded to Real.
 template <class Real>
 struct Layer {
   int rows, C, OC;
-  std::vector<float> inp, weight, bias, dout, dweight;  // the last: what is added to
+  std::vector<float> inp, weight, bias, dout, dweight;  // backward adds to dweight
   explicit Layer(const Shape& s)
       : rows(s.rows),
         C(s.C),
@@ -128,7 +128,7 @@ TEST_CASE("matmul with tf32 takes ten bits of its operands", "[cuda][matmul]") {
   const DeviceArray<float> inp(layer.inp), weight(layer.weight), out(size_t(s.rows) * s.OC);
   Matmul matmul(true, nullptr);
   matmul.forward(out.data(), inp.data(), weight.data(), nullptr, s.rows, s.C, s.OC, s.OC);
-  check_close(out.read(), layer.forward(false), 0x1p-8);  // each factor is wrong by up to 2^-11 of it
+  check_close(out.read(), layer.forward(false), 0x1p-8);  // TF32 rounds each factor by up to 2^-11 of itself
 }
 
 TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU's", "[cuda][matmul]", float, bf16,
@@ -179,18 +179,18 @@ TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU'
   size_t passed_nevertheless = 0;
   for (size_t i = 0; i < got.size(); i++) passed_nevertheless += relu_out[i] == 0 && got[i] != 0;
   CHECK(passed_nevertheless == 0);
-  // The gradient of the bias: the sums of what was stored.
+  // The bias's gradient sums the rounded numbers that were stored.
   std::vector<double> dbias(partials.size());
   for (size_t i = 0; i < got.size(); i++) dbias[i / hidden / sums_block_rows * hidden + i % hidden] += double(got[i]);
   check_close(partials.read(), dbias, tolerance<float>(sums_block_rows));
   CHECK(same_bits(partials.read(), partials_again.read()));
 
-#ifdef CUDA_ON_CPU  // where it is known which of the two is read
+#ifdef CUDA_ON_CPU  // where we know which of the two backward reads
   const DeviceArray<Real> no_out(want.size());
   const DeviceArray<unsigned char> no_mask(mask.size());
   backward_relu(matmul, again, partials, use_mask ? mask : no_mask, use_mask ? no_out : out);
   CHECK(same_bits(dinp.read(), again.read()));
-  // A library that has no product with one of the two ends of the mask does without it.
+  // If the library lacks the product that writes the mask, or the one that reads it, training works without the mask.
   const auto refuse = [&](Matmul& m, const std::string& product) {
     AlgorithmTable table("CPU");
     table.set(product, "unfused");
@@ -203,7 +203,7 @@ TEMPLATE_TEST_CASE("matmul with ReLU, forward and backward, agrees with the CPU'
     backward_relu(m, again, partials, passed, evaluated);
     check_close(again.floats(), where_passed(evaluated), tolerance<Real>(C));
   };
-  for (const bool tf32 : {false, true}) {  // whose products have entries of their own in the table
+  for (const bool tf32 : {false, true}) {  // TF32's products have their own entries in the table
     const std::string type = tf32 && std::is_same_v<Real, float> ? "tf32" : name_of<Real>;
     std::ostringstream forward, backward;
     forward << type << " relu_mask TN m " << hidden << " n " << rows << " k " << C << " ld " << C << " " << C << " "
@@ -247,7 +247,7 @@ TEST_CASE("how ReLU is computed is chosen once, and kept", "[cuda][matmul]") {
   CHECK(runs == 0);
   CHECK(second.save_table() == table);
   CHECK(second.name() == first.name());
-#ifdef CUDA_ON_CPU  // where a table can be written by hand
+#ifdef CUDA_ON_CPU  // where we can write a table by hand
   for (const bool use : {false, true}) {
     AlgorithmTable by_hand("CPU");
     by_hand.set(line.substr(0, line.size() - 2), use ? "mask" : "pass");
@@ -297,7 +297,7 @@ TEMPLATE_TEST_CASE("bias and ReLU, as passes of their own, agree with the CPU's"
   std::vector<double> want = rounded<Real>(x);
   const std::vector<double> b = rounded<Real>(bias);
   for (size_t i = 0; i < want.size(); i++) want[i] += b[i % OC];
-  // As fresh memory, but for the logits.
+  // The logits; the padding is like fresh memory.
   std::vector<Real> padded(size_t(rows) * ld);
   std::memset(static_cast<void*>(padded.data()), 0xff, padded.size() * sizeof(Real));
   for (size_t i = 0; i < x.size(); i++) padded[i / OC * ld + i % OC] = Real(x[i]);
@@ -308,7 +308,7 @@ TEMPLATE_TEST_CASE("bias and ReLU, as passes of their own, agree with the CPU's"
   relu_forward(want.data(), want.size());
   check_close(without_padding(relu, rows, OC, ld), want, tolerance<Real>(1));
 
-  // NaN shows, in a group of eight and in what is left of a row.
+  // ReLU keeps NaN, both in a group of eight and in the rest of a row.
   const DeviceArray<Real> lost(padded.size());
   bias_relu_forward(lost.data(), bias_of.data(), rows, OC, ld, nullptr);
   for (const float each : without_padding(lost, rows, OC, ld)) CHECK(std::isnan(each));
@@ -321,7 +321,7 @@ TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all
                            : std::is_same_v<Real, bf16> ? OperandType::bfloat16
                                                         : OperandType::float16;
   const auto check_product = [&]<class D>(const Product& p, bool accumulate, D) {
-    const int a_rows = p.transpose_a ? p.m : p.k, b_rows = p.transpose_b ? p.k : p.n;  // as they lie in memory
+    const int a_rows = p.transpose_a ? p.m : p.k, b_rows = p.transpose_b ? p.k : p.n;  // as a and b lie in memory
     const std::vector<float> a = noise(size_t(a_rows) * p.lda, 1), b = noise(size_t(b_rows) * p.ldb, 2);
     const std::vector<float> before = noise(size_t(p.n) * p.m, 3);
     std::vector<double> want = rounded<D>(before);
@@ -335,7 +335,7 @@ TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all
                  rb[p.transpose_b ? size_t(k) * p.ldb + j : size_t(j) * p.ldb + k];
       }
     const DeviceArray<Real> da(a), db(b);
-    // As in fresh memory, with the padding of rows, but for what is added to.
+    // Like fresh memory, padding included; with accumulate it holds the numbers that the product adds to.
     std::vector<D> padded(size_t(p.n) * p.ldd);
     std::memset(static_cast<void*>(padded.data()), 0xff, padded.size() * sizeof(D));
     for (size_t i = 0; accumulate && i < before.size(); i++) padded[i / p.m * p.ldd + i % p.m] = D(before[i]);
@@ -361,7 +361,7 @@ TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all
       ContainsSubstring("cuBLASLt has no algorithm for " + std::string(name_of<Real>) + " drelu TN m 8"));
 }
 
-#ifdef CUDA_ON_CPU  // where it can be forbidden to the library
+#ifdef CUDA_ON_CPU  // where we can make the library refuse
 TEST_CASE("a layer whose products cuBLASLt has no algorithm for works, and repeats", "[cuda][matmul]") {
   const Shape s = {60, 48, 72, 72};
   const Layer<float> layer(s);
@@ -458,7 +458,7 @@ TEST_CASE("the table of algorithms survives saving, and only on the same machine
   again.load(text);
   CHECK(again.save() == text);
 
-  // A changed character anywhere, also of the digest, and a missing end.
+  // The loader ignores a table with one changed character, in the digest too, or with a missing end.
   const auto is_ignored = [&](const std::string& damaged, const std::string& machine = "a card, cuBLASLt 130100") {
     AlgorithmTable other(machine);
     const std::string before = other.save();

@@ -1,4 +1,4 @@
-// The whole GPU trainer against the CPU trainer, and what must be exactly equal.
+// The whole GPU trainer against the CPU trainer, and results that must be exactly equal.
 #define MICROGPT_NO_MAIN
 #include "../train_gpt.cu"
 #include "../train_gpt_cpu.cpp"
@@ -54,7 +54,7 @@ struct Weights {
   explicit Weights(size_t n) : params(n), m(n), v(n) {}
 };
 
-// Larger than at the start of training, and no bias is zero: nothing is small by symmetry.
+// Weights larger than at the start of training, and biases that are not zero, so that nothing is small by symmetry.
 Weights some_weights(const Layout& layout) {
   Weights w(layout.size());
   for (const TensorSpec& spec : layout.tensors())
@@ -74,7 +74,7 @@ Weights weights_of(const Model& model) {
   return w;
 }
 
-// Without the gaps between tensors, which hold NaN.
+// Leaves out the gaps between tensors, which hold NaN.
 std::vector<float> tensors_of(const std::vector<float>& buffer, const Layout& layout) {
   std::vector<float> out;
   for (const TensorSpec& spec : layout.tensors())
@@ -140,7 +140,7 @@ TEST_CASE("The GPU trainer takes the CPU trainer's steps, dropout on", "[cuda]")
     INFO("step " << i + 1);
     CHECK(std::fabs(gpu_losses[i] - cpu_losses[i]) < 1e-4);
   }
-  // The learning rates and losses of 50 steps lie in rings; a step shows in the loss of the next.
+  // Rings hold the learning rates and losses of 50 steps. A wrong learning rate shows in the next step's loss.
   const std::vector<float> late = on_gpu->train_steps(98, 4), cpu_late = on_cpu->train_steps(98, 4);
   for (size_t i = 0; i < 4; i++) CHECK(std::fabs(late[i] - cpu_late[i]) < 1e-4);
   CHECK_THROWS_WITH(on_gpu->train_steps(102, on_gpu->chunk() + 1), ContainsSubstring("51 at once"));
@@ -188,7 +188,7 @@ TEMPLATE_TEST_CASE("Runs repeat bit for bit, a graph computes what its kernels d
   const auto resumed = gpu_model<TestType>(config);
   resumed->set_state(run->state());
   resumed->restore(w.params.data(), w.m.data(), w.v.data());
-  run->random_losses(Split::val, 4, 0, 1);  // an evaluation between leaves no trace
+  run->random_losses(Split::val, 4, 0, 1);  // an evaluation in between changes nothing
   const std::vector<float> rest = run->train_steps(4, 3);
   CHECK(rest == resumed->train_steps(4, 3));
   const Weights end = weights_of(*run), resumed_end = weights_of(*resumed);
@@ -251,7 +251,7 @@ TEST_CASE("An evaluation-only model has the trained one's losses in a fraction o
   const Weights w = weights_of(*trained);
   evaluates.restore(w.params.data(), nullptr, nullptr);
   CHECK(evaluates.random_losses(Split::val, 0, 0, 2) == trained->random_losses(Split::val, 0, 0, 2));
-  // cuBLASLt's workspace is the same for both, and on a GPU larger than all the rest of so small a model.
+  // Without cuBLASLt's workspace, which is the same for both and on a GPU larger than the rest of so small a model.
   const auto bytes = [&](bool training) {
     return GpuModel<bf16>::plan(config, shape, &some_data(), training).total() - double(Matmul::workspace_bytes);
   };

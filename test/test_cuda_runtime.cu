@@ -1,4 +1,4 @@
-// What the trainer asks of CUDA besides kernels (kernels/runtime.cuh), and what a checkpoint keeps of the loss scale.
+// What the trainer needs from CUDA besides kernels (kernels/runtime.cuh), and the loss scale in a checkpoint.
 #include <limits>
 
 #include "../kernels/adamw.cuh"
@@ -26,7 +26,7 @@ TEST_CASE("A buffer on the device begins as zeros; one that does not fit is refu
   CHECK(contains(error, " MB for the activations were asked for, "));
   CHECK(contains(error, "lower --batch_size"));
   CHECK(cudaGetLastError() == cudaSuccess);  // the next launch must not find the error again
-#ifdef CUDA_ON_CPU  // a card may have other users
+#ifdef CUDA_ON_CPU                           // a card may have other users
   CHECK(free_device_memory() == free);
 #endif
 }
@@ -69,7 +69,7 @@ TEST_CASE("The loss scale goes into a checkpoint and comes back as the same numb
   load_loss_scale(again, saved);
   CHECK(again.loss_scale == state.loss_scale);
   CHECK(again.steps_since_overflow == 1234);
-  load_loss_scale(again, {});  // a checkpoint of another type has none: nothing changes
+  load_loss_scale(again, {});  // a checkpoint of another type has no loss scale, so nothing changes
   CHECK(again.loss_scale == state.loss_scale);
   saved["loss_scale"] = "much";
   CHECK(error_of([&] { load_loss_scale(again, saved); }) ==

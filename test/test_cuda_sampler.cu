@@ -4,7 +4,7 @@
 
 namespace {
 
-// Both tokens, of the logits rounded to Real. What lies behind the V logits, in a row's padding, is larger than they are.
+// The device's token and the host's, for the logits rounded to Real. The padding is larger than all logits.
 template <class Real>
 std::pair<int, int> sample(const std::vector<float>& logits, double temperature, int top_k, double uniform) {
   const int V = int(logits.size());
@@ -57,7 +57,7 @@ TEST_CASE("The device draws from both ends of the distribution", "[cuda]") {
     };
     check(1e-12, 0, 0);
     check(1 - 1e-12, 0, V - 1);
-    check(1 - 1e-12, V / 2, V / 2 - 1);  // the first of equals are the likelier ones
+    check(1 - 1e-12, V / 2, V / 2 - 1);  // of equal logits, top_k keeps the first
     check(1 - 1e-12, 1, 0);
     for (const int v : {0, V / 3, V / 2, V - 1}) {
       check((v + 1e-6) / V, 0, v);
@@ -68,7 +68,7 @@ TEST_CASE("The device draws from both ends of the distribution", "[cuda]") {
 }
 
 TEST_CASE("The device draws as the host does on both sides of a border between tokens", "[cuda]") {
-  // Weights in float, or a sum of them, would be wrong by 1e-7.
+  // Weights in float, or a float sum of them, would be off by 1e-7.
   for (const int V : {65, 700}) {
     const std::vector<float> logits = noise(V, 1);
     std::vector<double> borders;
@@ -81,7 +81,7 @@ TEST_CASE("The device draws as the host does on both sides of a border between t
         CHECK(got == v + side);
       }
   }
-  // On the border itself, which is exact here, it is the token behind it.
+  // A draw on the border itself, which is exact here, gives the token behind it.
   for (const int V : {2, 512})
     for (const int v : {1, V / 2, V - 1}) {
       const auto [got, want] = sample<float>(std::vector<float>(V, 0), 1, 0, double(v) / V);
@@ -118,8 +118,8 @@ TEST_CASE("Tokens without weight are never drawn", "[cuda]") {
     CHECK(got == want);
     CHECK(got == (uniform < 0.5 ? 40 : 41));
   }
-  // The last one that has a weight, where the row ends: pieces are four tokens here, the last is three, and in some rows
-  // its sum passes what was drawn while its tokens, one after the other, do not, by a rounding error.
+  // The draw must give the last token that has a weight. Pieces are four tokens here, the last one is three. In
+  // some rows, a rounding error lets the sum of the last piece pass the draw while its tokens, one by one, do not.
   for (uint32_t row = 0; row < 40; row++) {
     logits = noise(1023, row);
     logits.back() = -1e6f;

@@ -1,5 +1,5 @@
-// The ways in which products of type bfloat16 can be computed here: by vectors, and by matrix registers (kernels/amx.h),
-// which are emulated where the compiler has none for this processor.
+// The ways to compute a product of type bfloat16: by vectors, and by matrix registers (kernels/amx.h), which we emulate
+// if the compiler does not target a processor that has them.
 // defines: ways_of, TakeTiles
 #pragma once
 #include <vector>

@@ -18,7 +18,7 @@ inline const std::string small_run =
     "--eval_interval=10 --eval_iters=2"
     " --log_interval=5 --dropout=0.1 --learning_rate=1e-2 --threads=2";
 
-// A folder with data/ made of a text of 2 * 1000 letters: "ab" over and over, 1800 for training.
+// Makes a folder with data/ from `text`, by default "abab..." of 2000 letters, of which 1800 are for training.
 inline std::string prepared(const std::string& text = "") {
   const std::string folder = test_folder();
   std::string content = text;

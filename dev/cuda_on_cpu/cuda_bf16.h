@@ -3,13 +3,13 @@
 #pragma once
 #include "cuda_runtime.h"
 
-// Both conversions are explicit here, unlike the toolkit's, and there is no arithmetic: the toolkit's would round every
-// sum to 8 bits. A kernel that forgets to say float(x) does not compile.
+// Unlike the toolkit's type, this one has only explicit conversions and no arithmetic, because the toolkit's arithmetic
+// rounds every sum to 8 bits. A kernel that forgets to say float(x) does not compile.
 struct __nv_bfloat16 {
   uint16_t bits;
 
   __nv_bfloat16() = default;
-  // Rounded to the nearest, ties to even, which a carry into the upper half does, up to infinity.
+  // Rounds to the nearest, ties to even: the addition carries into the upper half, up to infinity.
   explicit __nv_bfloat16(float x) {
     const uint32_t u = __float_as_uint(x);
     bits = uint16_t((u & 0x7fffffff) > 0x7f800000 ? 0x7fff : (u + 0x7fff + (u >> 16 & 1)) >> 16);

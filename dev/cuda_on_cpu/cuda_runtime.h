@@ -1,42 +1,46 @@
 // CUDA on the CPU: this folder's headers, first in the include path, stand in for the toolkit's. A plain C++ compiler
 // then builds the very files that nvcc builds, and engine.cpp runs their kernels without a GPU, for tests.
 //
-// How a kernel runs. The threads of a block are fibers: stacks of their own, all on one processor, between which a
-// hand-written switch jumps. A thread runs until it comes to a barrier or to a function that a warp calls together (a
-// shuffle, a vote, a tensor core's product); there it leaves what it brings, and the next thread runs. The last to come
-// does the work for all. Blocks run one after another. Whose turn it is, in a block, among the blocks and among the
-// streams, is in order for the seed 0 and drawn for any other, CUDA_ON_CPU_SEED or set_seed(): a missing barrier then
-// shows as another result. Launches, copies and events are queued, and done when the host waits for them.
+// How a kernel runs. The threads of a block are fibers: each has its own stack, all share one processor, and a
+// hand-written switch jumps between them. A thread runs until it comes to a barrier or to a function that a warp calls
+// together (a shuffle, a vote, a tensor core's product). There it leaves its operands, and the next thread runs; the
+// last to come does the work for all. Blocks run one after another. With seed 0, threads, blocks and streams take turns
+// in order; with any other (CUDA_ON_CPU_SEED or set_seed()) the engine draws the next one, so a missing barrier shows
+// as another result. Launches, copies and events enter a queue, which runs when the host waits.
 //
-// What is checked in every build, and reported as the error of the call that waits (cudaErrorLaunchFailure), with
-// kernel, block, thread and source lines:
+// Every build checks the following. The call that waits reports it (cudaErrorLaunchFailure), with kernel, block, thread
+// and source lines:
 // - threads of a block that do not meet: a return before a barrier, barriers on different lines, a shuffle in a branch;
-// - lanes that read lanes outside the mask; copies to where there is no shared memory; misaligned tensor core operands;
-// - what is read before it is written: shared memory, at the start of every block, and fresh device memory are all ones,
-//   NaN in every floating type; background copies arrive as late as they may, or, drawn by seed, at once;
-// - launches no GPU would take, pointer arguments that are not device memory, copies in the wrong direction, waiting
-//   while a graph is captured; what no call reported ends the program with exit code 1;
-// - host code that touches device memory, kernels that run far beyond the end of an array, arrays that were freed: those
-//   addresses are closed, so the program ends, and says in which kernel. Addresses are not used again soon.
-// AddressSanitizer and UndefinedBehaviorSanitizer see every access: arrays have gaps around them, static shared ones
-// have types. ThreadSanitizer sees the threads as threads: what no __syncthreads or __syncwarp orders is a race.
+// - lanes that read lanes outside the mask; copy_async to what is not shared memory; misaligned tensor core operands;
+// - reads before the first write: all bits of shared memory, at the start of a block, and of fresh device memory are
+//   one, NaN in every floating type; background copies arrive as late as they may, or, drawn by seed, at once;
+// - launches that no GPU would take, pointer arguments that are not device memory, copies in the wrong direction,
+//   waiting while a graph is captured; if no call reports an error, the program ends with exit code 1;
+// - host code that touches device memory, kernels that run far beyond the end of an array, arrays that were freed:
+//   those addresses are closed, so the program ends and names the kernel. Freed addresses are not used again soon.
+// AddressSanitizer and UndefinedBehaviorSanitizer see every access: arrays have gaps around them, and static shared
+// arrays have types. ThreadSanitizer takes a kernel's threads for threads: it reports a race between accesses that no
+// __syncthreads or __syncwarp orders.
 //
-// What is not checked: the speed of anything, bank conflicts, registers, __launch_bounds__, the size of static shared
+// Nothing checks: the speed of anything, bank conflicts, registers, __launch_bounds__, the size of static shared
 // memory, pointers inside argument structs, a missing __threadfence, dependencies between the streams of one captured
-// graph (it keeps the order of the calls). Threads never lose their turn by time, so a kernel that spins until another
-// thread has done something hangs. A warp has one collective at a time: masks name all lanes that come together, and
-// two halves of a warp cannot be in two different ones. There are no clusters, TMA, wgmma, named barriers or
-// cooperative groups, and no atomics on floats, whose sums would depend on timing. Only one thread of the host may call.
+// graph (it keeps the order of the calls). A thread does not lose its turn after some time, so a kernel that spins
+// until another thread has done something hangs. A warp has one collective at a time: the mask names all lanes that
+// come together, and two halves of a warp cannot be in two different collectives. There are no clusters, TMA, wgmma,
+// named barriers or cooperative groups, and no atomics on floats, whose sums would depend on timing. Only one host
+// thread may call CUDA.
 //
-// The environment: CUDA_ON_CPU_SEED; CUDA_ON_CPU_MEMORY, bytes of device memory; CUDA_ON_CPU_DRIVER=12040, the CUDA version
-// that the driver has, 0 for no driver; CUDA_ON_CPU_DEVICES="61 90:46 90", each card's compute capability, 0 for no card,
-// and perhaps an error, of every launch or, if its number is below 200, of cudaSetDevice; CUDA_VISIBLE_DEVICES then
-// chooses among them. Without it there is one card. CUDA_ON_CPU_CUBLASLT=libcublasLt.so.0, a library to be loaded, as
-// cuBLASLt is for a GPU (kernels/matmul_library.cuh).
-// CUDA_LAUNCH_BLOCKING=1, which runs everything at once, for debuggers: break k if blockIdx.x == 1 && threadIdx.x == 37.
+// The environment:
+// - CUDA_ON_CPU_SEED, and CUDA_ON_CPU_MEMORY, bytes of device memory;
+// - CUDA_ON_CPU_DRIVER=12040, the driver's CUDA version, 0 for no driver;
+// - CUDA_ON_CPU_DEVICES="61 90:46 90", each card's compute capability, 0 for no card, and perhaps an error: of every
+//   launch or, if its number is below 200, of cudaSetDevice. CUDA_VISIBLE_DEVICES chooses among the cards. Without
+//   CUDA_ON_CPU_DEVICES there is one card;
+// - CUDA_ON_CPU_CUBLASLT=libcublasLt.so.0, a library to load in place of cuBLASLt (kernels/matmul_library.cuh);
+// - CUDA_LAUNCH_BLOCKING=1 runs everything at once, for debuggers: break k if blockIdx.x == 1 && threadIdx.x == 37.
 // Kernels access memory through types of other sizes, hence -fno-strict-aliasing; -rdynamic gives reports their names.
-// defines: CUDA_ON_CPU, the language, functions of device code, the runtime's functions, cuda_on_cpu::set_seed, enqueue,
-//          dynamic_smem
+// defines: CUDA_ON_CPU, the language, functions of device code, the runtime's functions, cuda_on_cpu::set_seed,
+//          enqueue, dynamic_smem
 #pragma once
 #define CUDA_ON_CPU 1
 #include <cmath>
@@ -59,9 +63,9 @@
 #define __forceinline__ inline __attribute__((always_inline))
 #define __align__(n) __attribute__((aligned(n)))  // alignas may not stand where __align__ does
 
-// Shared variables are static, and lie in sections of their own, which the engine finds by name. g++ forgets the attribute
-// `section` in templates, but not this one, which makes sections .noinit and .noinit.<variable>; the assembler has a word
-// to say about that, hence -Wa,--no-warn.
+// Shared variables are static, in sections of their own, which the engine finds by name. g++ forgets the attribute
+// `section` in templates, but not this one, which makes sections .noinit and .noinit.<variable>; the assembler warns
+// about them, hence -Wa,--no-warn.
 #ifdef __clang__
 #define __shared__ static __attribute__((section(".noinit")))
 #else
@@ -91,7 +95,7 @@ CUDA_ON_CPU_VECTORS(int, int)
 CUDA_ON_CPU_VECTORS(unsigned, uint)
 #undef CUDA_ON_CPU_VECTORS
 
-// Of the thread whose turn it is: plain variables, which a debugger can print and test.
+// The indices of the thread whose turn it is, in plain variables, so that a debugger can print and test them.
 inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
@@ -104,7 +108,7 @@ using cudaStream_t = CUstream_st*;
 
 namespace cuda_on_cpu {
 
-// A place in the source; as the default of an argument, the caller's.
+// A place in the source. here() as the default of an argument gives the caller's place.
 struct Site {
   const char *file, *function;
   int line;
@@ -114,19 +118,19 @@ constexpr Site here(const char* file = __builtin_FILE(), const char* function = 
   return {file, function, line};
 }
 
-// Waits for all threads of the block; how many of them brought a predicate that holds.
+// Waits for all threads of the block. Returns how many of them brought a true predicate.
 int barrier(bool predicate, Site site);
 
-// Waits until every lane of `mask` has come with the same `combine`, from the same place. The last to come runs it for
-// all: slots[l] is what lane l brought, usually a struct on its stack with its arguments and room for its result.
-// orders_memory: also a memory barrier, which shuffles and votes are not.
+// Waits until every lane of `mask` has come with the same `combine`, from the same place. The last lane to come runs it
+// for all: slots[l] is what lane l brought, usually a struct on its stack with its arguments and room for its result.
+// With orders_memory it is a memory barrier, too. Shuffles and votes are none.
 using Combine = void (*)(void* const slots[32], unsigned mask);
 void collective(unsigned mask, void* slot, Combine combine, Site site, bool orders_memory = false);
 
 int lane();
-void* dynamic_smem();  // of the block, aligned to 1024 bytes
+void* dynamic_smem();  // the block's, aligned to 1024 bytes
 
-// 16 bytes from global to shared memory in the background, or zeros from nullptr; see tensor_core.h.
+// Copies 16 bytes from global to shared memory in the background, or zeros if from is nullptr; see tensor_core.h.
 void copy_async(void* to, const void* from, Site site);
 void copy_async_commit();
 void copy_async_wait(int pending);
@@ -134,7 +138,7 @@ void copy_async_wait(int pending);
 // Ends the kernel; the call that waits for it reports the message.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
-int set_seed(int seed);  // from now on; which it was
+int set_seed(int seed);  // returns the old seed
 
 }  // namespace cuda_on_cpu
 
@@ -158,7 +162,7 @@ inline void __syncwarp(unsigned mask = ~0u, cuda_on_cpu::Site site = cuda_on_cpu
 
 namespace cuda_on_cpu {
 
-// SourceOf: a function (lane, by, width) -> the lane that it receives from. It is a type, because a Combine holds none.
+// SourceOf: a function (lane, by, width) -> the lane that it receives from. A type, because a Combine cannot capture.
 template <class Value, class SourceOf>
 Value shuffle(unsigned mask, Value value, int by, int width, Site site, SourceOf) {
   struct Slot {
@@ -199,7 +203,7 @@ Int reduce(unsigned mask, Int value, Site site, Operation) {
 
 }  // namespace cuda_on_cpu
 
-// A source outside the lane's group of `width` is the lane itself; only xor may reach the groups before it.
+// A lane whose source lies outside its group of `width` gets its own value; but xor may reach the groups before it.
 template <class Value>
 Value __shfl_sync(unsigned mask, Value value, int source, int width = 32,
                   cuda_on_cpu::Site site = cuda_on_cpu::here()) {
@@ -235,7 +239,7 @@ inline int __any_sync(unsigned mask, int predicate, cuda_on_cpu::Site site = cud
 inline int __all_sync(unsigned mask, int predicate, cuda_on_cpu::Site site = cuda_on_cpu::here()) {
   return __ballot_sync(mask, predicate, site) == mask;
 }
-// int or unsigned, as in CUDA
+// Int is int or unsigned, as in CUDA.
 template <std::integral Int>
 Int __reduce_add_sync(unsigned mask, Int value, cuda_on_cpu::Site site = cuda_on_cpu::here()) {
   return cuda_on_cpu::reduce(mask, value, site, [](Int a, Int b) { return Int(unsigned(a) + unsigned(b)); });
@@ -262,7 +266,7 @@ inline void cudaGridDependencySynchronize() {}
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Atomics, of integers only; real ones, which ThreadSanitizer understands. All return what was there before.
+// Atomics, on integers only. They are real ones, which ThreadSanitizer understands. All return the old value.
 
 namespace cuda_on_cpu {
 template <class Int, class Update>
@@ -427,7 +431,7 @@ using cudaGraph_t = CUgraph_st*;
 using cudaGraphExec_t = CUgraphExec_st*;
 
 const char* cudaGetErrorName(cudaError_t);
-const char* cudaGetErrorString(cudaError_t);  // for the latest error, with the details that the engine knows
+const char* cudaGetErrorString(cudaError_t);  // adds the engine's details if it is the latest error
 cudaError_t cudaGetLastError();
 cudaError_t cudaPeekAtLastError();
 
@@ -473,8 +477,8 @@ cudaError_t allow_dynamic_smem(const void* kernel, int bytes);
 cudaError_t check_argument(const void* p, int index);
 cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel, std::function<void()> thread);
 
-// Any function of the host as a stream's work. It may touch device memory, what follows in the stream waits for it, and
-// a captured graph contains it: a stand-in for a library's kernel.
+// Queues a function of the host on a stream, in place of a library's kernel. It may touch device memory, later work in
+// the stream waits for it, and a captured graph contains it.
 cudaError_t enqueue(cudaStream_t, std::function<void()> work);
 
 }  // namespace cuda_on_cpu
@@ -494,7 +498,7 @@ cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribut
   return cuda_on_cpu::allow_dynamic_smem(reinterpret_cast<const void*>(kernel), value);
 }
 
-// The arguments are copied now, the kernel runs later.
+// Copies the arguments now; the kernel runs later.
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {

@@ -1,7 +1,7 @@
-// The engine of CUDA on the CPU; cuda_runtime.h says what it does. Three parts: the threads of a block, device memory,
-// streams.
+// The engine of CUDA on the CPU; cuda_runtime.h says what it does. It has three parts: the threads of a block, device
+// memory, streams.
 // Sanitizers must not follow the jumps between stacks, so this file is compiled without them; CUDA_ON_CPU_ASAN and
-// CUDA_ON_CPU_TSAN say what the rest of the program is built with.
+// CUDA_ON_CPU_TSAN say which of them the rest of the program is built with.
 #include "cuda_runtime.h"
 
 #include <cxxabi.h>
@@ -62,8 +62,8 @@ void AnnotateIgnoreWritesEnd(const char* file, int line);
 constexpr bool with_tsan = false;
 #endif
 
-// Pushes the registers that a function must preserve, leaves the stack pointer in *from and goes on where the stack `to`
-// was left. Floating-point modes are not switched: nothing changes them.
+// Pushes the registers that a function must preserve, stores the stack pointer in *from and goes on where the fiber of
+// the stack `to` stopped. It does not switch floating-point modes, because nothing changes them.
 extern "C" void cuda_on_cpu_switch(void** from, void* to);
 #if defined(__x86_64__)
 asm(R"(
@@ -88,8 +88,8 @@ cuda_on_cpu_switch:
   ret
 .size cuda_on_cpu_switch, .-cuda_on_cpu_switch
 )");
-constexpr int saved_words = 6, return_word = 6;  // on a stack that was left: the registers, where to return
-#elif defined(__aarch64__)                       // compiled by nobody yet
+constexpr int saved_words = 6, return_word = 6;  // on a waiting fiber's stack: the registers, then where to return
+#elif defined(__aarch64__)                       // nobody has compiled this yet
 asm(R"(
 .text
 .globl cuda_on_cpu_switch
@@ -143,7 +143,7 @@ uint64_t state_of(int s) { return 0x9e3779b97f4a7c15u * uint64_t(s) ^ 0x2545f491
 int seed = int(environment("CUDA_ON_CPU_SEED", 0));
 uint64_t random_state = state_of(seed);
 
-// 0 ... n - 1, and 0 for the seed 0 (Marsaglia, "Xorshift RNGs", 2003)
+// Draws from 0 ... n - 1; always 0 with seed 0 (Marsaglia, "Xorshift RNGs", 2003).
 unsigned draw(unsigned n) {
   if (!seed) return 0;
   random_state ^= random_state << 13;
@@ -169,9 +169,9 @@ struct Fiber {
   void* stack_pointer = nullptr;
   char* stack = nullptr;
   size_t stack_size = 0;
-  void *asan = nullptr, *tsan = nullptr;  // the sanitizer's notes of this stack
-  // For ThreadSanitizer another thread does the copies in the background. The addresses are those of its releases and
-  // acquires: begun by this thread, done for the group of that number, modulo 4.
+  void *asan = nullptr, *tsan = nullptr;  // the sanitizer's handles of this stack
+  // For ThreadSanitizer another thread, the copier, does the copies in the background. This thread releases `begun` to
+  // it, and it releases done[group % 4] to this thread.
   void* copier = nullptr;
   char begun = 0, done[4]{};
 };
@@ -185,13 +185,13 @@ struct Thread : Fiber {
   uint3 index{};
   State state = State::returned;
   Site site{};               // where it waits,
-  unsigned mask = 0;         // and in a collective, for whom
+  unsigned mask = 0;         // and for which lanes, in a collective
   std::vector<Copy> copies;  // in the background
-  int group = 0;             // which ends at the next commit
+  int group = 0;             // the group that the next commit ends
 };
 
-// The lanes that have come to a collective. One that came to another, or with another mask, is not counted and waits for
-// ever; it is reported when no thread can go on.
+// The lanes that have come to a collective. A lane that comes to another one, or with another mask, does not count and
+// waits for ever; we report it when no thread can go on.
 struct Warp {
   unsigned exists = 0, arrived = 0, mask = 0;
   Combine combine = nullptr;
@@ -204,7 +204,7 @@ Thread threads[max_threads], host;  // host: the stack that runs the grid
 Warp warps[max_threads / 32];
 Thread* current = &host;
 int n_threads, n_returned;
-int ready[max_threads];  // a ring
+int ready[max_threads];  // a ring buffer
 unsigned ready_first, n_ready;
 struct Barrier {
   int arrived = 0, predicates = 0, result = 0;
@@ -213,23 +213,24 @@ struct Barrier {
 };
 Barrier block_barrier;
 
-// Habits of a launch, drawn: the latest thread that became ready is the next, not any; background copies are done early.
+// Drawn for each launch. depth_first: the thread that became ready last runs next, instead of any. copy_early:
+// background copies are done at once.
 bool depth_first, copy_early;
 
-std::string error;  // of the running kernel, which ends it
+std::string error;  // ends the running kernel
 const void* kernel;
 const std::function<void()>* thread_function;
 size_t smem_bytes;
 alignas(1024) char smem[max_smem + 1024];
 
-// For ThreadSanitizer a barrier is a release and an acquire of an address. Each has its own for a long time, so that
-// nothing is ordered that only happens to meet the same address.
+// For ThreadSanitizer a barrier is a release and an acquire of an address. Many barriers pass before one uses the same
+// address again, so that two barriers do not order accesses by chance.
 constexpr unsigned n_addresses = 4096;
 unsigned barrier_generation = 0;
 [[maybe_unused]] char launch_start, launch_end, barrier_addresses[n_addresses], warp_addresses[32][n_addresses];
 
 #ifdef CUDA_ON_CPU_TSAN
-// While a collective's last thread works for the others it accesses what is theirs.
+// The last thread of a collective works for the others and accesses their memory.
 bool ignoring_accesses = false;
 void ignore_accesses(bool yes) {
   (yes ? AnnotateIgnoreReadsBegin : AnnotateIgnoreReadsEnd)("", 0);
@@ -254,7 +255,7 @@ void make_ready(int thread) {
   ready[(ready_first + n_ready++) % max_threads] = thread;
 }
 
-// Whose turn it is: the host's, if no thread can go on.
+// The thread whose turn it is; the host if no thread can go on.
 Thread& next() {
   if (n_ready == 0 || !error.empty()) return host;
   n_ready--;
@@ -265,7 +266,7 @@ Thread& next() {
   return threads[first];
 }
 
-// Does the current thread's copies of all groups before `end`.
+// Does the current thread's background copies of all groups before `end`.
 void finish_copies(int end) {
   std::vector<Copy>& copies = current->copies;
   size_t n = 0;
@@ -297,7 +298,7 @@ void fiber_main() {
   }
 }
 
-// A stack that has been left just before the first instruction of fiber_main.
+// Makes a stack that looks as if the fiber had stopped just before the first instruction of fiber_main.
 void make_fiber(Fiber& f) {
   if (!f.stack) {
     void* memory =
@@ -309,8 +310,8 @@ void make_fiber(Fiber& f) {
     TSAN(f.tsan = __tsan_create_fiber(0);)
   }
   void** top = reinterpret_cast<void**>(f.stack + f.stack_size);
-  void** left = top - 4 - saved_words;  // so that the stack is aligned as it is after a call
-  std::fill(left, top, nullptr);        // a debugger finds the end of the stack
+  void** left = top - 4 - saved_words;  // aligns the stack as after a call
+  std::fill(left, top, nullptr);        // zeros tell a debugger where the stack ends
   left[return_word] = reinterpret_cast<void*>(fiber_main);
   f.stack_pointer = left;
   f.asan = nullptr;
@@ -335,7 +336,7 @@ __attribute__((format(printf, 1, 2))) std::string format(const char* text, ...) 
 std::string in(uint3 i) { return format("(%u,%u,%u)", i.x, i.y, i.z); }
 std::string in(dim3 i) { return in(uint3{i.x, i.y, i.z}); }
 
-// The kernel that runs, as far as the linker was told names of functions, and the thread whose turn it is.
+// The running kernel, if the linker exported its name, and the thread whose turn it is.
 std::string place() {
   Dl_info info{};
   std::string name = "?";
@@ -380,9 +381,9 @@ struct Bytes {
   char *first, *end;
 };
 
-// Where the program's shared variables are: the sections whose names begin with .noinit.
+// The program's shared variables: the sections whose names begin with .noinit.
 std::vector<Bytes> find_static_smem() {
-  uintptr_t base = 0;  // where the program lies; of all objects it is the first
+  uintptr_t base = 0;  // where the program lies: it is the first object
   dl_iterate_phdr(
       [](dl_phdr_info* info, size_t, void* to) { return *static_cast<uintptr_t*>(to) = info->dlpi_addr, 1; }, &base);
   const int file = open("/proc/self/exe", O_RDONLY);
@@ -405,7 +406,7 @@ std::vector<Bytes> find_static_smem() {
 const std::vector<Bytes>& static_smem() {
   static const std::vector<Bytes> found = find_static_smem();
 #ifdef CUDA_ON_CPU_TSAN
-  static const bool announced [[maybe_unused]] = [] {  // the addresses for which __tsan_java_alloc will be called
+  static const bool announced [[maybe_unused]] = [] {  // the addresses that __tsan_java_alloc will get
     uintptr_t first = uintptr_t(smem), end = uintptr_t(smem + sizeof smem);
     for (const Bytes& b : found) first = std::min(first, uintptr_t(b.first)), end = std::max(end, uintptr_t(b.end));
     __tsan_java_init(first / 8 * 8, (end + 7) / 8 * 8 - first / 8 * 8);
@@ -415,7 +416,7 @@ const std::vector<Bytes>& static_smem() {
   return found;
 }
 
-// At the start of every block all of shared memory is ones. Not by memset: AddressSanitizer's would stop at the gaps
+// Sets every bit of shared memory to one at the start of a block. AddressSanitizer's memset would stop at the gaps
 // between variables.
 void fill_with_ones(Bytes bytes) {
   char* p = bytes.first;
@@ -423,7 +424,7 @@ void fill_with_ones(Bytes bytes) {
   for (; bytes.end - p >= 8; p += 8) *reinterpret_cast<volatile uint64_t*>(p) = ~uint64_t(0);
   for (; p < bytes.end; p++) *const_cast<volatile char*>(p) = char(0xff);
 #ifdef CUDA_ON_CPU_TSAN
-  // Blocks race with each other, but not here, where each has its own: nobody has accessed it yet.
+  // Blocks can race with each other, but not here: each has its own shared memory, which nobody has accessed yet.
   const uintptr_t first = uintptr_t(bytes.first) / 8 * 8, end = (uintptr_t(bytes.end) + 7) / 8 * 8;
   if (end > first) __tsan_java_alloc(first, end - first);
 #endif
@@ -434,7 +435,7 @@ void run_block(uint3 index) {
   for (const Bytes& bytes : static_smem()) fill_with_ones(bytes);
   fill_with_ones({smem, smem + smem_bytes});
 #ifdef CUDA_ON_CPU_TSAN
-  // Nor does a thread continue one of the last block: each gets the stack, for the sanitizer the thread, of any other.
+  // Nor does a thread go on from one of the last block: it gets any stack, and a stack is a thread to the sanitizer.
   const unsigned n_stacks = unsigned(std::min(max_threads, n_threads + 32));
   for (unsigned t = n_stacks; t > 1; t--) {
     static uint64_t state = 1;
@@ -452,11 +453,11 @@ void run_block(uint3 index) {
   }
   for (Warp& w : warps) w.arrived = 0, w.generation++;
   shuffle_order(ready, unsigned(n_threads));
-  switch_to(next());  // comes back when no thread can go on
+  switch_to(next());  // returns when no thread can go on
   if (error.empty() && n_returned < n_threads) error = divergence();
 }
 
-// After an error: what ran on the thread's stack never goes on.
+// After an error, the function on this thread's stack never goes on.
 void give_up(Thread& t) {
 #ifdef CUDA_ON_CPU_TSAN
   __tsan_switch_to_fiber(t.tsan, 1);
@@ -532,7 +533,7 @@ void fail(const char* text, ...) {
     error = message + "\n  " + place();
   }
   TSAN(if (ignoring_accesses) ignore_accesses(false);)
-  switch_to(host);  // for good: nothing that is on this stack now will be destroyed
+  switch_to(host);  // never returns: no destructor of this stack will run
   __builtin_unreachable();
 }
 
@@ -556,7 +557,7 @@ int barrier(bool predicate, Site site) {
   }
   switch_to(next());
   TSAN(__tsan_acquire(address);)
-  return b.result;  // the next barrier cannot be over before every thread has come from this one
+  return b.result;  // still ours: the next barrier needs every thread, so it is not over before all have read this
 }
 
 void collective(unsigned mask, void* slot, Combine combine, Site site, [[maybe_unused]] bool orders_memory) {
@@ -598,7 +599,7 @@ void copy_async(void* to, const void* from, Site site) {
   if ((uintptr_t(to) | uintptr_t(from)) % 16)
     fail("%s:%d: copy_async: %p or %p is not aligned to 16 bytes", site.file, site.line, to, from);
 #ifdef CUDA_ON_CPU_ASAN
-  static volatile size_t size = 16;  // so that the calls to memcpy remain, which the sanitizer checks
+  static volatile size_t size = 16;  // volatile keeps the calls to memcpy, which the sanitizer checks
   char bytes[16];
   memcpy(bytes, to, size);
   if (from) memcpy(bytes, from, size);
@@ -625,9 +626,9 @@ void copy_async_wait(int pending) { finish_copies(current->group - pending); }
 namespace {
 
 cudaError_t last_error = cudaSuccess;
-std::string details;  // of the latest error
-std::string failure;  // of a kernel, which every call returns until somebody has asked for the details
-cudaError_t launch_error = cudaSuccess;  // with which the card in use ends every launch
+std::string details;                     // of the latest error
+std::string failure;                     // of a kernel; every call fails with it until somebody asks for the details
+cudaError_t launch_error = cudaSuccess;  // every launch on the card in use ends with it
 
 cudaError_t result(cudaError_t code, const std::string& why = "") {
   if (code == cudaSuccess) return code;
@@ -645,14 +646,14 @@ cudaError_t earlier_failure() { return failure.empty() ? cudaSuccess : result(cu
          }) == 0;
 }();
 
-// What may not be called while a stream is captured: it would wait, or allocate.
+// The graph being captured. Calls that would wait or allocate fail meanwhile.
 CUgraph_st* capturing = nullptr;
 cudaError_t capture_in_progress() { return capturing ? result(cudaErrorStreamCaptureUnsupported) : cudaSuccess; }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Device memory: a range of addresses that is closed but while work of the device is done. An array ends (but for less
-// than 256 bytes, its alignment) at the end of a page, and the page behind it is never open. When an array is freed,
-// its pages are given back; its addresses come again only when the range has been gone through.
+// Device memory: a range of addresses, which is open only while the device works. An array ends at the end of a page,
+// but for less than 256 bytes, its alignment, and the page behind it is never open. Freeing an array gives its pages
+// back; its addresses come again only after all others of the range.
 
 constexpr size_t alignment = 256;
 const size_t memory_bytes = size_t(environment("CUDA_ON_CPU_MEMORY", 16ll << 30)) / page * page;
@@ -670,7 +671,7 @@ size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
 bool on_device(const void* p) { return p >= range && p < range + range_bytes && range; }
 
-// The array in which p lies, or just behind it.
+// The array that p points into or just behind.
 const std::pair<char* const, Array>* array_of(const void* p) {
   auto a = arrays.upper_bound(static_cast<char*>(const_cast<void*>(p)));
   if (a == arrays.begin()) return nullptr;
@@ -684,8 +685,8 @@ void open_memory(bool open) {
   for (const auto& [first, a] : arrays) mprotect(a.pages, a.page_bytes, open ? PROT_READ | PROT_WRITE : PROT_NONE);
 }
 
-// Says in which kernel the program dies, then lets it. Test frameworks install handlers of their own for every test, so
-// this one is put before theirs whenever device memory is used. Sanitizers have their own way, below.
+// Says in which kernel the program dies, then lets it die. Test frameworks install handlers of their own for every
+// test, so we put ours before theirs at every allocation. Sanitizers have their own way, below.
 #if !defined(CUDA_ON_CPU_ASAN) && !defined(CUDA_ON_CPU_TSAN)
 constexpr int fatal_signals[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGABRT};
 struct sigaction handlers_before[std::size(fatal_signals)];
@@ -697,7 +698,7 @@ void on_signal(int signal, siginfo_t* info, void*) {
             is_open ? "outside all arrays of device memory" : "device memory, and host code used it");
   for (size_t i = 0; i < std::size(fatal_signals); i++)
     if (fatal_signals[i] == signal) sigaction(signal, &handlers_before[i], nullptr);
-  if (signal == SIGABRT) raise(signal);  // the others come again, at the same instruction
+  if (signal == SIGABRT) raise(signal);  // the other signals come again, at the same instruction
 }
 
 void watch_signals() {
@@ -705,7 +706,7 @@ void watch_signals() {
   ours.sa_sigaction = on_signal;
   ours.sa_flags = SA_SIGINFO | SA_ONSTACK;
   stack_t stack;
-  if (!sigaltstack(nullptr, &stack) && stack.ss_flags & SS_DISABLE) {  // for a stack that has overflowed
+  if (!sigaltstack(nullptr, &stack) && stack.ss_flags & SS_DISABLE) {  // our own may have overflowed
     static char memory[64 << 10];
     stack = {memory, 0, sizeof memory};
     sigaltstack(&stack, nullptr);
@@ -737,7 +738,7 @@ cudaError_t allocate(void** p, size_t bytes) {
     return result(cudaErrorMemoryAllocation, format("out of memory: %zu bytes were asked for, %zu of %zu are free",
                                                     bytes, memory_bytes - used, memory_bytes));
   const size_t page_bytes = round_up(bytes, page), with_gap = page_bytes + page;
-  // The next addresses that are free, from where the last were taken.
+  // Takes the next free addresses behind those that it took last.
   for (bool again = false;;) {
     if (position + with_gap > range_bytes) {
       if (again) return result(cudaErrorMemoryAllocation, "device memory is too fragmented");
@@ -777,13 +778,13 @@ cudaError_t check_argument(const void* p, int index) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Streams: queues of work, done when the host waits for one of them.
+// Streams: queues of work, which runs when the host waits.
 
 namespace {
 
 struct Work {
   std::function<void()> run;
-  CUevent_st* awaited = nullptr;  // not before this event has been recorded `times` times
+  CUevent_st* awaited = nullptr;  // waits until this event has been recorded `times` times
   unsigned times = 0;
   uint64_t number = 0;  // in the order of the calls
 };
@@ -793,7 +794,7 @@ struct Work {
 
 struct CUevent_st {
   unsigned recorded = 0, done = 0;
-  CUgraph_st* graph = nullptr;  // recorded while this was captured
+  CUgraph_st* graph = nullptr;  // the event was recorded while this graph was captured
   std::chrono::steady_clock::time_point time{};
 };
 struct CUgraph_st {
@@ -803,9 +804,9 @@ struct CUgraphExec_st {
   std::vector<cuda_on_cpu::Work> works;
 };
 struct CUstream_st {
-  bool blocking;  // its work and the default stream's wait for each other
+  bool blocking;  // it and the default stream wait for each other
   std::deque<cuda_on_cpu::Work> works{};
-  CUgraph_st* graph = nullptr;  // that it is being captured into
+  CUgraph_st* graph = nullptr;  // the graph that captures this stream
 };
 
 namespace cuda_on_cpu {
@@ -819,7 +820,7 @@ std::map<const void*, size_t> smem_limits;  // of kernels that asked for more th
 
 CUstream_st& stream_of(cudaStream_t s) { return s ? *s : default_stream; }
 
-// Does queued work until `done`: in the order of the calls, or drawn by seed from the streams that can go on.
+// Does queued work until done(): in the order of the calls, or, drawn by seed, from any stream that can go on.
 template <class Done>
 cudaError_t run_until(Done done) {
   if (const cudaError_t e = earlier_failure()) return e;
@@ -867,7 +868,7 @@ cudaError_t add(cudaStream_t handle, Work work) {
     return cudaSuccess;
   }
   if (&s == &default_stream && capturing) return result(cudaErrorStreamCaptureImplicit);
-  // The default stream's work begins after what blocking streams have to do, and they go on after it.
+  // The default stream's work waits for all earlier work of blocking streams, and their later work waits for it.
   if (&s == &default_stream) {
     const auto idle = [](const CUstream_st* x) { return x == &default_stream || !x->blocking || x->works.empty(); };
     if (const cudaError_t e = run_until([&] { return std::all_of(streams.begin(), streams.end(), idle); })) return e;
@@ -915,8 +916,8 @@ cudaError_t launch(const cudaLaunchConfig_t& c, const void* function, std::funct
 
 using namespace cuda_on_cpu;
 
-// The sanitizers ask for options, and call when they report something. An address that is closed they shall report
-// themselves: the handler of a test framework, under ThreadSanitizer, would hang.
+// The sanitizers call these for options and with every report. They handle accesses to closed addresses themselves,
+// because a test framework's handler would hang under ThreadSanitizer.
 #if defined(CUDA_ON_CPU_ASAN) || defined(CUDA_ON_CPU_TSAN)
 extern "C" {
 const char* __asan_default_options() { return "allow_user_segv_handler=0"; }
@@ -967,7 +968,7 @@ struct Card {
   int capability;
   cudaError_t error;
 };
-std::vector<Card> cards() {  // the visible ones
+std::vector<Card> cards() {  // the visible cards
   const char *described = getenv("CUDA_ON_CPU_DEVICES"), *chosen = getenv("CUDA_VISIBLE_DEVICES");
   if (!described) return {{"CUDA on the CPU", 90, cudaSuccess}};
   std::vector<Card> all, visible;
@@ -978,7 +979,7 @@ std::vector<Card> cards() {  // the visible ones
     if (capability) all.push_back({format("card %zu on the CPU", all.size()), capability, cudaError_t(error)});
   }
   if (!chosen) return all;
-  std::istringstream numbers(chosen);  // up to the first that is none
+  std::istringstream numbers(chosen);  // up to the first number of no card
   for (size_t i; numbers >> i && i < all.size(); numbers.ignore()) visible.push_back(all[i]);
   return visible;
 }
@@ -1059,15 +1060,15 @@ cudaError_t check_copy(const void* to, bool to_device, const void* from, bool fr
 }
 }  // namespace
 
-// As with memory from cudaMallocHost, for which this is so on a GPU too, a copy from or to the host is made when the
-// stream comes to it, not by the call.
+// A copy from or to the host happens when the stream comes to it, not in the call. On a GPU this holds for memory from
+// cudaMallocHost.
 cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind kind, cudaStream_t stream) {
   if (bytes == 0) return cudaSuccess;
   const auto [to_device, from_device] = sides(to, from, kind);
   if (const cudaError_t e = check_copy(to, to_device, from, from_device, bytes)) return e;
   return enqueue(stream, [=] { memmove(to, from, bytes); });
 }
-// To the device from pageable memory, as on a GPU: it returns when it has read everything, which need not have arrived.
+// To the device from pageable memory, this returns when it has read everything, before all has arrived, as on a GPU.
 cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind) {
   const auto [to_device, from_device] = sides(to, from, kind);
   if (!to_device || from_device || bytes == 0) {
@@ -1112,7 +1113,7 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return waited;
 }
-// A graph keeps the order of the calls, so an event that is recorded into one only says which.
+// A graph keeps the order of the calls, so an event that is recorded during a capture only notes the graph.
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   event->graph = stream_of(stream).graph;
   if (event->graph) return cudaSuccess;

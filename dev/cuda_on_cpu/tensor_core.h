@@ -7,14 +7,14 @@
 
 namespace cuda_on_cpu {
 
-// Element i of a fragment's registers, each of which holds two.
+// Element i of a fragment, whose registers hold two elements each.
 inline uint16_t bits_of(const uint32_t* registers, int i) { return uint16_t(registers[i / 2] >> 16 * (i % 2)); }
 template <class Real>
 float number_of(const uint32_t* registers, int i) {
   return float(__builtin_bit_cast(Real, bits_of(registers, i)));
 }
 
-// Where lane l's element i lies in a 16 x 16 matrix a; b's and d's, of 8 columns or rows, are half of it.
+// Where lane l's element i lies in a 16 x 16 matrix a. For d (16 x 8), i goes only to 3.
 constexpr int fragment_row(int l, int i) { return l / 4 + i / 2 % 2 * 8; }
 constexpr int fragment_column(int l, int i) { return l % 4 * 2 + i / 4 * 8 + i % 2; }
 
@@ -39,7 +39,7 @@ void mma(void* const slots[32], unsigned) {
       static_cast<const MmaSlot*>(slots[l])->d[i] = d[fragment_row(l, i)][fragment_column(l, i)];
 }
 
-// Every lane reads its row before the warp meets, so that a sanitizer blames the lane.
+// Every lane reads its row before the warp meets, so that a sanitizer blames the right lane.
 struct LdmatrixSlot {
   uint16_t row[8];
   uint32_t* out;

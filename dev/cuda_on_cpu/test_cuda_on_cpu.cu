@@ -1,6 +1,6 @@
-// CUDA on the CPU (dev/cuda_on_cpu): right kernels give right results in every order of their threads, wrong ones are
-// reported. What only a sanitizer can see is planted in hidden test cases, which the last ones run, in builds with that
-// sanitizer, as programs of their own.
+// CUDA on the CPU (dev/cuda_on_cpu): right kernels give right results in every order of their threads, and the engine
+// reports wrong ones. Hidden test cases hold mistakes that only a sanitizer sees. In builds with that sanitizer, the
+// last test cases run them as programs of their own.
 #include "../../test/cuda.h"
 
 #ifdef CUDA_ON_CPU
@@ -27,7 +27,7 @@ namespace {
 
 constexpr float nan32 = std::numeric_limits<float>::quiet_NaN(), inf32 = std::numeric_limits<float>::infinity();
 
-#ifdef WITH_TSAN  // with which many threads take long
+#ifdef WITH_TSAN  // ThreadSanitizer is slow with many threads
 constexpr int n_seeds = 3;
 #else
 constexpr int n_seeds = 11;
@@ -45,7 +45,7 @@ void for_each_seed(int n, Body body) {
   cuda_on_cpu::set_seed(before);
 }
 
-// The message of the CudaError that body, or waiting for what it has launched, raises.
+// The message of the CudaError that body raises, or that waiting for its launches raises.
 template <class Body>
 std::string failure_of(Body body) {
   try {
@@ -55,7 +55,7 @@ std::string failure_of(Body body) {
   return "no error";
 }
 
-// One test case, a hidden one, as a program of its own.
+// Runs a hidden test case as a program of its own.
 Run run_alone(const std::string& test_case, const std::string& environment = "") {
   return run(environment + " '" + std::filesystem::read_symlink("/proc/self/exe").string() + "' '" + test_case + "'");
 }
@@ -68,13 +68,13 @@ std::vector<float> counting(int n) {
 
 }  // namespace
 
-// Kernels have names that the linker exports, so that reports can tell them.
+// No unnamed namespace for kernels: the linker must export their names for reports.
 namespace on_cpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Barriers and shared memory
 
-// out (gridDim.x, blockDim.x) = every block's x backwards, added up over `rounds` turns around the block
+// out (gridDim.x, blockDim.x) = every block's x in reverse, added up over `rounds` rotations
 __global__ void turn_kernel(float* out, const float* x, int rounds) {
   __shared__ float fixed[1024];
   float* chosen = dynamic_smem<float>();
@@ -98,7 +98,7 @@ __global__ void count_kernel(int* out) {
   out[t] = count * 16 + any * 8 + none * 4 + all * 2 + not_all;
 }
 
-// In which order the threads of all blocks come by, before and after a barrier
+// Writes the order in which the threads of all blocks run, before and after a barrier.
 __global__ void order_kernel(int* out, int* count) {
   const int thread = int(blockIdx.x * blockDim.x + threadIdx.x);
   for (int turn = 0; turn < 2; turn++) {
@@ -107,7 +107,7 @@ __global__ void order_kernel(int* out, int* count) {
   }
 }
 
-// What is in shared memory before anything was written; then writes it.
+// Copies unwritten shared memory to out (gridDim.x, 128), then writes that memory.
 __global__ void unwritten_kernel(unsigned* out) {
   __shared__ unsigned fixed[64];
   unsigned* chosen = dynamic_smem<unsigned>();
@@ -160,7 +160,7 @@ TEST_CASE("CUDA on the CPU: seed 0 is in order, the others differ, and each is t
     if (a == 0) continue;
     const std::vector<int>& o = orders[a];
     CHECK((std::vector<int>{o[0] / n, o[2 * n] / n, o[4 * n] / n} != std::vector<int>{0, 1, 2}));  // the blocks
-    for (const int turn : {0, 1}) {  // of the first block: threads that come right after their neighbour
+    for (const int turn : {0, 1}) {  // counts threads of the first block that run right after their neighbour
       int in_order_here = 0;
       for (int i = turn * n + 1; i < turn * n + n; i++) in_order_here += o[i] == o[i - 1] + 1;
       CHECK(in_order_here < n / 2);
@@ -198,7 +198,7 @@ __global__ void shuffle_kernel(Value* out, const Value* x, int by, int width) {
   out[l + 96] = __shfl_up_sync(all_lanes, x[l], unsigned(by), width);
 }
 
-// Only the lanes of the mask take part; out (9, 32)
+// out (9, 32): only the lanes of the mask take part
 __global__ void vote_kernel(int* out, const int* x, unsigned mask) {
   const int l = int(threadIdx.x), v = x[l];
   if (!(mask >> l & 1)) return;
@@ -213,7 +213,7 @@ __global__ void vote_kernel(int* out, const int* x, unsigned mask) {
   out[l + 256] = int(__reduce_or_sync(mask, unsigned(v)));
 }
 
-// Each lane, in its turn, through shared memory; and how many blocks have ended before this one
+// Lanes pass numbers on through shared memory; then each block counts itself in `counter`.
 __global__ void relay_kernel(int* out, unsigned* counter) {
   __shared__ int line[4][32];
   const int w = int(threadIdx.x / 32), l = int(threadIdx.x % 32);
@@ -227,7 +227,7 @@ __global__ void relay_kernel(int* out, unsigned* counter) {
   __syncthreads();
   out[blockIdx.x * blockDim.x + threadIdx.x] = line[w][l];
   if (threadIdx.x == 0 && atomicAdd(counter, 1u) == gridDim.x - 1) {
-    atomicMax(counter, 100u);  // "the last block does the rest"
+    atomicMax(counter, 100u);  // the last block also tries the other atomics
     atomicMin(counter, 90u);
     atomicOr(counter, 128u);
     atomicSub(counter, 18u);
@@ -245,8 +245,8 @@ TEMPLATE_TEST_CASE("CUDA on the CPU: shuffles", "[cuda_on_cpu]", float, double, 
   const DeviceArray<TestType> in(x);
   for (const int width : {1, 2, 4, 8, 16, 32})
     for (const int by : {0, 1, 2, 3, 7, 16, 31}) {
-      // Written down in words: lanes form groups of `width`; who would receive from outside the group keeps its own, but
-      // xor may reach into the groups before.
+      // Lanes form groups of `width`. A lane whose source lies outside its group keeps its own value, but xor may reach
+      // into the groups before.
       std::vector<TestType> want;
       const auto group = [&](int l) { return l / width; };
       for (int l = 0; l < 32; l++) want.push_back(x[group(l) * width + (by + l) % width]);
@@ -311,10 +311,10 @@ TEST_CASE("CUDA on the CPU: __syncwarp, and integer atomics between blocks", "[c
 
 namespace on_cpu {
 
-// d (16, 8) += a (16, 16) @ b (16, 8), b's fragments by ldmatrix of b, of its transpose bt, and by hand
+// d (16, 8) += a (16, 16) @ b (16, 8), thrice: b's fragments by ldmatrix from b, from its transpose bt, by hand
 template <class Real>
 __global__ void mma_kernel(float* d, const Real* a, const Real* b, const Real* bt) {
-  __shared__ __align__(16) Real sa[16][16], sb[16][16], st[16][16];  // what is right of column 8 is not used
+  __shared__ __align__(16) Real sa[16][16], sb[16][16], st[16][16];  // sb uses 8 columns
   const int l = int(threadIdx.x), g = l / 4, t = l % 4 * 2;
   for (int i = l; i < 256; i += 32) {
     sa[i / 16][i % 16] = a[i];
@@ -340,8 +340,8 @@ __global__ void mma_kernel(float* d, const Real* a, const Real* b, const Real* b
 
 __global__ void transpose_kernel(uint32_t* out, const uint32_t* x) { out[threadIdx.x] = transpose_8x8(x[threadIdx.x]); }
 
-// out (stages, 4 blockDim.x): x through two buffers, one filled while the other is read; rows from `valid` on are zero.
-// BUG 1: nobody waits for the copies; 2: no barrier before they are read; 3: none before the buffer is filled again
+// Copies x to out (stages, 4 blockDim.x) through two buffers: we fill one while we read the other. Rows from `valid` on
+// are zero. BUG 1: nobody waits for the copies; 2: no barrier before we read; 3: no barrier before we fill again.
 template <int BUG>
 __global__ void copy_kernel(float* out, const float* x, int stages, int valid) {
   __shared__ __align__(16) float buffer[2][4 * 64];
@@ -411,7 +411,7 @@ TEST_CASE("CUDA on the CPU: background copies, early and late", "[cuda_on_cpu]")
     launch(on_cpu::copy_kernel<0>, {1, 64}, out.data(), in.data(), stages, valid);
     CHECK((out.read() == want));
   });
-#ifndef WITH_TSAN  // it would report the race, and does all copies late
+#ifndef WITH_TSAN  // ThreadSanitizer would report the race
   int nobody_needed_to_wait = 0;
   for_each_seed(n_seeds, [&] {
     const DeviceArray<float> out(stages * width);
@@ -429,12 +429,12 @@ TEST_CASE("CUDA on the CPU: background copies, early and late", "[cuda_on_cpu]")
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Numbers of 16 bits. The reference is arithmetic on their definition, in double, where all of it is exact.
+// Numbers of 16 bits. The reference computes them by definition, in double, where everything is exact.
 
 namespace {
 
 struct Format {
-  int digits, min_exponent;  // of the mantissa, with the leading one; of the smallest normal number
+  int digits, min_exponent;  // of the mantissa with its leading one; of the smallest normal number
   double largest;
 };
 template <class Real>
@@ -445,7 +445,7 @@ constexpr Format format_of<fp16> = {11, -14, 65504};
 double nearest(double x, const Format& f) {
   if (std::isnan(x) || std::isinf(x) || x == 0) return x;
   const double unit = std::ldexp(1, std::max(std::ilogb(x), f.min_exponent) - (f.digits - 1));
-  const double rounded = std::nearbyint(x / unit) * unit;  // to even, which is how the processor is set
+  const double rounded = std::nearbyint(x / unit) * unit;  // ties to even, the processor's default
   return std::fabs(rounded) > f.largest ? std::copysign(std::numeric_limits<double>::infinity(), x) : rounded;
 }
 
@@ -470,7 +470,7 @@ TEMPLATE_TEST_CASE("CUDA on the CPU: numbers of 16 bits", "[cuda_on_cpu]", bf16,
     wrong += !same_number(float(number), want);
     const uint16_t back = __builtin_bit_cast(uint16_t, TestType(float(number)));
     wrong += back != (std::isnan(want) ? 0x7fff : pattern);
-    // The middle between it and the next larger number, and the floats on either side of the middle.
+    // The middle between this number and the next larger one, and the floats on either side of the middle.
     const double next = float(__builtin_bit_cast(TestType, uint16_t(pattern + 1)));
     if (!std::isfinite(want) || !std::isfinite(next) || pattern == 0x7fff) continue;
     const float middle = float((want + next) / 2);
@@ -481,8 +481,8 @@ TEMPLATE_TEST_CASE("CUDA on the CPU: numbers of 16 bits", "[cuda_on_cpu]", bf16,
   for (uint64_t i = 0; i < 500000; i++) {
     const Philox4 r = random4(1, 2, 3, i);
     for (const uint32_t word : r.word) {
-      const float x = __uint_as_float(word);                                // most floats are outside fp16's range, so
-      const float y = __uint_as_float((word & 0x87ffffffu) + (98u << 23));  // some that are within it, or nearly
+      const float x = __uint_as_float(word);                                // most floats are outside fp16's range;
+      const float y = __uint_as_float((word & 0x87ffffffu) + (98u << 23));  // y is within it, or nearly
       wrong += !same_number(float(TestType(x)), nearest(x, f)) + !same_number(float(TestType(y)), nearest(y, f));
     }
   }
@@ -599,7 +599,7 @@ TEST_CASE("alone: little memory", "[.alone]") {
     CUDA_CHECK(cudaFree(piece.memory));
   };
   size_t bytes = 0, failed = 0;
-  for (int i = 0; i < 1500; i++) {  // 20 times all there is
+  for (int i = 0; i < 1500; i++) {  // in total 20 times the device's memory
     const Philox4 r = random4(7, 0, 0, uint64_t(i));
     Piece piece{nullptr, r.word[0] % (i % 10 == 5 ? 200000 : 5000) + 1, i % 251};
     const size_t before = free_memory();
@@ -632,7 +632,7 @@ namespace on_cpu {
 
 __global__ void add_kernel(float* out, const float* x, float y) { out[threadIdx.x] = x[threadIdx.x] + y; }
 
-// out += 1 / (its step), then the step goes on: what is different in each run lies in device memory
+// out += 1 / (step + thread), then step += 1: a graph's runs can differ only by what lies in device memory
 __global__ void step_kernel(float* out, int* step) {
   out[threadIdx.x] += 1 / float(*step + int(threadIdx.x));
   __syncthreads();
@@ -692,7 +692,7 @@ TEST_CASE("CUDA on the CPU: the default stream and the others", "[cuda_on_cpu]")
       const TestStream stream(flags);
       const DeviceArray<float> x(counting(32)), y(32);
       std::vector<float> zeros(32);
-      if (copy) {  // has read the host's memory when it returns, but does not wait until all has arrived
+      if (copy) {  // returns when it has read the host's memory, before all has arrived
         CUDA_CHECK(cudaMemcpy(x.data(), zeros.data(), 32 * sizeof(float), cudaMemcpyHostToDevice));
         zeros.assign(32, 7);
       } else {
@@ -702,7 +702,7 @@ TEST_CASE("CUDA on the CPU: the default stream and the others", "[cuda_on_cpu]")
       CUDA_CHECK(cudaStreamSynchronize(stream));
       wrong += y.read()[31] != 1;
     });
-    CHECK((wrong > 0) == (flags == cudaStreamNonBlocking));  // which does not wait for the default stream
+    CHECK((wrong > 0) == (flags == cudaStreamNonBlocking));  // such a stream does not wait for the default stream
     CHECK(wrong < 20);
   }
   // Nothing runs before somebody waits for it.
@@ -783,7 +783,7 @@ TEST_CASE("CUDA on the CPU: after an error nothing of what was waiting runs", "[
   CUDA_CHECK(cuda_on_cpu::enqueue(stream, [] { throw std::runtime_error("thrown"); }));
   CUDA_CHECK(cuda_on_cpu::enqueue(stream, [&] { ran = true; }));
   CHECK(cudaStreamSynchronize(stream) == cudaErrorLaunchFailure);
-  CHECK(cudaStreamSynchronize(stream) == cudaErrorLaunchFailure);  // until somebody asks
+  CHECK(cudaStreamSynchronize(stream) == cudaErrorLaunchFailure);  // the same error until somebody asks
   CHECK(cudaGetErrorString(cudaErrorLaunchFailure) == std::string("thrown"));
   CHECK(cudaStreamSynchronize(stream) == cudaSuccess);
   CHECK(!ran);
@@ -835,7 +835,7 @@ __global__ void trap(float*) { __trap(); }
 __global__ void throws(float*) { throw std::runtime_error("thrown"); }
 __global__ void nothing(float*) {}
 
-// The sum of the block's x. BUG 1: no barrier before the sum is read; 2: none before the buffer is used again
+// Sums the block's x. BUG 1: no barrier before we read `partial`; 2: no barrier before we write it again.
 template <int BUG>
 __global__ void sum_twice(float* out, const float* x) {
   __shared__ float partial[4];
@@ -849,7 +849,7 @@ __global__ void sum_twice(float* out, const float* x) {
   }
   out[threadIdx.x] = total;
 }
-// Lanes pass numbers on through shared memory, and nothing orders it.
+// Lanes pass numbers on through shared memory; with BUG, nothing orders their accesses.
 template <bool BUG>
 __global__ void pass_on(float* out, const float* x) {
   __shared__ float line[32];
@@ -938,7 +938,7 @@ TEST_CASE("CUDA on the CPU: launches and copies that no GPU would make are refus
 
 TEST_CASE("CUDA on the CPU: a missing barrier shows", "[cuda_on_cpu]") {
   const DeviceArray<float> x(counting(128));
-  // With how many seeds every thread gets what it should.
+  // The number of seeds with which every thread gets `want`.
   const auto results = [&](void (*kernel)(float*, const float*), int block, float want) {
     int right = 0;
     for_each_seed(n_seeds, [&] {
@@ -951,7 +951,7 @@ TEST_CASE("CUDA on the CPU: a missing barrier shows", "[cuda_on_cpu]") {
   };
   const float sum = 3 * 127 * 64;
   CHECK(results(planted::sum_twice<0>, 128, sum) == n_seeds);
-#ifndef WITH_TSAN  // it would report them
+#ifndef WITH_TSAN  // ThreadSanitizer would report the races
   CHECK(results(planted::sum_twice<1>, 128, sum) == 0);
   CHECK(results(planted::sum_twice<2>, 128, sum) < n_seeds);
   const DeviceArray<float> out(32);
@@ -975,11 +975,11 @@ TEST_CASE("alone: error not asked for", "[.alone]") {
   launch(planted::trap, {1, 1}, x.data());
   cudaStreamSynchronize(nullptr);
   CHECK(cudaGetLastError() == cudaErrorLaunchFailure);
-  CHECK(cudaStreamSynchronize(nullptr) == cudaErrorLaunchFailure);  // as long as nobody asks
+  CHECK(cudaStreamSynchronize(nullptr) == cudaErrorLaunchFailure);  // the same error as long as nobody asks
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Planted mistakes that end the program: out of all arrays in every build, the others if a sanitizer is looking.
+// Planted mistakes that end the program: accesses outside all arrays in every build, the others under a sanitizer.
 
 namespace planted {
 
@@ -1017,7 +1017,7 @@ ALONE("host reads device memory") {
 }
 ALONE("far out of bounds") {
   const DeviceArray<float> x(10), y(10);
-  launch(planted::write_at, {1, 1}, x.data(), size_t(64 + 64));  // behind the guard: the end of the page
+  launch(planted::write_at, {1, 1}, x.data(), size_t(64 + 64));  // behind the guard and the end of the page
   CUDA_CHECK(cudaDeviceSynchronize());
 }
 ALONE("out of bounds") {

@@ -12,7 +12,7 @@ struct Shape {
   size_t weights() const { return size_t(B) * NH * T; }
 };
 
-// What the kernels write.
+// The kernels' outputs.
 template <class Real>
 struct Results {
   std::vector<Real> out, dqkv;
@@ -149,7 +149,7 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float
       check_against_reference<TestType>({1, T, 2, HS}, dropout(T % 2 ? 0.2 : 0, 1));
 }
 
-// Scores so large that small weights underflow, and that later keys often raise the running softmax's maximum.
+// Scores so large that small weights underflow, and that later keys raise the running softmax's maximum.
 TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf16, fp16) {
   for (const int HS : {64, 128}) check_against_reference<TestType>({1, 70, 1, HS}, dropout(0.2), 5, 100);
 }

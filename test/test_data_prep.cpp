@@ -1,4 +1,4 @@
-// data_prep as a person runs it: what it writes, what it refuses, and that a refusal leaves everything as it was.
+// data_prep as you run it: what it writes and what it refuses. A refusal leaves every file as it was.
 #include "test.h"
 
 #include <sys/stat.h>

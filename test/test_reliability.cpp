@@ -202,7 +202,7 @@ TEST_CASE("A second Ctrl-C ends the run at once, other signals do not, and what 
     process.signal(SIGINT);
     const Run r = process.wait();
     CHECK(r.code == 128 + SIGINT);
-    CHECK(r.err.find("stopped before") == std::string::npos);  // in the middle of the step
+    CHECK(r.err.find("stopped before") == std::string::npos);  // it did not finish the step
   }
   {  // Slurm warns before it ends a job, and the system signals more than once that the time is over
     Process process(train_gpt + slow + "/warned");

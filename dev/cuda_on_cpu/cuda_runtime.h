@@ -101,7 +101,7 @@ inline dim3 blockDim, gridDim;
 constexpr int warpSize = 32;
 
 // ---------------------------------------------------------------------------------------------------------------------
-// What the functions of device code ask of the engine
+// What device code needs from the engine
 
 struct CUstream_st;
 using cudaStream_t = CUstream_st*;

@@ -137,7 +137,7 @@ long long environment(const char* name, long long otherwise) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Chance
+// Random numbers
 
 uint64_t state_of(int s) { return 0x9e3779b97f4a7c15u * uint64_t(s) ^ 0x2545f4914f6cdd1du; }
 int seed = int(environment("CUDA_ON_CPU_SEED", 0));

@@ -159,7 +159,7 @@ TEST_CASE("CUDA on the CPU: seed 0 is in order, the others differ, and each is t
     for (size_t b = 0; b < a; b++) CHECK((orders[a] != orders[b]));
     if (a == 0) continue;
     const std::vector<int>& o = orders[a];
-    CHECK((std::vector<int>{o[0] / n, o[2 * n] / n, o[4 * n] / n} != std::vector<int>{0, 1, 2}));  // the blocks
+    CHECK((std::vector<int>{o[0] / n, o[2 * n] / n, o[4 * n] / n} != std::vector<int>{0, 1, 2}));  // the blocks' order
     for (const int turn : {0, 1}) {  // counts threads of the first block that run right after their neighbour
       int in_order_here = 0;
       for (int i = turn * n + 1; i < turn * n + n; i++) in_order_here += o[i] == o[i - 1] + 1;

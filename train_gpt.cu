@@ -237,7 +237,7 @@ void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_bac
 inline Slices<float> from_layer_1(const Slices<float>& slices) { return {slices[1], slices.stride}; }
 
 // Adds up the partials that backward made over blocks of rows: the gradients of the token embedding, of LayerNorm's
-// own parameters and of all biases. Each LayerNorm has the bias of the branch before it; for ln1 that is a branch of the
+// own parameters and of all biases. Each LayerNorm has the bias of the branch before it; for ln1 that branch is in the
 // layer below.
 template <class Real>
 void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {

@@ -97,7 +97,7 @@ build/fuzz/%.o: dev/check/fuzz/%.cpp
 build/fuzz/host/%.o: host/%.cpp
 	$(compile_fuzz)
 
-# Which lines and branches do the tests run? g++ counts in a build of its own. We leave out the tests that say nothing of
+# Which lines and branches do the tests run? g++ counts in a build of its own. We leave out tests that say nothing of
 # our code's lines (the Makefile's, the documentation's, those of CUDA on the CPU), and those that counting disturbs: a
 # program that ends by a signal loses its counts, and counting opens and writes files, which the tests of failing system
 # calls would number with the program's own.

@@ -646,7 +646,7 @@ class KernelTable {
       : stream_(stream), layers_(layers), peak_(peak), bandwidth_(bandwidth) {
     std::printf("%-37s %7s %9s %18s %8s %6s %10s\n", "", "a step", "us", "(min .. max)", "floor", "share", "us a step");
   }
-  // flops, bytes: the least a launch needs, every input read once, every output written once. call(l) launches it for layer l
+  // flops, bytes: the least a launch needs, each input read once, each output written once. call(l) launches layer l's
   template <class Call>
   void row(const char* name, int per_step, double flops, double bytes, Call call, bool one_buffer = false) {
     const Times t = in_graph(stream_, ceil_div(24, layers_) * layers_, 9, [&](int i) { call(i % layers_); });

@@ -236,8 +236,8 @@ stage_run() {
 # Before we believe a tool, it has to find the errors of a kernel that has some. Errors in the library's kernels are not
 # ours. racecheck ends itself ("failed to handle a hardware exception") in every process that computes products by
 # cuBLASLt, even if it is told to look only at a kernel without shared memory: so it checks our kernels in the tests
-# without products. initcheck sees little of them: all memory is filled before it is used, with NaN in the tests and with
-# zeros in the trainer.
+# without products. initcheck sees little of them: all memory is filled before it is used, with NaN in the tests,
+# with zeros in the trainer.
 library_kernels='cublas|cutlass|nvjet|splitKreduce|globalKernel'
 stage_sanitizer() {
   need_programs "$run_tests" "$bench_gpu"

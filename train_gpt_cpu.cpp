@@ -107,7 +107,7 @@ struct PackedWeights {
 template <class Real, class Factor = Real>
 struct GPT {
   ModelShape shape;
-  int max_B;  // the activations have room for batches of so many rows of shape.T tokens
+  int max_B;  // the activations have room for so many rows of shape.T tokens
 
   Layout param_layout = parameter_layout(shape);
   Layout act_layout = layout_of<Activations<Real>>(shape, rows());

@@ -47,8 +47,8 @@ fi
 make_programs() { make ARCH="$arch" MARCH="$march" "$train_gpt" "$run_tests" "$bench_gpu" "$@"; }
 
 # The packed libraries are for these programs alone: Python and the profilers have their own. We take the compiler's
-# only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own: the program
-# itself says which file it looks for, if it finds none.
+# only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own: the program itself
+# says which file it looks for, if it finds none.
 libraries() {
   local folder library path=$PREBUILT/lib
   LD_LIBRARY_PATH=$path ldd "$train_gpt" 2>&1 | grep -E '(libstdc|libgcc|libgomp|GLIBCXX).*not found' >/dev/null &&
@@ -236,8 +236,8 @@ stage_run() {
 # Before we believe a tool, it has to find the errors of a kernel that has some. Errors in the library's kernels are not
 # ours. racecheck ends itself ("failed to handle a hardware exception") in every process that computes products by
 # cuBLASLt, even if it is told to look only at a kernel without shared memory: so it checks our kernels in the tests
-# without products. initcheck sees little of them: all memory is filled before it is used, with NaN in the tests,
-# with zeros in the trainer.
+# without products. initcheck sees little of them: all memory is filled before it is used, with NaN in the tests, with
+# zeros in the trainer.
 library_kernels='cublas|cutlass|nvjet|splitKreduce|globalKernel'
 stage_sanitizer() {
   need_programs "$run_tests" "$bench_gpu"

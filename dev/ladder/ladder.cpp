@@ -134,7 +134,7 @@ std::string processor() {
   return "an unnamed processor";
 }
 
-// All curves against the number of characters that training had predicted: how far each rung gets with as many.
+// All curves against the number of characters that training had predicted: how far each gets with as much text.
 void draw_curves(const std::string& path, const std::vector<ladder::Result>& results, const std::string& data) {
   const char* const colours[] = {"#E69F00",    "#56B4E9",  third_colour, fourth_colour,
                                  train_colour, val_colour, "#8C564B",    "#000000"};

@@ -93,8 +93,8 @@ void matmul_add_backward(Real* dinp, Real* dweight, const Real* dout, const Real
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Batch normalisation: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. Every channel of a batch gets mean
-// 0 and variance 1, then a scale and an offset of its own. Evaluation takes the averages of the means
-// and variances that training has seen, and has no backward.
+// 0 and variance 1, then a scale and an offset of its own. Evaluation takes the averages of the means and variances
+// that training has seen, and has no backward.
 
 constexpr double batchnorm_eps = 1e-5, batchnorm_momentum = 0.01;
 

@@ -213,8 +213,8 @@ struct Result {
   std::vector<std::pair<std::string, bool>> checks;           // a target, and whether it was reached
   std::string sample;
 };
-void save_result(const std::string& out_dir,
-                 const Result& result);  // writes result.json, and prints which targets were reached
+// Writes result.json, and prints which targets were reached.
+void save_result(const std::string& out_dir, const Result& result);
 Result load_result(const std::string& out_dir);
 
 // Whether the targets hold: they are for Tiny Shakespeare, and for a rung whose flags change no result.

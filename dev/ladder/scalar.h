@@ -1,7 +1,7 @@
 // All of reverse-mode differentiation, for scalars: every number remembers which numbers it was computed from, and its
-// slope with respect to each; backward goes through the graph from the result to the beginnings and applies
-// the chain rule, d result / d input += d result / d output * slope. Baydin et al., "Automatic Differentiation in
-// Machine Learning: a Survey", JMLR 2018, section 3.2; Karpathy's micrograd.
+// slope with respect to each; backward goes through the graph from the result to the beginnings and applies the chain
+// rule, d result / d input += d result / d output * slope. Baydin et al., "Automatic Differentiation in Machine
+// Learning: a Survey", JMLR 2018, section 3.2; Karpathy's micrograd.
 //
 //   Scalar a = 2, b = 3, c = a * b + tanh(a);
 //   c.backward();  // a.grad() is 3 + 1 - tanh(2)^2

@@ -36,8 +36,8 @@
 namespace cpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tensors. Params, what is learned, is in host/tensors.h: both trainers and all files share it. Gradients, and AdamW's
-// m and v, are buffers of the same layout.
+// The tensors. The learned ones, Params, are in host/tensors.h: both trainers and all files share them. Gradients and
+// AdamW's m and v are buffers of the same layout.
 
 // What forward leaves behind for backward, in a slice for each layer where every layer has its own.
 template <class Real>

@@ -255,8 +255,8 @@ std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
   return out;
 }
 
-// A line for each product and epilogue. Launches take several sets of buffers in turn, so that a
-// set has left the cache before it is used again.
+// A line for each product and epilogue. Launches take several sets of buffers in turn, so that a set has
+// left the cache before it is used again.
 template <class Real>
 class ProductTable {
  public:

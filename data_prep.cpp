@@ -66,8 +66,8 @@ static Options parse(int argc, char** argv) {
   return options;
 }
 
-// A folder in the output folder where everything is made before any of it replaces what is there: a failure on the way
-// leaves the older files as they were. One that a killed run left behind is removed.
+// A folder in the output folder where we make everything before any of it replaces an older file: a failure on the way
+// leaves the older files as they were. The folder that a killed run left behind is removed.
 struct Workshop {
   std::string path;
   Lock lock;
@@ -97,7 +97,7 @@ class Source {
   bool regular() const { return regular_; }
   uint64_t size() const { return size_; }  // in bytes
 
-  // A pipe gives its bytes only once: they are copied, and read from there.
+  // A pipe gives its bytes only once: we copy them to a file and read that.
   void spool(const std::string& path) {
     AtomicFile copy(path);
     size_ = 0;
@@ -221,8 +221,8 @@ static void write_tokens(Source& source, const Survey& found, const std::string&
   val_writer.finish();
 }
 
-// Puts the new files in the place of the old ones. No vocabulary stands beside a mixture of old and new files: it goes
-// first and comes last, and without one the trainers refuse the folder.
+// Puts the new files in the place of the old ones. The vocabulary goes first and comes last, so that none
+// stands beside a mixture of old and new files: without one the trainers refuse the folder.
 static void replace_files(const std::string& from, const std::string& to) {
   fs::remove(to + "/vocab.json");
   flush_folder(to);

@@ -37,9 +37,9 @@
 #include "kernels/sampler.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tensors. Params, what is learned, is in host/tensors.h: both trainers and all files share it. Gradients, and AdamW's
-// m and v, are buffers of the same layout, and so is the working copy: the parameters, rounded to Real, as the products
-// read them.
+// The tensors. The learned ones, Params, are in host/tensors.h: both trainers and all files share them. Gradients and
+// AdamW's m and v are buffers of the same layout, and so is the working copy: the parameters, rounded to Real, as the
+// products read them.
 
 // What forward leaves behind for backward. L: a slice for each layer; or, without backward, one that all layers share.
 template <class Real>
@@ -58,7 +58,7 @@ struct Activations {
     a(fc, "fc", {L, rows, 4 * C});  // the hidden layer, after ReLU
     a(out, "out", {rows, C});       // the stream behind the last layer
     a(lnf, "lnf", {rows, C});
-    a(logits, "logits", {rows, Vp});  // and then, in their place, their gradient
+    a(logits, "logits", {rows, Vp});  // then their gradient, in the same place
     a(branch, "branch", {rows, C});   // what a branch adds to the stream, before its bias and dropout
   }
 
@@ -230,15 +230,15 @@ void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_bac
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward: every parameter's gradient of dloss * (sum of the losses of the targets m.y), times the loss scale; also
-// the losses. It is forward read from bottom to top. accumulate: the gradients are added to those of the batches before.
+// Backward computes the losses of the targets m.y and, for every parameter, the gradient of dloss * (their sum) times
+// the loss scale. It is forward read from bottom to top. accumulate: it adds to the gradients of the batches before.
 
 // A tensor's slices from layer 1 on.
 inline Slices<float> from_layer_1(const Slices<float>& slices) { return {slices[1], slices.stride}; }
 
-// What was summed over blocks of rows on the way is now summed up: the gradients of the token embedding, of LayerNorm's
-// own parameters and of all biases. Each LayerNorm has the bias of the branch before it, which for ln1 is the branch of
-// the layer below.
+// Adds up the partials that backward made over blocks of rows: the gradients of the token embedding, of LayerNorm's
+// own parameters and of all biases. Each LayerNorm has the bias of the branch before it; for ln1 that branch is in the
+// layer below.
 template <class Real>
 void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
   const Params<float>& dw = m.dw;
@@ -274,7 +274,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
   m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, head_rows<Real>(V), Vp);
   m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, head_rows<Real>(V), Vp);
   column_partials(gs.head_partials, dlogits, rows, V, Vp, stream);
-  // From here on dstream is the gradient of the residual stream, and dbranch that of the branch which joined it here.
+  // From here on dstream is the residual stream's gradient, and dbranch the gradient of the branch that joined it here.
   residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_partials, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw,
                               true, drop.at(site::fc_dropout, L - 1), B, T, C, stream);
 
@@ -416,7 +416,7 @@ class GpuModel final : public Trainer {
                    saved.at("matmul").c_str(), algorithms_.c_str());
   }
 
-  // At most chunk() steps: for so many the device has learning rates and keeps losses.
+  // Takes at most chunk() steps: the device has learning rates, and room for losses, for no more.
   std::vector<float> train_steps(int iteration, int count) override {
     require(count <= ring_size, "train_steps: ", count, " at once");
     const Config& c = config_;
@@ -476,7 +476,7 @@ class GpuModel final : public Trainer {
   GPT<Real>& gpt() { return gpt_; }
   bool use_graph = true;  // false: every kernel is launched by itself, which a profiler shows more clearly
 
-  // The whole of a training step, as work on the stream.
+  // Puts a whole training step onto the stream.
   void enqueue_step(int batches) {
     const int B = gpt_.B, T = shape().T;
     const DeviceTokens& from = tokens_[size_t(Split::train)];
@@ -567,7 +567,7 @@ class GpuModel final : public Trainer {
   DeviceBuffer<double> norm_partials_;
   Optimizer optimizer_{};
   Graph graph_;
-  std::string algorithms_;  // the name of those that the products of training and evaluation take
+  std::string algorithms_;  // names the ones that the products of training and evaluation take
   int step_ = 0;            // state->step, as far as the host knows
   double peak_flops_ = 0;
 };

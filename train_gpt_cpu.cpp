@@ -11,17 +11,17 @@
 #include <cmath>
 #include <vector>
 
-#include "host/batch.h"         // defines: random_batch
-#include "host/commands.h"      // defines: run_command, dtype_so_far, ...
-#include "host/config.h"        // defines: Config, parse_command_line
-#include "host/data.h"          // defines: Data, Split
-#include "host/error.h"         // defines: fail, run_main
-#include "host/machine.h"       // defines: built_for, use_threads
-#include "host/memory.h"        // defines: Buffer, MemoryPlan
-#include "host/schedule.h"      // defines: learning_rate_at
-#include "host/tensors.h"       // defines: ModelShape, Params, Arena, Layout
-#include "host/trainer.h"       // defines: Trainer, trainer_type
-#include "host/version.h"       // defines: version_text
+#include "host/batch.h"     // defines: random_batch
+#include "host/commands.h"  // defines: run_command, dtype_so_far, ...
+#include "host/config.h"    // defines: Config, parse_command_line
+#include "host/data.h"      // defines: Data, Split
+#include "host/error.h"     // defines: fail, run_main
+#include "host/machine.h"   // defines: built_for, use_threads
+#include "host/memory.h"    // defines: Buffer, MemoryPlan
+#include "host/schedule.h"  // defines: learning_rate_at
+#include "host/tensors.h"   // defines: ModelShape, Params, Arena, Layout
+#include "host/trainer.h"   // defines: Trainer, trainer_type
+#include "host/version.h"   // defines: version_text
 #include "kernels/adamw.h"
 #include "kernels/amx.h"
 #include "kernels/attention.h"
@@ -36,8 +36,8 @@
 namespace cpu {
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tensors. Params, what is learned, is in host/tensors.h: both trainers and all files share it. Gradients, and AdamW's
-// m and v, are buffers of the same layout.
+// The tensors. The learned ones, Params, are in host/tensors.h: both trainers and all files share them. Gradients and
+// AdamW's m and v are buffers of the same layout.
 
 // What forward leaves behind for backward, in a slice for each layer where every layer has its own.
 template <class Real>
@@ -86,7 +86,7 @@ struct ActivationGrads {
   }
 };
 
-// The weights once more, as products of few rows read them: text is sampled a row at a time.
+// The weights once more, packed for products of few rows: text is sampled a row at a time.
 template <class Factor>
 struct PackedWeights {
   Slices<Unit<Factor>> qkvw, attprojw, fcw, fcprojw;
@@ -107,7 +107,7 @@ struct PackedWeights {
 template <class Real, class Factor = Real>
 struct GPT {
   ModelShape shape;
-  int max_B;  // rows of a batch that the activations have room for, of shape.T tokens each
+  int max_B;  // the activations have room for so many rows of shape.T tokens
 
   Layout param_layout = parameter_layout(shape);
   Layout act_layout = layout_of<Activations<Real>>(shape, rows());
@@ -120,7 +120,7 @@ struct GPT {
   Params<Real> dw{};
   Activations<Real> a = placed<Activations<Real>>(acts_memory.data(), shape, rows());
   ActivationGrads<Real> g{};
-  PackedWeights<Factor> packed{};  // nullptrs, unless pack_weights was called and they are those of w
+  PackedWeights<Factor> packed{};  // nullptrs, unless pack_weights has packed the present w
 
   GPT(const ModelShape& model_shape, int batch) : shape(model_shape), max_B(batch) {}
   size_t rows() const { return size_t(max_B) * shape.T; }
@@ -179,7 +179,7 @@ const Real* forward(GPT<Real, Factor>& m, const int* x, int B, int T, const Drop
   return a.logits + size_t(rows - 1) * V;
 }
 
-// Makes m.packed, for sampling; it holds until the weights change.
+// Packs the weights into m.packed, for sampling; valid until they change.
 template <class Real, class Factor>
 void pack_weights(GPT<Real, Factor>& m) {
   const int V = m.shape.V, C = m.shape.C;
@@ -204,8 +204,8 @@ double loss_sum(GPT<Real, Factor>& m, const int* y, int B, int T) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward: adds to every parameter's gradient that of dloss * (sum of the losses), after forward and loss_sum. It is
-// forward read from bottom to top.
+// Backward, after forward and loss_sum: adds the gradient of dloss * (sum of the losses) to every parameter's gradient.
+// It is forward read from bottom to top.
 
 template <class Real, class Factor>
 void backward(GPT<Real, Factor>& m, const int* x, const int* y, int B, int T, double dloss, const Dropout& drop = {}) {

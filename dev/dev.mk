@@ -53,14 +53,14 @@ test-race:
 run-shuffled: $(BUILD)/test/run_cuda_tests
 	for seed in $(SEEDS); do echo "seed $$seed"; CUDA_ON_CPU_SEED=$$seed OMP_NUM_THREADS=1 $< || exit 1; done
 
-# A short run under Valgrind, which also sees what was read before it was written; it knows no AVX-512.
+# A short run under Valgrind, which also sees reads of unwritten memory; it knows no AVX-512.
 MEMCHECK := build/$(notdir $(COMPILER))-x86-64-v3
 test-memcheck:
 	$(MAKE) MARCH=x86-64-v3 $(MEMCHECK)/train_gpt_cpu $(MEMCHECK)/data_prep
 	dev/check/short_run.sh $(MEMCHECK) valgrind -q --error-exitcode=9 --leak-check=full --show-leak-kinds=definite \
 	  --errors-for-leak-kinds=definite
 
-# And one under ThreadSanitizer, of a size that is worth threads. clang's OpenMP tells it of barriers through Archer.
+# And one under ThreadSanitizer, large enough to use threads. clang's OpenMP tells it of barriers through Archer.
 ARCHER ?= $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
 test-threads:
 	$(MAKE) CXX=clang++ SANITIZE=thread build/clang++-thread/train_gpt_cpu build/clang++-thread/data_prep
@@ -97,10 +97,10 @@ build/fuzz/%.o: dev/check/fuzz/%.cpp
 build/fuzz/host/%.o: host/%.cpp
 	$(compile_fuzz)
 
-# Which lines and branches do the tests run? g++ counts in a build of its own. Left out are tests that say nothing of
+# Which lines and branches do the tests run? g++ counts in a build of its own. We leave out tests that say nothing of
 # our code's lines (the Makefile's, the documentation's, those of CUDA on the CPU), and those that counting disturbs: a
-# program that ends by a signal loses its counts, and one that counts opens and writes files, which the tests of failing
-# system calls would number with the program's own.
+# program that ends by a signal loses its counts, and counting opens and writes files, which the tests of failing system
+# calls would number with the program's own.
 COVERAGE       := build/coverage
 COVERAGE_TESTS ?= ~[.]~[\#test_make]~[\#test_docs]~[cuda_on_cpu]~[reliability]~"data_prep: every call that writes*"$\
                   ~"Inputs: a folder that cannot*"~"Inputs: surroundings*"

@@ -60,8 +60,8 @@ struct Times {
 };
 
 // Measures work, and the peak in between. A processor's clock falls under such work and moves with what its neighbours
-// do, so the fastest loop is a peak that no step can keep up: the sustained peak is the median of the loops between the
-// runs, and shares refer to it.
+// do, so no step can keep up with the fastest loop. The sustained peak is the median of the loops between the runs, and
+// shares refer to it.
 class Stopwatch {
  public:
   explicit Stopwatch(double (*loop)()) : loop_(loop) {}
@@ -143,7 +143,7 @@ void set_size(Sizes& sizes, const std::string& word) {
 double bandwidth;  // GB/s
 
 // A table of layers: how often a step calls each, its time, and its share of what bounds it, the peak of the products'
-// type or the memory bandwidth. What fits the caches can exceed 100 % of the latter.
+// type or the memory bandwidth. A layer that fits the caches can exceed 100 % of the bandwidth.
 class Layers {
  public:
   explicit Layers(Stopwatch& watch) : watch_(watch) {}
@@ -232,7 +232,7 @@ double layers_of_a_step(Stopwatch& watch, const Sizes& sizes) {
   return table.sum();
 }
 
-// A training step on tokens at random.
+// A training step on random tokens.
 template <class Factor>
 class Step {
  public:
@@ -300,7 +300,7 @@ void point(const char* dtype, const Sizes& sizes) {
   Stopwatch watch(peak_loop<Factor>);
   Step<Factor> step(sizes);
   const Times t = watch.measure(step);
-  // What the trainer's plan counts and a step does not touch: the weights packed to sample, a checkpoint's snapshot.
+  // The trainer's plan also counts what a step does not touch: the weights packed to sample, a checkpoint's snapshot.
   pack_weights(step.model());
   const std::vector<float> snapshot(3 * step.model().param_layout.size(), 1.f);
   rusage used;
@@ -319,7 +319,7 @@ void point(const char* dtype, const Sizes& sizes) {
               memory / 1e6, CpuModel<Factor>::plan(config, s, nullptr, true).total() / 1e6);
 }
 
-// One of the three products of a linear layer, as the layer calls them, without bias and what follows. Prints the
+// Times one of a linear layer's three products, called as the layer calls it, without bias and epilogue. Prints the
 // milliseconds and the sustained peak in GFLOP/s.
 template <class Factor>
 void time_product(Stopwatch& watch, const std::string& which, int rows, int C, int OC) {
@@ -373,8 +373,9 @@ int main(int argc, char** argv) {
       else if (word == "all" || word == "layers" || word == "step" || word == "point" || word == "products")
         what = word;
       else
-        fail("usage: bench [all|layers|step|point|products] [float32|bfloat16] [small|T=256 C=384 L=6 V=65 B=8 "
-             "threads=2]");
+        fail(
+            "usage: bench [all|layers|step|point|products] [float32|bfloat16] [small|T=256 C=384 L=6 V=65 B=8 "
+            "threads=2]");
     }
     if (dtype == "bfloat16" && !built_for.avx512_bf16) fail("bfloat16 needs AVX512_BF16");
     if (what == "point")

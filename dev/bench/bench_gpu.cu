@@ -5,7 +5,7 @@
 //   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
 //   bench_gpu names [DTYPE]         the names of a step's kernels, in order
-//   bench_gpu planted               a kernel with errors that compute-sanitizer is to find, or else it finds nothing
+//   bench_gpu planted               a kernel with errors: if compute-sanitizer misses them, its silence proves nothing
 // Flags of train_gpt may follow (--batch_size 8); without, it is the preset lecture, on random tokens. A figure is the
 // median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
 // was measured beside it, so both stand in one output.
@@ -46,7 +46,7 @@ double device_seconds(cudaStream_t stream, Work work) {
   return device_milliseconds(stream, work) / 1e3;
 }
 
-// One of `count` launches: they run as a graph, so that the host's time for a launch does not count.
+// Seconds of one of `count` launches. They run as a graph, so that the host's time for a launch does not count.
 template <class Launch>
 Times in_graph(cudaStream_t stream, int count, int runs, Launch launch_one) {
   for (int i = 0; i < count; i++) launch_one(i);
@@ -68,7 +68,7 @@ Times in_graph(cudaStream_t stream, int count, int runs, Launch launch_one) {
 
 __global__ void empty_kernel(int*) {}
 
-// Reads 16 bytes at a time past the first-level cache; in every pass a block has another part, which is in no other.
+// Reads 16 bytes at a time past the first-level cache; in every pass a block reads another part, which no other reads.
 __global__ void __launch_bounds__(512) read_kernel(float* sink, const float4* from, size_t count, int passes) {
   const size_t threads = size_t(gridDim.x) * blockDim.x, self = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   float sum = 0;
@@ -79,19 +79,19 @@ __global__ void __launch_bounds__(512) read_kernel(float* sink, const float4* fr
       sum += x.x + x.y + x.z + x.w;
     }
   }
-  if (sum == 1) *sink = sum;  // never, but the loads must not be left out
+  if (sum == 1) *sink = sum;  // never, but it keeps the compiler from leaving out the loads
 }
 
 cudaDeviceProp device() { return current_card(); }
 
 #ifdef CUDA_ON_CPU
-constexpr size_t megabyte = 1000;  // what runs on the CPU only shows that it runs
+constexpr size_t megabyte = 1000;  // on the CPU we only see that it runs
 #else
 constexpr size_t megabyte = 1000000;
 #endif
 
-// A block has 32 KB at a time, a thread eight loads on their way; what is read and written once need not stay in a
-// cache.
+// A block copies 32 KB at a time, a thread has eight loads in flight. Everything is read or written once, and so need
+// not stay in a cache.
 __global__ void __launch_bounds__(256) copy_kernel(float4* to, const float4* from, size_t count) {
   constexpr int loads = 8;
   const size_t stride = size_t(gridDim.x) * blockDim.x * loads;
@@ -188,7 +188,7 @@ void products(const Config&, const std::vector<std::string>&) { fail("products: 
 void names(const Config&, const std::vector<std::string>&) { fail("names: no driver tells them on the CPU"); }
 #else
 
-// A function of the driver, which the program is not linked to; nullptr: it has none such.
+// Looks up a function of the driver, which the program is not linked to; nullptr if the driver does not have it.
 template <class Function>
 Function* driver_function(const char* name) {
   void* found = nullptr;
@@ -198,11 +198,11 @@ Function* driver_function(const char* name) {
 #else
   const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
 #endif
-  if (error != cudaSuccess) cudaGetLastError();  // so that it is not found again at the next launch
+  if (error != cudaSuccess) cudaGetLastError();  // clears it, or the next launch would report it
   return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function*>(found) : nullptr;
 }
 
-// What tells a kernel from others: CUTLASS' name for it, which is a template argument, or else its own without scopes
+// A kernel's short name: the one that CUTLASS gives it, which is a template argument, or else its own without scopes
 // and arguments.
 std::string short_name(const std::string& mangled) {
   std::string name = mangled;
@@ -255,8 +255,8 @@ std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
   return out;
 }
 
-// A line for each product and epilogue. What a launch reads and writes is taken from several sets of buffers in turn,
-// so that it has left the cache since it was there last.
+// A line for each product and epilogue. Launches take several sets of buffers in turn, so that a set has
+// left the cache before it is used again.
 template <class Real>
 class ProductTable {
  public:
@@ -322,7 +322,7 @@ class ProductTable {
             .dbias = dbias_.data(),
             .mask = mask_.data() + set * mask_bytes_};
   }
-  // The same without the epilogue, and what it would have done in passes of its own, as Matmul does it.
+  // The same product without the epilogue, whose work follows in passes of its own, as Matmul does it.
   void apart(const Product& p, int i) {
     const Operands o = operands(p, i);
     Real* const d = static_cast<Real*>(o.d);
@@ -422,7 +422,7 @@ class ProductTable {
     any_way_ +=
         print_other("pieces of k in any way", p, candidates, {.reductions = CUBLASLT_REDUCTION_SCHEME_MASK}, us);
   }
-  // The best of what the library proposes for this request, but not for the usual one; returns whether there is any.
+  // Prints the best algorithm that the library proposes for this request, but not for the usual one; false: none.
   bool print_other(const char* what, const Product& p, const std::vector<Algorithm>& usual,
                    const MatmulLibrary::Request& request, double usual_us) {
     std::vector<Algorithm> others;
@@ -494,8 +494,8 @@ void products(const Config& config, const std::vector<std::string>& dtypes) {
 // ---------------------------------------------------------------------------------------------------------------------
 // A model on random tokens
 
-// A folder for shards and for the table of algorithms, which is removed at the end. With --out_dir the table is that
-// run's, and the products are computed as there.
+// A folder for shards and for the table of algorithms, which is removed at the end. With --out_dir we take that
+// run's table, and so its algorithms.
 class Folder {
  public:
   Folder() : path_((std::filesystem::temp_directory_path() / "bench_gpu_XXXXXX").string()) {
@@ -558,7 +558,7 @@ void print_times(const std::string& what, const Times& t, double tokens, double 
   std::fflush(stdout);
 }
 
-// A step's share of `runs` times `steps` steps, by the host's clock: as the training loop waits, so does this.
+// Seconds a step in each of `runs` runs of `steps` steps, by the host's clock. This waits as the training loop waits.
 template <class Model>
 Times time_steps(Model& model, int runs, int steps) {
   using Clock = std::chrono::steady_clock;
@@ -637,8 +637,8 @@ void planted(const Config&, const std::vector<std::string>&) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Kernel by kernel. What has a slice for each layer is taken in turn, so that most of what a launch reads has left the
-// cache since the launch that read it last; in a step much of it would still be there. What has none is marked.
+// Kernel by kernel. Launches take the layers' slices in turn, so that most of what one reads has left the cache since
+// a launch last read it; in a step much of it would still be there. Kernels without such slices are marked.
 
 class KernelTable {
  public:
@@ -646,7 +646,7 @@ class KernelTable {
       : stream_(stream), layers_(layers), peak_(peak), bandwidth_(bandwidth) {
     std::printf("%-37s %7s %9s %18s %8s %6s %10s\n", "", "a step", "us", "(min .. max)", "floor", "share", "us a step");
   }
-  // flops, bytes: the least of a launch, every input read once, every output written once. call(l): that of layer l
+  // flops, bytes: the least a launch needs, each input read once, each output written once. call(l) launches layer l's
   template <class Call>
   void row(const char* name, int per_step, double flops, double bytes, Call call, bool one_buffer = false) {
     const Times t = in_graph(stream_, ceil_div(24, layers_) * layers_, 9, [&](int i) { call(i % layers_); });

@@ -3,7 +3,7 @@
 #   dev/bench/bench_scaling.sh BENCH [T|C|L|B|V|threads ...]   all six in 3 minutes, or those named
 # Writes doc/cpu_scaling.csv, where the rows of a size that is not measured stay as they are, and draws
 # doc/cpu_scaling.png. Work per token is arithmetic, so the share of the peak says it all: where it falls, the cost grows
-# faster than the work. A row is a process of its own, whose memory is the most that it ever had.
+# faster than the work. Each row comes from a process of its own; its memory is the most that the process ever had.
 set -eu
 shopt -s inherit_errexit  # a benchmark that fails ends the script
 cd "$(dirname "$0")/../.."
@@ -16,8 +16,8 @@ git diff --quiet HEAD -- '*.h' '*.cpp' 2>/dev/null || commit+=-changed
 columns=series,commit,dtype,T,C,L,V,B,threads,ms,fastest_ms,slowest_ms,tokens_per_s,gflops,sustained_peak,fastest_peak
 columns+=,share_of_sustained,memory_mb,planned_mb
 
-# point SERIES SIZE=...: a row. One whose fastest peak is a tenth above the sustained one had company on the machine, and
-# is measured again, twice at most.
+# point SERIES SIZE=...: a row. If its fastest peak is a tenth above the sustained one, others used the machine, and we
+# measure it again, twice at most.
 point() {
   local row
   for _ in 1 2 3; do

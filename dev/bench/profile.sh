@@ -47,7 +47,7 @@ attempt() {  # attempt COMMAND...: shows it, and runs it if the program and a GP
     profiled=1
   else
     cat "$folder/last.log"
-    # ncu without the right to read counters, or on a runtime that has none; nsys that cannot make its report
+    # ncu may not read counters, or the runtime has none; or nsys cannot make its report
     grep -qE 'ERR_NVGPUCTRPERM|LibraryNotLoaded|Failed to initialize|not supported|No kernels were profiled' \
       "$folder/last.log" && refused=1
     echo "refused or failed: $(basename "$1"), see above"

@@ -53,7 +53,7 @@ def main():
             for line in file["lines"]:
                 number = line["line_number"]
                 lines[name][number] += line["count"]
-                # A branch that an exception takes out of a call is none that the source shows.
+                # The source does not show the branches that exceptions take out of calls.
                 shown = [b for b in line["branches"] if not b["throw"]]
                 for i, branch in enumerate(shown):
                     branches[name][number, i] += branch["count"]

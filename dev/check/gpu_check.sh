@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is to be seen on a GPU, in eight minutes and one command, the most valuable first:
+# Checks all that only a GPU can show, in eight minutes and one command, the most valuable first:
 #   dev/check/gpu_check.sh [STAGE ...]   build products tests step kernels ceilings run sanitizer ncu peer; all, if none
 #                                        is named; after a change `tests step kernels run` are enough
 #   dev/check/gpu_check.sh pack FOLDER   builds everything here, without a GPU, for a machine that cannot build: FOLDER
@@ -18,7 +18,7 @@ declare -A limit=([build]=10 [products]=42 [tests]=40 [step]=60 [kernels]=20 [ce
   [ncu]=40 [peer]=100)
 [ -n "${PREBUILT:-}" ] || limit[build]=600
 
-# What a step is measured with, flags of bench_gpu: first as it is, then with each that is to be compared.
+# The flags of bench_gpu that a step is measured with: first none, then each variant to compare.
 step_variants=('')
 
 passed=0 failed=1 refused=3 not_run=4  # exit codes of a stage
@@ -46,9 +46,9 @@ else
 fi
 make_programs() { make ARCH="$arch" MARCH="$march" "$train_gpt" "$run_tests" "$bench_gpu" "$@"; }
 
-# The libraries that were packed are for these programs alone: Python and the profilers have their own. The compiler's
-# are taken only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own: the program
-# itself says which file it looks for, if it finds none.
+# The packed libraries are for these programs alone: Python and the profilers have their own. We take the compiler's
+# only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own: the program itself
+# says which file it looks for, if it finds none.
 libraries() {
   local folder library path=$PREBUILT/lib
   LD_LIBRARY_PATH=$path ldd "$train_gpt" 2>&1 | grep -E '(libstdc|libgcc|libgomp|GLIBCXX).*not found' >/dev/null &&
@@ -80,7 +80,8 @@ pack() {
   for program in "$train_gpt" "$run_tests" "$bench_gpu"; do
     strip --strip-debug -o "$folder/$(basename "$program")" "$program" || exit 1
   done
-  # Not the C library, which belongs to the other machine's kernel and loader, nor what comes with its driver or CUDA.
+  # We leave out the C library, which belongs to the other machine's kernel and loader, and what comes with its driver
+  # or CUDA.
   ldd "$train_gpt" "$run_tests" "$bench_gpu" | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
     grep -vE '/(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|cuda|nvidia.*))\.so' |
     while read -r library; do
@@ -139,7 +140,7 @@ stage_products() {
   note "$(grep -cE '/[0-9?]+/[0-9?]+ ' "$work/products.log") lines, $(grep -c 'failed:' "$work/products.log") failed"
 }
 
-# The types that are trained in most come first, the others if there is time for them.
+# The types that are used most come first, the others if there is time for them.
 stage_step() {
   need_programs "$bench_gpu"
   local variant dtype status
@@ -176,7 +177,7 @@ stage_ceilings() {
   note "$(grep '^copy' "$work/ceilings.log" | tr -s ' ')"
 }
 
-# The whole run twice, the second with the products' algorithms of the first: then all that it writes is the same.
+# The whole run twice. The second takes the first one's algorithms for the products, and so must write the same bytes.
 stage_run() {
   need_programs "$train_gpt"
   local i begin out status file worst=$passed text=no shakespeare
@@ -232,11 +233,11 @@ stage_run() {
   exit "$worst"
 }
 
-# Before a tool is believed it has to find the errors of a kernel that has some. What it finds in the library's kernels is
-# not ours. racecheck ends itself ("failed to handle a hardware exception") in every process that computes products by
-# cuBLASLt, also when it is to look at one kernel alone that has no shared memory: so our kernels are its matter in the
-# tests without products. initcheck sees little of them: all memory is filled before it is used, by NaN in the tests and
-# by zeros in the trainer.
+# Before we believe a tool, it has to find the errors of a kernel that has some. Errors in the library's kernels are not
+# ours. racecheck ends itself ("failed to handle a hardware exception") in every process that computes products by
+# cuBLASLt, even if it is told to look only at a kernel without shared memory: so it checks our kernels in the tests
+# without products. initcheck sees little of them: all memory is filled before it is used, with NaN in the tests, with
+# zeros in the trainer.
 library_kernels='cublas|cutlass|nvjet|splitKreduce|globalKernel'
 stage_sanitizer() {
   need_programs "$run_tests" "$bench_gpu"
@@ -306,8 +307,8 @@ stage_sanitizer() {
   exit "$worst"
 }
 
-# What limits the kernels of a step of one layer, which has them all. The library's products have no names of ours, but
-# their order: head dX, head dW, then fcproj dX. --clock-control none: the clocks that training has.
+# What limits the kernels of a step; a model of one layer has them all. We know the library's products by their order,
+# not by their names: head dX, head dW, then fcproj dX. --clock-control none: the clocks that training has.
 stage_ncu() {
   need_programs "$bench_gpu"
   local ncu=ncu path

@@ -75,8 +75,8 @@ inline Scalar loss_of(const Net& net, const std::vector<Point>& points) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The bridge to the other end of the ladder: for each layer, the largest difference between the engine's gradients of a
-// random combination of its outputs and those of the layer's own backward.
+// The bridge to the other end of the ladder. For each layer we take a random combination of its outputs: how far are
+// the engine's gradients of it, at most, from those that the layer's own backward computes?
 
 inline std::vector<double> noise(size_t count, uint32_t number) {
   std::vector<double> values(count);
@@ -179,7 +179,7 @@ void gradient_descent_rung(const ladder::Arguments& arguments) {
                            {"hidden", &hidden, 1, 1000, {}, "neurons of each of two hidden layers"}},
                           {"out_dir", "max_iters", "learning_rate", "seed"}))
     return;
-  // A product and a sum for each weight and point, of about 200 bytes each.
+  // For each weight and point, a product and a sum of about 200 bytes each.
   MemoryPlan plan;
   plan.add("numbers", 400.0 * count * (hidden + 4.0) * (hidden + 1.0));
   plan.require({usable_memory(), "this machine has"}, "lower --points or --hidden");
@@ -207,7 +207,7 @@ void gradient_descent_rung(const ladder::Arguments& arguments) {
   std::printf("gradient descent: loss %.4f -> %.4f, %d of %d points on their side\n", losses[0].second,
               losses.back().second, right, count);
 
-  // The field of what the network says, and where it changes its mind.
+  // What the network says of every place, and where it changes its mind.
   std::string field = "$field << END\n";
   for (int j = 0; j <= 60; j++)
     for (int i = 0; i <= 80; i++) {

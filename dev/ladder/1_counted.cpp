@@ -1,6 +1,6 @@
-// Rung 1, models that count: the probability of a character given the one or two before it is how often it followed
-// them. No other table of probabilities makes the text more likely (maximum likelihood). What never happened in the
-// text still may: one is added to every count (Laplace). Shannon, "A Mathematical Theory of Communication", 1948,
+// Rung 1, models that count: the probability of a character after one or two others is how often it followed them in
+// the text. No other table of probabilities makes the text more likely (maximum likelihood). What never happened in the
+// text still may, so we add one to every count (Laplace). Shannon, "A Mathematical Theory of Communication", 1948,
 // section 3; Karpathy's makemore lectures.
 #include <cmath>
 
@@ -12,7 +12,7 @@
 
 namespace counted {
 
-// Characters of V kinds after `order` characters of context; before the text begins, newlines.
+// Counts characters of V kinds after `order` characters of context. Before the text begins there are newlines.
 class Model {
  public:
   Model(int vocabulary, int context_length) : V(vocabulary), order(context_length) {

@@ -1,5 +1,5 @@
-// Rung 2, the bigram again, trained: a table of V x V logits, a row for each character, on which gradient descent
-// arrives at what counting gives at once (rung 1). The first network of the ladder, and the smallest: a lookup.
+// Rung 2, the bigram again, trained: a table of V x V logits, a row for each character. Gradient descent arrives at the
+// table that counting gives at once (rung 1). The first network of the ladder, and the smallest: a lookup.
 // Karpathy's lecture "Let's build GPT", bigram.py.
 #include "layers.h"
 #include "rung.h"
@@ -75,7 +75,8 @@ void bigram_rung(const ladder::Arguments& arguments) {
   result.title = "Bigram, trained";
   result.rows = {ladder::train(net, config, data, "bigram, trained")};
 
-  // What counting reaches: with one added for validation, and the optimum for the text trained on.
+  // The losses that counting reaches: with one added on the validation text, with nothing added (its optimum) on the
+  // training text.
   std::vector<int> train(data.train.size()), val(data.val.size());
   data.train.copy(0, train.size(), train.data());
   data.val.copy(0, val.size(), val.data());

@@ -25,7 +25,7 @@ struct Shape {
   }
 };
 
-// At level l the row of a batch has K / fan^(l+1) positions, each joined from fan of the level below.
+// At level l each row of a batch has K / fan^(l+1) positions, and each position joins `fan` of the level below.
 template <class Real>
 struct Parameters {
   Real *wte, *firstw, *headw, *headb;
@@ -54,7 +54,7 @@ struct Activations {
     a(act, "act", {L, rows, H});  // after it and tanh
     a(mean, "mean", {L, H});
     a(rstd, "rstd", {L, H});
-    a(running_mean, "running_mean", {L, H});  // what evaluation normalises with
+    a(running_mean, "running_mean", {L, H});  // evaluation normalises with these
     a(running_var, "running_var", {L, H});
     a(logits, "logits", {B, V});
     a(dact, "dact", {rows, H});
@@ -68,7 +68,7 @@ struct Net {
   static constexpr bool every_position = false;
   Shape s;
   int V = s.V, T = s.K, L = s.levels();
-  int max_B;  // rows of a batch that the activations have room for
+  int max_B;  // the activations have room for so many rows of a batch
   Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
   Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);
@@ -78,8 +78,8 @@ struct Net {
     for (int l = 0; l < L; l++) std::fill_n(a.running_var[l], s.H, Real(1));
   }
 
-  // scaled: by 5/3 / sqrt(inputs), which keeps the variance through a tanh, and a head that at first says little. Else
-  // N(0, 1) throughout, as the course began.
+  // scaled: weights are scaled by 5/3 / sqrt(inputs), which keeps the variance through a tanh, and the head says little
+  // at first. Else all are N(0, 1), as the course began.
   void init(uint64_t seed, bool scaled) {
     const auto std = [&](int inputs) { return scaled ? 5.0 / 3 / std::sqrt(inputs) : 1; };
     ladder::fill_normal(w.wte, size_t(V) * s.E, 1, seed, 0);
@@ -141,7 +141,7 @@ struct Net {
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What goes wrong in a badly scaled network, and what batch normalisation mends: the hidden layer's values and their
-// gradients at the start and after `steps`, and how large an update is beside what it changes.
+// gradients at the start and after `steps`, and how large an update is beside the weights.
 
 inline void diagnose(const Config& config, const Data& data, Shape shape, const std::string& png_path) {
   std::vector<ladder::Panel> panels;
@@ -161,7 +161,7 @@ inline void diagnose(const Config& config, const Data& data, Shape shape, const 
         const std::string style = text("with lines lw 2 lc rgb '", colour, "'");
         values.curves.push_back({when, ladder::histogram(net.a.act[0], count, -1, 1, 50), style});
         std::vector<float> logs(count);
-        for (size_t i = 0; i < count; i++) logs[i] = std::log10(std::fabs(net.a.dact[i]));  // of 0: outside
+        for (size_t i = 0; i < count; i++) logs[i] = std::log10(std::fabs(net.a.dact[i]));  // 0 is left out
         gradients.curves.push_back({when, ladder::histogram(logs.data(), count, -10, 0, 50), style});
       };
       ladder::Points ratio_hidden, ratio_head;
@@ -264,7 +264,7 @@ void mlp_rung(const ladder::Arguments& arguments) {
   mlp::run("mlp", "MLP", config, shape, arguments, 1.8, true);
 }
 
-// Of the size of the WaveNet on the next rung.
+// The tree has about as many parameters as the WaveNet of the next rung.
 void tree_rung(const ladder::Arguments& arguments) {
   Config config;
   config.batch_size = 256;

@@ -1,7 +1,7 @@
 // Rung 4, WaveNet: van den Oord et al., "WaveNet: A Generative Model for Raw Audio", 2016. Every position looks at
 // itself and at one position further back, 1, 2, 4, ... layer by layer, so that what it sees doubles with each layer;
 // gates decide what passes (equation 2), residual and skip connections carry it (figure 4). All positions of a text are
-// predicted at once, as in the transformer, and a text is written with what each layer remembers, a position at a time.
+// predicted at once, as in the transformer. To write text, a position at a time, each layer remembers its past.
 //
 // Beside it, the tree of Karpathy's makemore lectures, with as many parameters: the same doubling, without the sharing
 // of work between neighbouring positions (3_mlp.cpp with a fan of 2).
@@ -17,8 +17,8 @@
 
 namespace wavenet {
 
-// L = stacks * doublings layers: dilations 1, 2, ... 2^(doublings - 1), again and again. C channels of the stream, S of
-// the skips' sum.
+// L = stacks * doublings layers: dilations 1, 2, ... 2^(doublings - 1), again and again. The stream has C channels, the
+// skips' sum S.
 struct Shape {
   int V, T = 256, C = 64, S = 128, doublings = 6, stacks = 2;
   int L() const { return stacks * doublings; }
@@ -56,7 +56,7 @@ struct Activations {
     a(inp, "inp", {L, rows, C});        // the stream where it enters the layer
     a(conv, "conv", {L, rows, 2 * C});  // tanh of the filter, sigmoid of the gate
     a(z, "z", {L, rows, C});            // their product
-    a(taps, "taps", {rows, 2 * C});     // past and present side by side, of one layer at a time
+    a(taps, "taps", {rows, 2 * C});     // past and present side by side, for one layer at a time
     a(skip, "skip", {rows, S});         // the skips' sum, after ReLU
     a(post, "post", {rows, S});
     a(logits, "logits", {rows, V});
@@ -69,7 +69,7 @@ struct Activations {
   }
 };
 
-// taps (B, T, 2C) = for each position its inp (B, T, C) `dilation` positions back, 0 before the start, and its own
+// taps (B, T, 2C) = at each position, inp (B, T, C) of `dilation` positions before (0 before the start) and its own
 template <class Real>
 void taps_forward(Real* taps, const Real* inp, int B, int T, int C, int dilation) {
 #pragma omp parallel for schedule(static) if (size_t(B) * T * C > worth_threads)
@@ -83,7 +83,7 @@ void taps_forward(Real* taps, const Real* inp, int B, int T, int C, int dilation
   }
 }
 
-// dinp (B, T, C) += what dtaps (B, T, 2C) says of its two uses: at its own position, and `dilation` later
+// dinp (B, T, C) += dtaps (B, T, 2C) from the input's two uses: at its own position, and `dilation` later
 template <class Real>
 void taps_backward(Real* dinp, const Real* dtaps, int B, int T, int C, int dilation) {
 #pragma omp parallel for schedule(static) if (size_t(B) * T * C > worth_threads)
@@ -97,7 +97,7 @@ void taps_backward(Real* dinp, const Real* dtaps, int B, int T, int C, int dilat
   }
 }
 
-// z (rows, C) = tanh(filter) * sigmoid(gate) of conv (rows, 2C), which becomes tanh and sigmoid
+// z (rows, C) = tanh(filter) * sigmoid(gate); conv (rows, 2C) holds filter and gate, then their tanh and sigmoid
 template <class Real>
 void gate_forward(Real* z, Real* conv, int rows, int C) {
 #pragma omp parallel for schedule(static) if (size_t(rows) * C > worth_threads)
@@ -109,7 +109,7 @@ void gate_forward(Real* z, Real* conv, int rows, int C) {
   }
 }
 
-// dconv (rows, 2C) = of dz (rows, C); conv as forward left it
+// dconv (rows, 2C) = the gradients of filter and gate, from dz (rows, C) and conv as forward left it
 template <class Real>
 void gate_backward(Real* dconv, const Real* dz, const Real* conv, int rows, int C) {
 #pragma omp parallel for schedule(static) if (size_t(rows) * C > worth_threads)
@@ -123,8 +123,8 @@ void gate_backward(Real* dconv, const Real* dz, const Real* conv, int rows, int 
   }
 }
 
-// What has to be remembered to go on by one position: of each layer its last `dilation` inputs. And the weights, ready
-// for products of one row.
+// To go on by one position we remember each layer's last `dilation` inputs, and keep the weights packed for products of
+// one row.
 template <class Real>
 struct Memory {
   int position = 0;
@@ -143,7 +143,7 @@ struct Net {
   static constexpr bool every_position = true;
   Shape s;
   int V = s.V, T = s.T, C = s.C, S = s.S, L = s.L();
-  int max_B;  // rows of a batch that the activations have room for
+  int max_B;  // the activations have room for so many rows of a batch
   Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
   Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);
@@ -212,7 +212,7 @@ struct Net {
     lookup_backward(dw.wte, a.dstream, x, rows, C);
   }
 
-  // Forgets all text, and takes over the weights as they are now.
+  // Forgets all text, and packs the weights as they are now.
   void begin_text() {
     memory = {};
     for (int l = 0; l < L; l++) {
@@ -225,7 +225,7 @@ struct Net {
     memory.head.emplace_back(w.headw, S, V);
   }
 
-  // forward for the one position that comes next: the same numbers, from what is remembered.
+  // forward for the next position alone: the same numbers, from what the layers remember.
   const Real* next_position(int token) {
     const auto packed = [](const Real* weight, const typename Memory<Real>::Packed& p) {
       return Weight<Real>(weight, p.units.data());
@@ -260,8 +260,8 @@ struct Net {
   }
 };
 
-// Seconds a character takes, with what is remembered and without: the text so far then goes through forward again, as
-// much of it as can matter.
+// Seconds a character takes, with memory and without. Without it, the text so far goes through forward again, as much
+// of it as can matter.
 inline std::pair<double, double> seconds_per_character(Net<float>& net) {
   using Clock = std::chrono::steady_clock;
   const auto median = [](int times, auto body) {

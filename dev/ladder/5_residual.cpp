@@ -75,7 +75,7 @@ struct Net {
   static constexpr bool every_position = false;
   Shape s;
   int V = s.V, T = s.K, C = s.C, L = s.L;
-  int max_B;  // rows of a batch that the activations have room for
+  int max_B;  // the activations have room for so many rows of a batch
   Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
   Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);

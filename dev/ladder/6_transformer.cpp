@@ -1,7 +1,7 @@
 // Rung 6, the transformer, piece by piece: Vaswani et al., "Attention Is All You Need", 2017, at the small size at
 // which Karpathy's lecture puts it together, 8 characters of context and 32 channels. Each row of the table adds one
-// thing to the row before. What comes out in the end is the trainer's own model, whose program is train_gpt_cpu.cpp at
-// the top of this repository; the switches are here only.
+// thing to the row before. The last is the trainer's own model: train_gpt_cpu.cpp, at the top of this repository, is
+// the same program without switches.
 #include <cmath>
 
 #include "layers.h"
@@ -31,7 +31,7 @@ struct Parameters {
 
   void place(Arena& a, const Shape& s) {
     const size_t V = s.V, T = s.T, C = s.C, F = s.F(), L = s.L;
-    // What the network has no use for yet has no layers.
+    // Tensors that the network does not use yet have no layers.
     const size_t norms = s.layernorm ? L : 0, last_norm = s.layernorm, hidden = s.feed_forward ? L : 0,
                  projections = s.residual ? L : 0;
     a(wte, "wte", {V, C});
@@ -91,7 +91,7 @@ struct Net {
   static constexpr bool every_position = true;
   Shape s;
   int V = s.V, T = s.T, C = s.C, F = s.F(), L = s.L;
-  int max_B;  // rows of a batch that the activations have room for
+  int max_B;  // the activations have room for so many rows of a batch
   Layout param_layout = layout_of<Parameters<Real>>(s), act_layout = layout_of<Activations<Real>>(s, size_t(max_B));
   Buffer<Real> params{param_layout}, grads{param_layout}, acts{act_layout};
   Parameters<Real> w = placed<Parameters<Real>>(params.data(), s), dw = placed<Parameters<Real>>(grads.data(), s);
@@ -99,8 +99,8 @@ struct Net {
 
   Net(const Shape& shape, int batch) : s(shape), max_B(batch) {}
 
-  // As PyTorch begins, and the lecture with it: embeddings N(0, 1), weights uniform below 1 / sqrt(inputs), here normal
-  // with the same variance, 1 / (3 inputs).
+  // Begins as PyTorch and the lecture do, with embeddings N(0, 1). Their weights are uniform below 1 / sqrt(inputs);
+  // ours are normal with the same variance, 1 / (3 inputs).
   void init(uint64_t seed) {
     uint32_t number = 0;
     const auto normal = [&](Real* weight, int inputs, int outputs) {
@@ -156,7 +156,7 @@ struct Net {
     const int rows = B * n;
     const size_t stream = size_t(rows) * C;
     const Dropout& drop = mode.drop;
-    // What comes out of a branch's beginning: into the stream, past a layernorm, beside what flows there already.
+    // Takes the gradient of a branch's input through the layernorm, if there is one, and adds it to the stream's.
     const auto into_stream = [&](const Real* d, Real* dlnw, Real* dlnb, const Real* inp, const Real* mean,
                                  const Real* rstd, const Real* lnw) {
       if (!s.residual) std::fill_n(a.dstream, stream, Real(0));

@@ -21,7 +21,7 @@ struct Panel {
   std::string settings = "";  // gnuplot's, for this panel alone: "set logscale y\n"
 };
 
-// columns panels in a row; false: no gnuplot, said once.
+// Puts `columns` panels in a row. Returns false if there is no gnuplot, and says so once.
 bool draw_panels(const std::string& png_path, int width, int height, int columns, const std::vector<Panel>& panels);
 
 // The share of the values in each of `bins` intervals of [low, high], at its middle; those outside are left out.

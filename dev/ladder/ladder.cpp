@@ -1,5 +1,5 @@
-// The ladder: the models by which the course comes to the transformer, from single numbers on. `./ladder NAME` trains
-// one, `./ladder all` all of them, and then the trainer's preset `small`; out/ladder/README.md tells what came out.
+// The ladder: the models that lead the course from single numbers to the transformer. `./ladder NAME` trains one of
+// them, `./ladder all` trains all and then the trainer's preset `small`, and writes a report, out/ladder/README.md.
 #include <spawn.h>
 #include <sys/wait.h>
 
@@ -134,7 +134,7 @@ std::string processor() {
   return "an unnamed processor";
 }
 
-// All curves by the number of characters that training had predicted by then: what a rung makes of the same text.
+// All curves against the number of characters that training had predicted: how far each gets with as much text.
 void draw_curves(const std::string& path, const std::vector<ladder::Result>& results, const std::string& data) {
   const char* const colours[] = {"#E69F00",    "#56B4E9",  third_colour, fourth_colour,
                                  train_colour, val_colour, "#8C564B",    "#000000"};
@@ -165,7 +165,7 @@ void draw_curves(const std::string& path, const std::vector<ladder::Result>& res
   ladder::draw_panels(path, 1300, 750, 1, {panel});
 }
 
-// Returns whether everything was reached that was to be.
+// Writes the report; returns whether every target was reached.
 bool report(const Config& config) {
   std::vector<ladder::Result> results;
   std::vector<std::string> names;

@@ -1,5 +1,5 @@
-// The layers that only the ladder's rungs have; all others are the trainer's, in kernels/. As there: outputs, inputs,
-// then sizes; activations' gradients are written (=), parameters' gradients are added (+=).
+// The layers that only the ladder's rungs have; all others are the trainer's, in kernels/. As there, arguments are
+// outputs, inputs, then sizes; activations' gradients are written (=), parameters' gradients are added (+=).
 // defines: lookup_forward, lookup_backward, tanh_forward, tanh_backward, sigmoid_vec, tanh_vec, matmul_add,
 //          matmul_add_backward, batchnorm_forward, batchnorm_backward
 #pragma once
@@ -10,7 +10,7 @@
 #include "../../kernels/matmul.h"
 #include "../../kernels/simd.h"
 
-// Calls body(first, last) for pieces of [0, count), by all threads. Results do not depend on how it is cut.
+// All threads call body(first, last), each on pieces of [0, count). Results do not depend on where we cut.
 template <class Body>
 void in_pieces(size_t count, size_t piece, Body body) {
 #pragma omp parallel for schedule(static) if (count > worth_threads)
@@ -74,7 +74,7 @@ void tanh_backward(Real* dx, const Real* out, size_t count) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Products that add to what is there: branches that end in one sum.
+// Products that add to their output, for branches that end in one sum.
 
 // out (rows, OC) += inp (rows, C) @ weight (OC, C)^T
 template <class Real>
@@ -93,12 +93,12 @@ void matmul_add_backward(Real* dinp, Real* dweight, const Real* dout, const Real
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Batch normalisation: Ioffe and Szegedy, "Batch Normalization", 2015, algorithm 1. Every channel of a batch gets mean
-// 0 and variance 1, then a scale and an offset of its own. In evaluation, mean and variance are those that training has
-// seen, averaged; there is nothing to learn from them.
+// 0 and variance 1, then a scale and an offset of its own. Evaluation takes the averages of the means and variances
+// that training has seen, and has no backward.
 
 constexpr double batchnorm_eps = 1e-5, batchnorm_momentum = 0.01;
 
-// Calls body(c0, c1) for strips of channels, by all threads: sums over rows are each one thread's.
+// All threads call body(c0, c1), each on strips of channels, so that one thread makes each sum over rows.
 template <class Body>
 void in_strips(int rows, int C, Body body) {
   constexpr int strip = 64;
@@ -106,8 +106,8 @@ void in_strips(int rows, int C, Body body) {
   for (int c = 0; c < C; c += strip) body(c, std::min(C, c + strip));
 }
 
-// out (rows, C) =, mean (C) =, rstd (C) = of inp (rows, C); gain (C), bias (C). Training: running_mean (C) and
-// running_var (C) move a little towards the batch's. Else they are what is used.
+// out (rows, C) =, mean (C) =, rstd (C) = from inp (rows, C), gain (C), bias (C). Training moves running_mean (C) and
+// running_var (C) a little towards the batch's; evaluation normalises with them.
 template <class Real>
 void batchnorm_forward(Real* out, Real* mean, Real* rstd, Real* running_mean, Real* running_var, const Real* inp,
                        const Real* gain, const Real* bias, int rows, int C, bool training) {

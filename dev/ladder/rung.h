@@ -25,8 +25,8 @@ namespace ladder {
 
 using Arguments = std::vector<std::string>;
 
-// Reads a rung's flags: its own, and those that it has in common with the trainer, whose defaults it has put into
-// config. False: it was asked for --help, and answered.
+// Reads a rung's own flags and those that it shares with the trainer; for these, config holds the rung's defaults.
+// Returns false if it was asked for --help, and has answered.
 bool read_flags(const std::string& rung, const Arguments& arguments, Config& config, const std::vector<Flag>& own,
                 const std::vector<std::string>& common = {"data", "out_dir", "batch_size", "max_iters", "eval_interval",
                                                           "eval_iters", "learning_rate", "warmup_iters", "weight_decay",
@@ -35,14 +35,14 @@ bool read_flags(const std::string& rung, const Arguments& arguments, Config& con
 // Opens the text; refuses one that is too short for windows of T characters.
 Data open_text(const Config& config, int T);
 
-// Refuses, before anything is allocated, a network for which there is no memory.
+// Fails, before anything is allocated, if memory has no room for the network.
 void require_memory(const Config& config, const Layout& params, const Layout& acts, int V, int T);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // A network, as the model below sees it. Its tensors are structs with a function `place`, as in train_gpt_cpu.cpp.
-//   static constexpr bool every_position   forward predicts what follows each of the T tokens of a row; else only what
-//                                          follows the last one
-//   Layout param_layout, act_layout        what is learned, and everything else that forward and backward write
+//   static constexpr bool every_position   whether forward predicts the successor of each of the T tokens of a row,
+//                                          or of the last one only
+//   Layout param_layout, act_layout        the parameters, and everything else that forward and backward write
 //   Buffer<Real> params, grads, acts
 //   int V, T                               T: the window it is trained on
 //   double multiply_adds()                 of one prediction
@@ -54,7 +54,7 @@ struct Mode {
   Dropout drop = {};
 };
 
-// tensor (count) = N(0, std); its numbers depend on the seed and its own number alone
+// tensor (count) = N(0, std); the values depend on nothing but the seed and `number`
 template <class Real>
 void fill_normal(Real* tensor, size_t count, double std, uint64_t seed, uint32_t number) {
   for (size_t i = 0; i < count; i += 4) {
@@ -64,7 +64,7 @@ void fill_normal(Real* tensor, size_t count, double std, uint64_t seed, uint32_t
   }
 }
 
-// What an evaluation asks of a model (host/trainer.h), and training steps, for any network.
+// Trains any network, and answers what an evaluation asks (Scorer in host/trainer.h).
 template <class Net>
 class LanguageModel final : public Scorer {
  public:
@@ -80,7 +80,7 @@ class LanguageModel final : public Scorer {
         m_(net.param_layout),
         v_(net.param_layout) {}
 
-  // Where only the last position is predicted, a text is scored one target after the other, each with its full context.
+  // If the network predicts the last position only, we score a text target by target, each with its full context.
   ModelShape shape() const override {
     ModelShape shape;
     shape.V = net_.V;
@@ -89,7 +89,7 @@ class LanguageModel final : public Scorer {
   }
   int chunk() const override { return 1; }
 
-  // One update on one batch, before which each_gradient is called; returns the batch's loss.
+  // One update on one batch; calls each_gradient before the update, and returns the batch's loss.
   double train_step(int iteration, const std::function<void()>& each_gradient = {}) {
     const Mode mode = {true, {config_.seed, uint32_t(iteration), 0, dropout_threshold(config_.dropout), 0}};
     draw(data_.train, iteration, site::batch, 0);
@@ -131,7 +131,7 @@ class LanguageModel final : public Scorer {
     return loss_of_batch(B, net_.T, {});
   }
 
-  // The logits (V) of what follows these n tokens, the first `known` of which are those of the call before.
+  // The logits (V) of the token after these n, the first `known` of which are the same as in the call before.
   const float* next_logits(const int* context, int n, int known) {
     if constexpr (requires { net_.next_logits(context, n, known); }) {
       return net_.next_logits(context, n, known);
@@ -154,7 +154,7 @@ class LanguageModel final : public Scorer {
       for (int b = 0; b < B; b++) y_[b] = y_[size_t(b) * T + T - 1];
   }
 
-  // The sum of the losses of x, y; probs are left for backward.
+  // Returns the sum of the losses of x_, y_, and leaves probs_ for backward.
   double loss_of_batch(int B, int T, const Mode& mode) {
     const float* logits = net_.forward(x_.data(), B, T, mode);
     const int n = Net::every_position ? B * T : B;
@@ -172,7 +172,7 @@ class LanguageModel final : public Scorer {
   Buffer<float> m_, v_;
 };
 
-// 200 characters. context: how far back next_logits looks; 0: the network keeps what it needs of all that it was told.
+// Writes 200 characters. context: how many tokens next_logits looks back; 0: the network itself remembers the text.
 template <class Model>
 std::string sample_text(Model& model, const Data& data, uint64_t seed, int context) {
   struct Speaker {
@@ -198,7 +198,7 @@ constexpr double not_measured = std::numeric_limits<double>::quiet_NaN();
 
 struct Row {
   std::string name;
-  double parameters = 0, flops = 0;  // of a training step, by the characters that it predicts
+  double parameters = 0, flops = 0;  // of a training step, for each character that it predicts
   double seconds = 0, train = not_measured, val = not_measured;
   std::string reference = "";
   std::string record = "";  // its metrics.jsonl
@@ -210,21 +210,22 @@ struct Result {
   std::vector<Row> rows;
   std::vector<std::string> notes;                             // paragraphs, in Markdown
   std::vector<std::pair<std::string, std::string>> pictures;  // file, caption
-  std::vector<std::pair<std::string, bool>> checks;           // what was to be reached, and whether it was
+  std::vector<std::pair<std::string, bool>> checks;           // a target, and whether it was reached
   std::string sample;
 };
-void save_result(const std::string& out_dir, const Result& result);  // result.json; and says what was reached
+// Writes result.json, and prints which targets were reached.
+void save_result(const std::string& out_dir, const Result& result);
 Result load_result(const std::string& out_dir);
 
-// The numbers that a rung is to reach are those of Tiny Shakespeare, and of the rung without flags that change it.
+// Whether the targets hold: they are for Tiny Shakespeare, and for a rung whose flags change no result.
 bool has_targets(const Config& config, const Data& data);
 
 std::string decimals(double value, int digits);
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Trains a network as the trainer trains its own: the same batches, evaluations, record and picture, then the exact
-// losses. each_gradient(iteration) is called before every update. Without exact_train the loss in training is that of
-// the last evaluation.
+// losses. Calls each_gradient(iteration) before every update. Without exact_train, the row's train loss is the last
+// evaluation's estimate.
 template <class Net>
 Row train(Net& net, const Config& config, const Data& data, const std::string& name,
           const std::function<void(int)>& each_gradient = {}, bool exact_train = true) {

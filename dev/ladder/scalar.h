@@ -1,7 +1,7 @@
-// Reverse-mode differentiation of scalars, the whole of it: every number remembers what it was computed from, and with
-// which slope it follows each of them; backward goes through the graph from the result to the beginnings and applies
-// the chain rule, d result / d input += d result / d output * slope. Baydin et al., "Automatic Differentiation in
-// Machine Learning: a Survey", JMLR 2018, section 3.2; Karpathy's micrograd.
+// All of reverse-mode differentiation, for scalars: every number remembers which numbers it was computed from, and its
+// slope with respect to each; backward goes through the graph from the result to the beginnings and applies the chain
+// rule, d result / d input += d result / d output * slope. Baydin et al., "Automatic Differentiation in Machine
+// Learning: a Survey", JMLR 2018, section 3.2; Karpathy's micrograd.
 //
 //   Scalar a = 2, b = 3, c = a * b + tanh(a);
 //   c.backward();  // a.grad() is 3 + 1 - tanh(2)^2
@@ -73,8 +73,8 @@ class Scalar {
 
   Scalar(double value, std::initializer_list<Edge> edges) : Scalar(value) { node_->edges = edges; }
 
-  // Depth first. Its depth, and that of a graph's destruction, is the longest chain of operations: some thousands are
-  // fine.
+  // Depth first. This recursion, and the one that destroys a graph, go as deep as the longest chain of operations:
+  // some thousands are fine.
   static void visit(Node* node, std::vector<Node*>& order) {
     if (std::exchange(node->visited, true)) return;
     for (const Edge& edge : node->edges) visit(edge.from.get(), order);

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Tries nvcc on a small program: dev/setup/check_nvcc.sh OUT NVCC FLAGS...
 # If that compiles, OUT gets the options by which the linker finds CUDA's libraries, wherever this toolkit keeps them. If
-# not, the likely reason is said in a sentence, before what the compiler said.
+# not, it says the likely reason in a sentence, and then what the compiler said.
 set -eu
 out=$1 nvcc=$2
 shift 2

@@ -34,7 +34,7 @@ ifeq ($(shell uname -s),Darwin)  # Apple's clang has OpenMP, Homebrew has its li
 else
   OPENMP := -fopenmp
   # The program contains g++'s OpenMP if the compiler brings libgomp.a. As a shared library it would read the
-  # environment before host/threads.cpp has completed it. We look when a program is linked: `make deps` may come first.
+  # environment before host/machine.cpp has completed it. We look when a program is linked: `make deps` may come first.
   LIBGOMP = $(if $(findstring clang,$(shell $(CXX) --version)),,$(wildcard $(shell $(CXX) -print-file-name=libgomp.a)))
   LIBS    = $(LDFLAGS) $(if $(LIBGOMP),$(LIBGOMP) -pthread -ldl,-fopenmp) -lzip
 endif

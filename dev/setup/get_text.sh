@@ -44,14 +44,14 @@ if download; then
     say "$out: Tiny Shakespeare"
     exit 0
   fi
-  # Most likely a proxy's own page. It is not used, and from here on it is as if nothing had come.
+  # Most likely a proxy's own page. We do not use it, and go on as if nothing had come.
   say "ERROR: what came from $url is not Tiny Shakespeare: its sha256 is $found instead of $sha256"
 else
   say "could not download $url"
 fi
 
 # The program looks for its data in the folder it is started in, then where the package puts it: so the package works
-# unpacked too, without root. It is asked from an empty folder otherwise.
+# unpacked too, without root. Otherwise we start it in an empty folder.
 cd_to=$work
 if command -v bible >/dev/null; then
   bible=bible

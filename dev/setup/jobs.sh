@@ -1,7 +1,7 @@
 #!/bin/sh
 # Prints how many compilers make may start at once: one for each processor, or as many as memory has room for. Memory is
-# what the machine has free, and what each control group that we are in (a container's, a batch job's) allows. A trainer
-# takes a compiler 0.6 GB, nvcc 0.75 GB. ROOT is another folder than / in tests: dev/setup/jobs.sh [ROOT]
+# what the machine has free, and what each control group that we are in (a container's, a batch job's) allows. To
+# compile a trainer takes 0.6 GB, with nvcc 0.75 GB. Tests give another folder than / as ROOT: dev/setup/jobs.sh [ROOT]
 root=${1:-}
 groups=$root/sys/fs/cgroup
 {

@@ -1,5 +1,5 @@
 // Safetensors files and the checkpoints in them. Inputs have no checksums, which would turn nearly all of them away at
-// the door; that damage is found is tested elsewhere. What is accepted lies inside of the file.
+// the door; other tests show that damage is found. What is accepted lies inside the file.
 #include "../../../host/checkpoint.h"
 
 #include "../../../host/config.h"
@@ -12,7 +12,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     unsigned sum = 0;
     for (const TensorView& tensor : file.tensors())
       for (size_t i = 0; i < tensor.bytes(); i++) sum += static_cast<const uint8_t*>(tensor.data)[i];
-    must(sum + 1 != 0 || sum == ~0u);  // that the reads are not left out
+    must(sum + 1 != 0 || sum == ~0u);  // keeps the compiler from leaving out the reads
   });
   refused([&] {
     const Checkpoint checkpoint(path);

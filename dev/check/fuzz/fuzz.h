@@ -24,7 +24,7 @@ inline const std::string& fuzz_folder() {
   return folder;
 }
 
-// A file of this name with these bytes; its path.
+// Writes a file of this name with these bytes; returns its path.
 inline std::string fuzz_file(const char* name, const uint8_t* data, size_t size) {
   const std::string path = fuzz_folder() + "/" + name;
   const int file = open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0666);
@@ -38,7 +38,7 @@ inline void must(bool holds) {
   if (!holds) abort();
 }
 
-// Runs body; whether it raised an Error.
+// Runs body; returns whether it raised an Error.
 template <class Body>
 bool refused(Body body) {
   try {

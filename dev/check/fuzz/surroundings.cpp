@@ -1,5 +1,5 @@
-// What the program reads of its surroundings: what Linux tells of control groups and processors, and the locale in the
-// environment. Eight strings, each ended by NUL: seven files and the locale.
+// What the program reads from its surroundings: Linux's files about control groups and processors, and the locale in
+// the environment. Eight strings, each ended by NUL: seven files and the locale.
 #include <algorithm>
 #include <cmath>
 #include <map>
@@ -25,7 +25,7 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     return true;
   }();
   must(once);
-  static std::map<const char*, std::string> written;  // what is there already takes no time
+  static std::map<const char*, std::string> written;  // saves time: we do not write the same again
   for (const char* file : files) {
     const uint8_t* end = std::find(data, data + size, 0);
     const std::string content(data, end);

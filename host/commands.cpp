@@ -14,7 +14,7 @@
 
 void require_one_process() {
   // The innermost launcher comes first: mpirun starts its helpers by srun. SLURM_STEP_NUM_TASKS counts the processes
-  // that srun did start; SLURM_NTASKS, which we do not ask, counts those that a job's script may start.
+  // that srun did start; SLURM_NTASKS, which we do not ask, counts the processes that a job's script may start.
   for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}) {
     const char* size = std::getenv(name);
     if (!size || (name == std::string("WORLD_SIZE") && !std::getenv("RANK"))) continue;

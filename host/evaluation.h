@@ -1,4 +1,4 @@
-// How good a model is: the losses that decide which weights are the best, and those that a run reports.
+// How good a model is: the losses that decide which weights are the best, and the losses that a run reports.
 // defines: Interrupted, evaluate, exact_loss, fixed_tokens, fixed_windows, fixed_name, fixed_loss, loss_text
 #pragma once
 #include <algorithm>

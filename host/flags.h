@@ -24,7 +24,7 @@ struct Flag {
 void set_flag(const Flag& flag, const std::string& value);  // raises an Error that says what the flag takes
 std::string flag_value(const Flag& flag);
 
-// Reads `--flag value` and `--flag=value`, the last of several counts, and returns the names of those that were given.
+// Reads `--flag value` and `--flag=value` and returns the names of the flags given. If a flag is repeated, the last counts.
 // If --help (-h) or --version is among the arguments, it returns that name alone and sets nothing. It calls
 // unknown(name) for each flag that is not in the table, and other(word) for each word that is neither a flag nor a
 // value; without `other`, such a word is an Error.

@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-// What the control groups of this process (those of its container) allow it, in version 1 or 2. Infinity: they set no
-// limit. root: the folder in which /proc and /sys are looked for.
+// How much the control groups (version 1 or 2) let this process use; a container is limited by them. Infinity if they
+// set no limit. root: the folder in which we look for /proc and /sys.
 double cpu_quota(const std::string& root = "");     // so many processors' time (docker --cpus)
 double memory_limit(const std::string& root = "");  // in bytes (docker --memory)
 

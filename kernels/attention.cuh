@@ -489,7 +489,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The functions that launch these kernels and those of attention_float.cuh.
+// These functions launch the kernels: the ones above, or for floats the ones in attention_float.cuh.
 
 namespace attention {
 

@@ -8,8 +8,8 @@
 //   HS = 64:   lanes 0 ... 15                     lanes 16 ... 31
 //              channels 0-3, 4-7, ... of row j    channels 0-3, 4-7, ... of row j + 1
 //
-// Scores and weights lie differently: lane i has those of row k0 + i (q0 + i in the last kernel). dot_with_rows goes
-// from the first layout to the second, add_rows back.
+// Scores and weights lie differently: lane i holds one number, for row k0 + i (in the last kernel, row q0 + i).
+// dot_with_rows goes from the first layout to the second, add_rows goes back.
 //
 // The forward kernel's scores contain the factor softmax_scale * log2_e, so that weights are powers of 2. In backward
 // and in attention.cuh, scores are q . k until backward_weight or softmax_step multiplies by it.

@@ -1,5 +1,5 @@
-// Which card the program uses: the first that can do something, which is found out by letting it. A new machine may have
-// a driver that is too old, a card that is, or one that another program has for itself.
+// Which card the program uses: the first one that works, which we find out by trying. On a new machine the driver or the
+// card may be too old, or another program may have the card for itself.
 // defines: no_gpu, cards_text, card_text, dtype_on, require_kernels_for
 #pragma once
 #include <cstdio>
@@ -137,7 +137,8 @@ inline std::string card_text() {
   return text(card.name, ", ", card.totalGlobalMem / 1000000000, " GB, ", card.multiProcessorCount, " multiprocessors");
 }
 
-// The type that --dtype means on this card; so_far: that of the run that goes on, or empty. Turing has no bfloat16.
+// Turns --dtype into a type that this card has: Turing has no bfloat16. so_far is the type that a resumed run has used
+// until now; for a new run it is empty.
 inline std::string dtype_on(const cudaDeviceProp& card, std::string dtype, const std::string& so_far) {
   const bool turing = card.major < 8;
   if (dtype == "auto") {

@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(128)
     }
     max = new_max;
   }
-  // 2. The row's maximum and sum, from those of its lanes. The loss.
+  // 2. Combine the lanes' maxima and sums into the row's. Compute the loss.
   const float row_max = lane_max<LANES>(max);
   sum = lane_sum<LANES>(sum * expf(max - row_max));
   if (target >= 0 && target / 8 % LANES * 8 == first) losses[r] = logf(sum) - (target_logit - row_max);

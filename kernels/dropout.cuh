@@ -1,5 +1,5 @@
-// Dropout on the GPU. What is kept, and which draw decides it, says dropout_law.h; here the draws are made: eight for a
-// thread's chunk of a row, and those for a warp's block of attention weights.
+// Dropout on the GPU. dropout_law.h says what is kept and which draw decides it. This file makes the draws: eight for a
+// thread's chunk of a row, and as many as a warp's 16 x 16 attention weights need.
 // defines: DeviceDropout, dropout8, attention_mask
 #pragma once
 #include "device.cuh"

@@ -1,4 +1,5 @@
-// Dropout on the CPU. What is kept, and which draw decides it, says dropout_law.h; here the draws are made, 256 at a time.
+// Dropout on the CPU. dropout_law.h says what is kept and which draw decides it. This file makes the draws, 256 at a
+// time.
 // defines: random4_lanes, dropout_draws, dropout_apply, attention::block_draws, attention::zero_dropped
 #pragma once
 #include <algorithm>

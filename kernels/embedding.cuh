@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(embedding_threads)
   const ColumnOwner own(C);
   Float8 sum{};
   float* out;
-  // 1. Each thread adds up its columns of the block's rows: b * T + t for each b, or those in which the token stands.
+  // 1. Each thread adds up its columns of the block's rows: of a position, b * T + t; of a token, where it stands.
   if (int(blockIdx.x) < T) {
     const int t = blockIdx.x;
     const auto of_position = [=](int b) { return b * T + t; };

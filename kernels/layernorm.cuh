@@ -105,8 +105,8 @@ __global__ void __launch_bounds__(layernorm_threads)
     }
   }
 
-  // 3. Mean and rstd of the row: each lane adds up its chunks, row_sum adds up the lanes. The squares are those of
-  //    x - mean; E[x^2] - E[x]^2 would lose digits.
+  // 3. Mean and rstd of the row: each lane adds up its chunks, row_sum adds up the lanes. We square x - mean in a
+  //    second round: E[x^2] - E[x]^2 would lose digits.
   float sum = 0, squares = 0;
 #pragma unroll
   for (int j = 0; j < each; j++)

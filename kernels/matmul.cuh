@@ -30,9 +30,9 @@
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// How many rows of the head the products use. With 16-bit types we include the rows of zeros after row V: cuBLASLt's kernels
-// for 65 rows take three times as long as those for 72. With floats we don't: for 72 rows it sometimes has no kernel at all
-// (seen with cuBLASLt 13.1 on an H100).
+// How many rows of the head the products use. With 16-bit types we include the rows of zeros after row V: cuBLASLt's
+// kernels for 65 rows take three times as long as its kernels for 72. With floats we don't: for 72 rows it sometimes has
+// no kernel at all (seen with cuBLASLt 13.1 on an H100).
 template <class Real>
 constexpr int head_rows(int V) {
   return sizeof(Real) == 2 ? padded_vocabulary(V) : V;

@@ -738,7 +738,7 @@ cudaError_t allocate(void** p, size_t bytes) {
     return result(cudaErrorMemoryAllocation, format("out of memory: %zu bytes were asked for, %zu of %zu are free",
                                                     bytes, memory_bytes - used, memory_bytes));
   const size_t page_bytes = round_up(bytes, page), with_gap = page_bytes + page;
-  // Takes the next free addresses behind those that it took last.
+  // Takes the free addresses that follow its last ones.
   for (bool again = false;;) {
     if (position + with_gap > range_bytes) {
       if (again) return result(cudaErrorMemoryAllocation, "device memory is too fragmented");

@@ -75,8 +75,8 @@ inline Scalar loss_of(const Net& net, const std::vector<Point>& points) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The bridge to the other end of the ladder. For each layer we take a random combination of its outputs: how far are
-// the engine's gradients of it, at most, from those that the layer's own backward computes?
+// The bridge to the other end of the ladder. For each layer we take a random combination of its outputs and compute its
+// gradients twice, by the engine and by the layer's own backward function. How far are they apart, at most?
 
 inline std::vector<double> noise(size_t count, uint32_t number) {
   std::vector<double> values(count);

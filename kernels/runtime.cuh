@@ -1,6 +1,6 @@
 // What the trainer asks of CUDA besides kernels: memory, a stream, a graph, time.
-// defines: DeviceMemory, DeviceBuffer, copy_to_device, copy_to_host, free_device_memory, Stream, Graph, device_milliseconds,
-//          plant_canaries_on_device, check_canaries_on_device, first_not_finite_on_device
+// defines: DeviceMemory, DeviceBuffer, copy_to_device, copy_to_host, free_device_memory, Stream, Graph,
+//          device_milliseconds, plant_canaries_on_device, check_canaries_on_device, first_not_finite_on_device
 #pragma once
 #include <cuda_runtime.h>
 

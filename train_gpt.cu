@@ -28,6 +28,7 @@
 #include "kernels/attention.cuh"
 #include "kernels/batch.cuh"
 #include "kernels/card.cuh"
+#include "kernels/choices.cuh"
 #include "kernels/column_sums.cuh"
 #include "kernels/crossentropy.cuh"
 #include "kernels/embedding.cuh"
@@ -411,8 +412,7 @@ class GpuModel final : public Trainer {
     step_ = state.step;
     if (saved.count("matmul") && saved.at("matmul") != algorithms_)
       std::fprintf(stderr,
-                   "the matrix products take other algorithms than before (%s, now %s): the run goes on, but not bit "
-                   "for bit\n",
+                   "the kernels are not the same as before (%s, now %s): the run goes on, but not bit for bit\n",
                    saved.at("matmul").c_str(), algorithms_.c_str());
   }
 
@@ -508,7 +508,7 @@ class GpuModel final : public Trainer {
     enqueue_step(std::min(batches, 2));
     add_losses(false, gpt_.B * shape().T);
     CUDA_CHECK(cudaStreamSynchronize(stream_));
-    algorithms_ = gpt_.matmul.name();
+    algorithms_ = gpt_.matmul.name() + choices().name();
     make_folder(config_.out_dir);
     gpt_.matmul.save_table_to(algorithms_path());
     if (batches <= graph_batches) graph_.capture(stream_, [&] { enqueue_step(batches); });
@@ -567,7 +567,7 @@ class GpuModel final : public Trainer {
   DeviceBuffer<double> norm_partials_;
   Optimizer optimizer_{};
   Graph graph_;
-  std::string algorithms_;  // names the ones that the products of training and evaluation take
+  std::string algorithms_;  // names what computes the products of training and evaluation, and choices()
   int step_ = 0;            // state->step, as far as the host knows
   double peak_flops_ = 0;
 };

@@ -99,7 +99,7 @@ TEST_CASE("A run that goes on in another type says so, and that its products are
   INFO(r.err);
   CHECK(r.code == 0);
   CHECK(contains(r.err, "going on in another type: float32 -> bfloat16\n"));
-  CHECK(contains(r.err, "the matrix products take other algorithms than before ("));
+  CHECK(contains(r.err, "the kernels are not the same as before ("));
   CHECK(contains(r.err, "the run goes on, but not bit for bit\n"));
 }
 

@@ -1,0 +1,40 @@
+// Some operations have more than one kernel. All of them compute the same, rounded differently, and which one is the
+// fastest depends on the card. So each card takes what won the race on a card of its kind (make lab), by the table
+// below; a card without a line there takes version 1, which runs on every card and at every size.
+// defines: Choices, choices_of, choices
+#pragma once
+#include <string>
+
+#include "launch.cuh"
+
+struct Choices {
+  int attention_forward = 1;   // 1: a block has 128 queries of a head; 2: a block has a whole head
+  int attention_backward = 1;  // 1: two kernels, one for dq and one for dk and dv; 2: one kernel for all three
+  int attention_float = 1;     // 1: a warp has one row; 2: tensor cores, by tf32 products
+
+  bool operator==(const Choices&) const = default;
+
+  // What a checkpoint records, because another version gives other bits: "" for version 1 of everything.
+  std::string name() const {
+    std::string out;
+    const auto add = [&](const char* operation, int version) {
+      if (version != 1) out += std::string(" ") + operation + " " + std::to_string(version);
+    };
+    add("attention_forward", attention_forward);
+    add("attention_backward", attention_backward);
+    add("attention_float", attention_float);
+    return out;
+  }
+};
+
+// The table. `capability` is 10 * major + minor: 90 for an H100. Nothing but version 1 has won a race yet.
+inline Choices choices_of([[maybe_unused]] int capability) { return {}; }
+
+// What this process takes. Benchmarks and tests assign another version to it.
+inline Choices& choices() {
+  static Choices chosen = [] {
+    const cudaDeviceProp card = current_card();
+    return choices_of(10 * card.major + card.minor);
+  }();
+  return chosen;
+}

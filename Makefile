@@ -144,6 +144,7 @@ TESTS       := $(patsubst test/%.cpp,%.o,$(filter-out test/faults.cpp,$(wildcard
 CUDA_TESTS  := $(patsubst %.cu,%.o,$(notdir $(wildcard test/*.cu dev/cuda_on_cpu/*.cu)))
 TEST_HOST   := $(HOST:$(BUILD)/%=$(BUILD)/test/%)
 TEST_LADDER := $(addprefix $(BUILD)/test/dev/ladder/,rung.o charts.o)
+LAB         := $(filter-out %/main.o,$(patsubst %.cu,%.o,$(wildcard dev/kernels/*.cu)))
 CATCH2_LIBS  = $$(pkg-config --libs catch2 2>/dev/null)
 
 # TEST=test_layers runs the tests of that file alone, and builds no more than they need.
@@ -158,7 +159,7 @@ test: $(BUILD)/test/$(RUN_TESTS) $(addprefix $(BUILD)/,$(TEST_PROGRAMS))
 	PROGRAMS=$(BUILD) $<
 endif
 
-$(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) cuda_on_cpu.o) $(TEST_LADDER) $(TEST_HOST)
+$(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) $(LAB) cuda_on_cpu.o) $(TEST_LADDER) $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
 
 $(BUILD)/test/run_test_%: $(addprefix $(BUILD)/test/,test_%.o main.o cuda_on_cpu.o) $(TEST_LADDER) $(TEST_HOST)
@@ -166,10 +167,13 @@ $(BUILD)/test/run_test_%: $(addprefix $(BUILD)/test/,test_%.o main.o cuda_on_cpu
 $(CUDA_BUILD)/test/run_test_%: $(CUDA_BUILD)/test/test_%.o $(BUILD)/test/main.o $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
 
+$(BUILD)/test/run_test_lab: $(addprefix $(BUILD)/test/,$(LAB))
+$(CUDA_BUILD)/test/run_test_lab: $(addprefix $(CUDA_BUILD)/,$(LAB))
+
 # The kernels' tests alone: on the CPU, for make test-race, and on a GPU.
-$(BUILD)/test/run_cuda_tests: $(addprefix $(BUILD)/test/,$(CUDA_TESTS) main.o cuda_on_cpu.o) $(TEST_HOST)
+$(BUILD)/test/run_cuda_tests: $(addprefix $(BUILD)/test/,$(CUDA_TESTS) $(LAB) main.o cuda_on_cpu.o) $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
-$(CUDA_BUILD)/test/run_tests: $(addprefix $(CUDA_BUILD)/test/,$(CUDA_TESTS)) $(BUILD)/test/main.o $(TEST_HOST)
+$(CUDA_BUILD)/test/run_tests: $(addprefix $(CUDA_BUILD)/,$(CUDA_TESTS:%=test/%) $(LAB)) $(BUILD)/test/main.o $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
 
 # CUDA on the CPU (dev/cuda_on_cpu) runs the kernels' tests, and the whole GPU trainer in the tests of its command line.

@@ -1,7 +1,7 @@
 # What you measure, check and learn with. The Makefile, which includes this file, has the programs and the tests.
 
 .PHONY: help test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
-        bench bench-gpu bench-pytorch bench-scaling profile kernel-stats ladder
+        bench bench-gpu bench-pytorch bench-scaling profile kernel-stats ladder lab
 
 define HELP
 run      make deps            install the packages (apt or Homebrew); does nothing when all are there
@@ -31,6 +31,8 @@ measure  make bench           each layer's time, as a share of the peak that the
          make kernel-stats    registers, spills and shared memory of every kernel (ARCH=90 or all)
 
 learn    make ladder          the models before the transformer, and a report (RUNG=wavenet: one of them; doc/ladder.md)
+         make lab             the GPU's kernels in versions, from naive to shipped: the list (doc/kernels.md)
+         make lab KERNEL=all  checks all versions and, on a GPU, times them (KERNEL=layernorm_forward: of one operation)
 
 variables  CXX=clang++        another compiler, for nvcc too      MARCH=x86-64-v3  another instruction set
            ARCH=90, ARCH=all  for which GPUs; now: $(if $(NVCC),$(ARCH),no nvcc)
@@ -149,9 +151,8 @@ bench-pytorch: $(BUILD)/bench
 	$(PYTHON) dev/bench/bench_pytorch.py $(BUILD)/bench
 endif
 
-KERNEL ?= attention_forward_kernel
 profile: $(BENCH_GPU)
-	dev/bench/profile.sh $(BENCH_GPU) '$(KERNEL)'
+	dev/bench/profile.sh $(BENCH_GPU) '$(or $(KERNEL),attention_forward_kernel)'
 
 kernel-stats:
 	NVCC='$(NVCC)' dev/bench/kernel_stats.sh $(if $(filter all,$(ARCH)),$(ALL_ARCHS),$(filter-out native ptx,$(ARCH)))
@@ -169,3 +170,20 @@ $(BUILD)/ladder/ladder: $(patsubst %.cpp,$(BUILD)/%.o,$(wildcard dev/ladder/*.cp
 	$(CXX) $^ $(LIBS) -o $@
 $(BUILD)/dev/ladder/%.o: FLAGS = $(KERNEL_FLAGS)
 $(BUILD)/dev/ladder/%.o: DEFINES = -DMICROGPT_NO_MAIN
+
+# The kernel lab. On a GPU it also times. Without one, nvcc says what each kernel needs of registers.
+LAB_CPU := $(BUILD)/lab
+LAB_GPU := $(CUDA_BUILD)/lab
+$(LAB_CPU): $(addprefix $(BUILD)/test/,$(LAB) dev/kernels/main.o cuda_on_cpu.o) $(TEST_HOST)
+	$(CXX) $^ $(LIBS) -ldl -rdynamic -o $@
+$(LAB_GPU): $(addprefix $(CUDA_BUILD)/,$(LAB) dev/kernels/main.o) $(HOST)
+	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
+ifneq ($(and $(NVCC),$(filter lab,$(MAKECMDGOALS)),$(shell nvidia-smi -L 2>/dev/null | grep GPU)),)
+lab: $(LAB_GPU)
+	$< $(KERNEL)
+else
+lab: $(LAB_CPU)
+	$< $(KERNEL)
+	$(if $(and $(NVCC),$(filter-out all,$(KERNEL))),NVCC='$(NVCC)' SOURCE=dev/kernels/$(KERNEL).cu \
+	  dev/bench/kernel_stats.sh 75 80 90)
+endif

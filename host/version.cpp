@@ -15,8 +15,9 @@ static const char* const compiler = "clang++ " __clang_version__;
 static const char* const compiler = "g++ " __VERSION__;
 #endif
 
-std::string version_text() {
-  std::string version = described;
-  if (version.empty()) version = archived[0] == '$' ? "of unknown version" : archived;
-  return text("microGPT ", version, ", by ", compiler, "\n");
+std::string commit() {
+  if (!described.empty()) return described;
+  return archived[0] == '$' ? "of unknown version" : archived;
 }
+
+std::string version_text() { return text("microGPT ", commit(), ", by ", compiler, "\n"); }

@@ -1,6 +1,8 @@
-// defines: version_text
+// defines: commit, version_text
 #pragma once
 #include <string>
 
-// Which commit this program was built from, and by which compiler: what a report of a fault begins with.
+// Which commit this program was built from.
+std::string commit();
+// The same, and by which compiler: what a report of a fault begins with.
 std::string version_text();

@@ -1,6 +1,6 @@
 // Some operations have more than one kernel. All of them compute the same, rounded differently, and which one is the
-// fastest depends on the card. So each card takes what won the race on a card of its kind (make lab), by the table
-// below; a card without a line there takes version 1, which runs on every card and at every size.
+// fastest depends on the card. So each card takes what won the race on a card of its kind (make lab), by
+// choices_table.h; a card without a line there takes version 1, which runs on every card and at every size.
 // defines: Choices, choices_of, choices
 #pragma once
 #include <string>
@@ -27,8 +27,19 @@ struct Choices {
   }
 };
 
-// The table. `capability` is 10 * major + minor: 90 for an H100. Nothing but version 1 has won a race yet.
-inline Choices choices_of([[maybe_unused]] int capability) { return {}; }
+// What cards of this compute capability take (10 * major + minor, 90 for an H100). The table's first line is for all
+// that it does not name.
+inline Choices choices_of(int capability) {
+  constexpr struct {
+    int capability;
+    Choices choices;
+  } table[] = {
+#include "choices_table.h"
+  };
+  for (const auto& line : table)
+    if (line.capability == capability) return line.choices;
+  return table[0].choices;
+}
 
 // What this process takes. Benchmarks and tests assign another version to it.
 inline Choices& choices() {

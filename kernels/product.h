@@ -414,56 +414,61 @@ PackedA<Factor> pack_a(Unit<Factor>* packed, const View<Sum<Factor>>& a, int M, 
 // the requests would only take the loads' slots.
 enum class ReadA { in_place, packed, packed_ahead };
 
-// The innermost loop. c (ROWS, NR), rows ldc apart, = start (ROWS, NR) + a (ROWS, n_units) @ panel (n_units, NR)
-template <int ROWS, class Factor, ReadA how>
+// The innermost loop. c (ROWS, VECTORS * W), rows ldc apart, = start + a (ROWS, n_units) @ the first columns of panel
+// (n_units, NR), where W is a vector's length.
+template <int ROWS, int VECTORS, class Factor, ReadA how>
 inline void tile(Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start, const Unit<Factor>* a, size_t a_row,
                  const Unit<Factor>* panel, int n_units) {
   constexpr int W = lanes<Sum<Factor>>;
   if (how != ReadA::in_place) a_row = 1;
   const size_t a_column = how == ReadA::in_place ? 1 : MR;
   // 1. The sums begin with start. They are registers from here to the stores: `repeat` sees to that, see simd.h.
-  Vec<Sum<Factor>> sum[ROWS][NV];
-  repeat<ROWS * NV>([&](auto n) {
-    constexpr int i = n / NV, j = n % NV;
+  Vec<Sum<Factor>> sum[ROWS][VECTORS];
+  repeat<ROWS * VECTORS>([&](auto n) {
+    constexpr int i = n / VECTORS, j = n % VECTORS;
     sum[i][j] = start.data ? load(start.data + i * start.row + j * W) : Vec<Sum<Factor>>{};
   });
   // 2. Ask for c now, so that the stores at the end find it in the cache.
   for (int i = 0; i < ROWS; i++)
-    for (int j = 0; j < NV; j++) __builtin_prefetch(c + i * ldc + j * W, 1);
-  // 3. For each unit of k: NV vectors of the panel, then ROWS times one number of a, broadcast, with all of them.
+    for (int j = 0; j < VECTORS; j++) __builtin_prefetch(c + i * ldc + j * W, 1);
+  // 3. For each unit of k: the panel's vectors, then ROWS times one number of a, broadcast, with all of them.
   for (int u = 0; u < n_units; u++) {
-    Vec<Unit<Factor>> b[NV];
-    for (int j = 0; j < NV; j++) b[j] = load(panel + j * W);
+    Vec<Unit<Factor>> b[VECTORS];
+    for (int j = 0; j < VECTORS; j++) b[j] = load(panel + j * W);
     if constexpr (how == ReadA::packed_ahead) {
       for (int j = 0; j < NR<Factor>; j += 64 / int(sizeof *panel)) __builtin_prefetch(panel + 32 * NR<Factor> + j);
       __builtin_prefetch(a + 16 * MR);
     }
     repeat<ROWS>([&](auto i) {
       const Unit<Factor> x = a[i * a_row];
-      repeat<NV>([&](auto j) { sum[i][j] = multiply_add(sum[i][j], x, b[j]); });
+      repeat<VECTORS>([&](auto j) { sum[i][j] = multiply_add(sum[i][j], x, b[j]); });
     });
     a += a_column;
     panel += NR<Factor>;
   }
-  repeat<ROWS * NV>([&](auto n) {
-    constexpr int i = n / NV, j = n % NV;
+  repeat<ROWS * VECTORS>([&](auto n) {
+    constexpr int i = n / VECTORS, j = n % VECTORS;
     store(c + i * ldc + j * W, sum[i][j]);
   });
 }
 
 // The same for `rows` up to ROWS, and for the last columns of a matrix: c (rows, columns). A tile of fewer than NR
-// columns is computed in a padded buffer.
+// columns is computed in a padded buffer, and with one vector a row if that is enough.
 template <int ROWS, class Factor, ReadA how>
 void edge_tile(int rows, int columns, Sum<Factor>* c, size_t ldc, const Start<Sum<Factor>>& start,
                const Unit<Factor>* a, size_t a_row, const Unit<Factor>* panel, int n_units) {
   if constexpr (ROWS > 1)
     if (rows < ROWS) return edge_tile<ROWS - 1, Factor, how>(rows, columns, c, ldc, start, a, a_row, panel, n_units);
-  if (columns == NR<Factor>) return tile<ROWS, Factor, how>(c, ldc, start, a, a_row, panel, n_units);
+  if (columns == NR<Factor>) return tile<ROWS, NV, Factor, how>(c, ldc, start, a, a_row, panel, n_units);
   Sum<Factor> padded[ROWS * NR<Factor>] = {};
   if (start.data)
     for (int i = 0; i < ROWS; i++)
       std::memcpy(padded + i * NR<Factor>, start.data + i * start.row, columns * sizeof *padded);
-  tile<ROWS, Factor, how>(padded, NR<Factor>, {padded, NR<Factor>}, a, a_row, panel, n_units);
+  const Start<Sum<Factor>> from = {padded, NR<Factor>};
+  if (columns <= lanes<Sum<Factor>>)
+    tile<ROWS, 1, Factor, how>(padded, NR<Factor>, from, a, a_row, panel, n_units);
+  else
+    tile<ROWS, NV, Factor, how>(padded, NR<Factor>, from, a, a_row, panel, n_units);
   for (int i = 0; i < ROWS; i++) std::memcpy(c + i * ldc, padded + i * NR<Factor>, columns * sizeof *padded);
 }
 

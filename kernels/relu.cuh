@@ -1,5 +1,5 @@
 // Bias and rectified linear unit, in place, as passes of their own over the result of a matrix product (matmul.cuh). A
-// thread has eight neighbouring elements.
+// thread has eight neighbouring elements. Backward also adds up columns, so its kernel is column_sums.cuh's.
 // defines: bias_forward, bias_relu_forward, relu_backward
 #pragma once
 #include <climits>

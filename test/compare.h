@@ -1,14 +1,12 @@
 // Compares two arrays of numbers, tensor by tensor: the gaps between a buffer's tensors hold NaN in test builds.
-// defines: Worst, compare, mismatch, check_close
+// The lab (dev/kernels) compares with it, too.
+// defines: Worst, compare, mismatch
 #pragma once
 #include <cmath>
 #include <cstddef>
 #include <limits>
 #include <sstream>
 #include <string>
-#include <vector>
-
-#include "test.h"
 
 // The element that comes closest to its budget, or exceeds it the most. `share` is its error over its budget.
 // Above 1 the arrays differ; infinity means that a number is not finite or that the budget is zero.
@@ -49,12 +47,4 @@ std::string mismatch(const A* got, const B* want, size_t n, double tolerance) {
   else
     out << "and no error is allowed or finite";
   return out.str();
-}
-
-template <class A, class B>
-void check_close(const std::vector<A>& got, const std::vector<B>& want, double tolerance) {
-  REQUIRE(got.size() == want.size());
-  const std::string message = mismatch(got.data(), want.data(), got.size(), tolerance);
-  INFO(message);
-  CHECK(message.empty());
 }

@@ -1,8 +1,9 @@
 // Every test includes this: Catch2, in whichever version is installed, and helpers that run programs and read files.
-// defines: test_folder, contents, skip, Run, run, Process, program, error_of, contains
+// defines: test_folder, contents, skip, Run, run, Process, program, error_of, contains, find_tensor, check_close
 #pragma once
 #include <map>
 #include <string>
+#include <vector>
 
 #if __has_include(<catch2/catch_all.hpp>)
 #include <catch2/catch_all.hpp>
@@ -15,6 +16,7 @@ inline auto ContainsSubstring(const std::string& part) { return Catch::Matchers:
 
 #include "../host/error.h"
 #include "../host/tensors.h"
+#include "compare.h"
 
 // Compare large arrays and files in double parentheses, CHECK((a == b)). Otherwise a failure prints them, which takes
 // Catch2 minutes.
@@ -76,4 +78,13 @@ inline TensorSpec find_tensor(const Layout& layout, const std::string& name) {
   for (const TensorSpec& spec : layout.tensors())
     if (spec.name == name) return spec;
   return {};
+}
+
+// Fails the test if an element of got is further from want's than compare.h allows.
+template <class A, class B>
+void check_close(const std::vector<A>& got, const std::vector<B>& want, double tolerance) {
+  REQUIRE(got.size() == want.size());
+  const std::string message = mismatch(got.data(), want.data(), got.size(), tolerance);
+  INFO(message);
+  CHECK(message.empty());
 }

@@ -12,15 +12,10 @@
 #define MICROGPT_NO_MAIN
 #include "../../host/run.h"  // defines: flops_per_token, flops_text
 #include "../../train_gpt.cu"
+#include "measure.cuh"
 
 #include <chrono>
 #include <filesystem>
-#ifndef CUDA_ON_CPU
-#include <cuda.h>
-#include <cxxabi.h>
-
-#include <regex>
-#endif
 #if __has_include(<cuda_profiler_api.h>) && !defined(CUDA_ON_CPU)
 #include <cuda_profiler_api.h>
 #else
@@ -31,37 +26,6 @@ inline void cudaProfilerStop() {}
 namespace {
 
 constexpr int V = 65;
-
-struct Times {
-  double median, min, max;  // seconds
-};
-Times of(std::vector<double> seconds) {
-  std::sort(seconds.begin(), seconds.end());
-  return {seconds[seconds.size() / 2], seconds.front(), seconds.back()};
-}
-
-// Seconds that the device takes for what `work` puts onto the stream.
-template <class Work>
-double device_seconds(cudaStream_t stream, Work work) {
-  return device_milliseconds(stream, work) / 1e3;
-}
-
-// Seconds of one of `count` launches. They run as a graph, so that the host's time for a launch does not count.
-template <class Launch>
-Times in_graph(cudaStream_t stream, int count, int runs, Launch launch_one) {
-  for (int i = 0; i < count; i++) launch_one(i);
-  CUDA_CHECK(cudaStreamSynchronize(stream));
-  Graph graph;
-  graph.capture(stream, [&] {
-    for (int i = 0; i < count; i++) launch_one(i);
-  });
-  std::vector<double> seconds;
-  for (int i = -3; i < runs; i++) {
-    const double s = device_seconds(stream, [&] { graph.launch(stream); });
-    if (i >= 0) seconds.push_back(s / count);
-  }
-  return of(seconds);
-}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // What the card can do
@@ -82,67 +46,9 @@ __global__ void __launch_bounds__(512) read_kernel(float* sink, const float4* fr
   if (sum == 1) *sink = sum;  // never, but it keeps the compiler from leaving out the loads
 }
 
-cudaDeviceProp device() { return current_card(); }
-
-#ifdef CUDA_ON_CPU
-constexpr size_t megabyte = 1000;  // on the CPU we only see that it runs
-#else
-constexpr size_t megabyte = 1000000;
-#endif
-
-// A block copies 32 KB at a time, a thread has eight loads in flight. Everything is read or written once, and so need
-// not stay in a cache.
-__global__ void __launch_bounds__(256) copy_kernel(float4* to, const float4* from, size_t count) {
-  constexpr int loads = 8;
-  const size_t stride = size_t(gridDim.x) * blockDim.x * loads;
-  for (size_t i = size_t(blockIdx.x) * blockDim.x * loads + threadIdx.x; i < count; i += stride) {
-    float4 x[loads];
-#pragma unroll
-    for (int j = 0; j < loads; j++)
-      if (i + j * blockDim.x < count) x[j] = __ldcs(from + i + j * blockDim.x);
-#pragma unroll
-    for (int j = 0; j < loads; j++)
-      if (i + j * blockDim.x < count) __stcs(to + i + j * blockDim.x, x[j]);
-  }
-}
-
-// Bytes a second, read and written, of a copy of 2 GB. cudaMemcpy is not always the fastest.
-struct CopyBandwidth {
-  double memcpy, kernel;
-  double best() const { return std::max(memcpy, kernel); }
-};
-CopyBandwidth copy_bandwidth(cudaStream_t stream) {
-  const size_t bytes = 2000 * megabyte, count = bytes / sizeof(float4);
-  const DeviceBuffer<float4> from(count, "a copy"), to(count, "a copy");
-  const auto bandwidth = [&](auto copy) { return 2.0 * double(bytes) / in_graph(stream, 2, 7, copy).min; };
-  CopyBandwidth out{};
-  out.memcpy = bandwidth(
-      [&](int) { CUDA_CHECK(cudaMemcpyAsync(to.data(), from.data(), bytes, cudaMemcpyDeviceToDevice, stream)); });
-  const size_t sm = size_t(device().multiProcessorCount), all = ceil_div(count, 256 * 8);
-  for (const size_t blocks : {4 * sm, 8 * sm, all})
-    out.kernel = std::max(out.kernel, bandwidth([&](int) {
-                            launch(copy_kernel, {unsigned(blocks), 256, 0, stream}, to.data(), from.data(), count);
-                          }));
-  return out;
-}
-
-void print_card() {
-  const cudaDeviceProp card = device();
-  std::printf("%s, compute capability %d.%d, %d multiprocessors, %.0f GB, %.0f MB of second-level cache\n", card.name,
-              card.major, card.minor, card.multiProcessorCount, double(card.totalGlobalMem) / 1e9,
-              double(card.l2CacheSize) / 1e6);
-}
-
-void print_clocks() {
-  std::fflush(stdout);
-  if (std::system("c=$(nvidia-smi -i 0 --query-gpu=clocks.sm,clocks.mem,power.draw,temperature.gpu,driver_version "
-                  "--format=csv,noheader 2>/dev/null) && echo \"clocks, power, temperature, driver now: $c\"") != 0)
-    std::printf("clocks: not known\n");
-}
-
 void ceilings(const Config&, const std::vector<std::string>& dtypes) {
   const Stream stream;
-  const cudaDeviceProp card = device();
+  const cudaDeviceProp card = current_card();
   print_clocks();
   const CopyBandwidth copy = copy_bandwidth(stream);
   std::printf("copy of 2 GB, read and written  %7.0f GB/s by cudaMemcpy, %.0f by a kernel\n", copy.memcpy / 1e9,
@@ -187,73 +93,6 @@ void ceilings(const Config&, const std::vector<std::string>& dtypes) {
 void products(const Config&, const std::vector<std::string>&) { fail("products: on the CPU they are plain loops"); }
 void names(const Config&, const std::vector<std::string>&) { fail("names: no driver tells them on the CPU"); }
 #else
-
-// Looks up a function of the driver, which the program is not linked to; nullptr if the driver does not have it.
-template <class Function>
-Function* driver_function(const char* name) {
-  void* found = nullptr;
-  cudaDriverEntryPointQueryResult result;
-#if CUDART_VERSION >= 12050
-  const cudaError_t error = cudaGetDriverEntryPointByVersion(name, &found, 12030, cudaEnableDefault, &result);
-#else
-  const cudaError_t error = cudaGetDriverEntryPoint(name, &found, cudaEnableDefault, &result);
-#endif
-  if (error != cudaSuccess) cudaGetLastError();  // clears it, or the next launch would report it
-  return error == cudaSuccess && result == cudaDriverEntryPointSuccess ? reinterpret_cast<Function*>(found) : nullptr;
-}
-
-// A kernel's short name: the one that CUTLASS gives it, which is a template argument, or else its own without scopes
-// and arguments.
-std::string short_name(const std::string& mangled) {
-  std::string name = mangled;
-  if (name.rfind("_Z", 0) == 0) {
-    int status = 0;
-    char* const plain = abi::__cxa_demangle(mangled.c_str(), nullptr, nullptr, &status);
-    if (plain) name = plain;
-    std::free(plain);
-  }
-  const std::string unnamed = "(anonymous namespace)::";
-  for (size_t at; (at = name.find(unnamed)) != std::string::npos;) name.erase(at, unnamed.size());
-  std::smatch cutlass;
-  if (std::regex_search(name, cutlass, std::regex("cutlass[0-9x]*_(\\w+)"))) return cutlass[1];
-  name.erase(std::min({name.find('<'), name.find('('), name.find("_execute_"), name.size()}));
-  return name.substr(name.find_last_of(" :") + 1);  // npos + 1 is 0
-}
-
-// The kernels that `work` launches.
-template <class Work>
-std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
-  static const auto params =
-      driver_function<CUresult(CUgraphNode, CUDA_KERNEL_NODE_PARAMS*)>("cuGraphKernelNodeGetParams");
-  static const auto name_of = driver_function<CUresult(const char**, CUfunction)>("cuFuncGetName");
-  static const auto name_of_kernel = driver_function<CUresult(const char**, CUkernel)>("cuKernelGetName");
-  if (!params || !name_of || !name_of_kernel) return {"(this driver does not tell kernels' names)"};
-  cudaGraph_t graph;
-  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  work();
-  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  size_t count = 0;
-  CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &count));
-  std::vector<cudaGraphNode_t> nodes(count);
-  CUDA_CHECK(cudaGraphGetNodes(graph, nodes.data(), &count));
-  std::vector<std::string> out;
-  for (const cudaGraphNode_t node : nodes) {
-    cudaGraphNodeType type;
-    CUDA_CHECK(cudaGraphNodeGetType(node, &type));
-    std::string name = type == cudaGraphNodeTypeMemset ? "memset" : text("node of type ", int(type));
-    if (type == cudaGraphNodeTypeKernel) {
-      CUDA_KERNEL_NODE_PARAMS kernel{};
-      const char* mangled = nullptr;
-      CUresult error = params(node, &kernel);
-      if (error == CUDA_SUCCESS)
-        error = kernel.func ? name_of(&mangled, kernel.func) : name_of_kernel(&mangled, kernel.kern);
-      name = error == CUDA_SUCCESS && mangled ? short_name(mangled) : text("kernel without a name, error ", int(error));
-    }
-    out.push_back(name);
-  }
-  CUDA_CHECK(cudaGraphDestroy(graph));
-  return out;
-}
 
 // A line for each product and epilogue. Launches take several sets of buffers in turn, so that a set has
 // left the cache before it is used again.
@@ -646,7 +485,8 @@ class KernelTable {
       : stream_(stream), layers_(layers), peak_(peak), bandwidth_(bandwidth) {
     std::printf("%-37s %7s %9s %18s %8s %6s %10s\n", "", "a step", "us", "(min .. max)", "floor", "share", "us a step");
   }
-  // flops, bytes: the least a launch needs, each input read once, each output written once. call(l) launches layer l's
+  // flops, bytes: the least a launch needs, each input read once, each output written once. call(l) launches it on layer
+  // l's arrays.
   template <class Call>
   void row(const char* name, int per_step, double flops, double bytes, Call call, bool one_buffer = false) {
     const Times t = in_graph(stream_, ceil_div(24, layers_) * layers_, 9, [&](int i) { call(i % layers_); });
@@ -825,7 +665,7 @@ int run(int argc, char** argv) {
   apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
 
   if (const std::string why = no_gpu(); !why.empty()) fail(why);
-  const bool ampere = device().major >= 8;
+  const bool ampere = current_card().major >= 8;
   if (dtypes.empty()) {
     dtypes = ampere ? std::vector<std::string>{"bfloat16", "float16", "tf32", "float32"}
                     : std::vector<std::string>{"float16", "float32"};
@@ -834,7 +674,8 @@ int run(int argc, char** argv) {
   for (const std::string& dtype : dtypes) {
     if (dtype != "bfloat16" && dtype != "float16" && dtype != "tf32" && dtype != "float32")
       fail("'", dtype, "' is none of bfloat16, float16, tf32, float32");
-    if (!ampere && (dtype == "bfloat16" || dtype == "tf32")) fail(device().name, " has no ", dtype, " arithmetic");
+    if (!ampere && (dtype == "bfloat16" || dtype == "tf32"))
+      fail(current_card().name, " has no ", dtype, " arithmetic");
   }
   print_card();
   command->second(config, dtypes);

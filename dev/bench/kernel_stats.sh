@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Registers, stack, spills and static shared memory of every kernel of train_gpt.cu, as ptxas reports them:
 #   dev/bench/kernel_stats.sh [ARCH ...]        90 if none is named; needs nvcc (NVCC=path), no GPU
-# Dynamic shared memory is set at launch and does not show here. Exits with 1, and names the kernel, if one spills that
-# is not in the list below.
+#   SOURCE=dev/kernels/adamw.cu dev/bench/kernel_stats.sh    of another file, whose kernels may spill
+# Dynamic shared memory is set at launch and does not show here. Exits with 1, and names the kernel, if one of the
+# trainer's spills that is not in the list below.
 set -eu
 cd "$(dirname "$0")/../.."
 
@@ -24,11 +25,12 @@ nvcc=${NVCC:-$(command -v nvcc || echo /usr/local/cuda/bin/nvcc)}
 command -v "$nvcc" >/dev/null || { echo 'kernel_stats: nvcc was not found; NVCC=path says where it is' >&2; exit 1; }
 archs=("$@")
 [ ${#archs[@]} -gt 0 ] || archs=(90)
-folder=build/kernel_stats
+source=${SOURCE:-train_gpt.cu}
+folder=build/kernel_stats/$(basename "$source" .cu)
 mkdir -p "$folder"
 
 compile() {  # compile ARCH: what ptxas says goes to $folder/sm_ARCH.log
-  "$nvcc" -std=c++20 -O3 -arch="sm_$1" -Xptxas -v -cubin train_gpt.cu \
+  "$nvcc" -std=c++20 -O3 -arch="sm_$1" -Xptxas -v -cubin "$source" \
     -o "$folder/sm_$1.cubin" >"$folder/sm_$1.log" 2>&1 && return
   grep -E 'error|fatal|Terminated' "$folder/sm_$1.log" >&2 || :
   echo "kernel_stats: sm_$1 did not compile, see $folder/sm_$1.log" >&2
@@ -89,5 +91,6 @@ for arch in "${archs[@]}"; do
   done <"$folder/sm_$arch.txt"
   echo
 done
+[ "$source" = train_gpt.cu ] || exit 0
 [ -z "${failures:-}" ] || printf 'kernels that spill:\n%s' "$failures" >&2
 exit $status

@@ -1,7 +1,7 @@
 // Some operations have more than one kernel. All of them compute the same, rounded differently, and which one is the
 // fastest depends on the card. So each card takes what won the race on a card of its kind (make lab), by
 // choices_table.h; a card without a line there takes version 1, which runs on every card and at every size.
-// defines: Choices, choices_of, choices
+// defines: Choices, choices_of, choices, choose
 #pragma once
 #include <string>
 
@@ -12,17 +12,19 @@ struct Choices {
   int attention_backward = 1;  // 1: two kernels, one for dq and one for dk and dv; 2: one kernel for all three
   int attention_float = 1;     // 1: a warp has one row; 2: tensor cores, by tf32 products
 
-  bool operator==(const Choices&) const = default;
-
+  // Calls f(operation, version) for each of them.
+  template <class Self, class F>
+  static void each(Self& self, F f) {
+    f("attention_forward", self.attention_forward);
+    f("attention_backward", self.attention_backward);
+    f("attention_float", self.attention_float);
+  }
   // What a checkpoint records, because another version gives other bits: "" for version 1 of everything.
   std::string name() const {
     std::string out;
-    const auto add = [&](const char* operation, int version) {
+    each(*this, [&](const char* operation, int version) {
       if (version != 1) out += std::string(" ") + operation + " " + std::to_string(version);
-    };
-    add("attention_forward", attention_forward);
-    add("attention_backward", attention_backward);
-    add("attention_float", attention_float);
+    });
     return out;
   }
 };
@@ -48,4 +50,16 @@ inline Choices& choices() {
     return choices_of(10 * card.major + card.minor);
   }();
   return chosen;
+}
+
+// Takes this version of an operation from now on.
+inline void choose(const std::string& operation, int version) {
+  bool found = false;
+  Choices::each(choices(), [&](const char* name, int& chosen) {
+    if (operation != name) return;
+    require(version == 1 || version == 2, operation, " has no version ", version);
+    chosen = version;
+    found = true;
+  });
+  require(found, "'", operation, "' is no operation with more than one kernel");
 }

@@ -6,7 +6,8 @@
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
 //   bench_gpu names [DTYPE]         the names of a step's kernels, in order
 //   bench_gpu planted               a kernel with errors: if compute-sanitizer misses them, its silence proves nothing
-// Flags of train_gpt may follow (--batch_size 8); without, it is the preset lecture, on random tokens. A figure is the
+// Choices of kernels may stand beside the types (attention_forward=2: kernels/choices.cuh), and flags of train_gpt may
+// follow (--batch_size 8); without, it is the preset lecture, on random tokens. A figure is the
 // median of several runs after a warm-up, with the fastest and the slowest. A share is only as good as the ceiling that
 // was measured beside it, so both stand in one output.
 #define MICROGPT_NO_MAIN
@@ -658,13 +659,22 @@ int run(int argc, char** argv) {
     fail("usage: bench_gpu ceilings | products [DTYPE ...] | kernels [DTYPE] | step [DTYPE ...] | profile [DTYPE] | ",
          "names [DTYPE] | planted, then flags of train_gpt");
   std::vector<std::string> dtypes;
+  std::map<std::string, int> wanted;
   int first = 2;  // argument that is a flag
-  for (; first < argc && argv[first][0] != '-'; first++) dtypes.push_back(argv[first]);
+  for (; first < argc && argv[first][0] != '-'; first++) {
+    const std::string argument = argv[first];
+    const size_t equals = argument.find('=');
+    if (equals == std::string::npos)
+      dtypes.push_back(argument);
+    else
+      wanted[argument.substr(0, equals)] = std::atoi(argument.c_str() + equals + 1);
+  }
   argv[first - 1] = argv[0];
   Config config = parse_command_line(argc - first + 1, argv + first - 1);
   apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
 
   if (const std::string why = no_gpu(); !why.empty()) fail(why);
+  for (const auto& [operation, version] : wanted) choose(operation, version);
   const bool ampere = current_card().major >= 8;
   if (dtypes.empty()) {
     dtypes = ampere ? std::vector<std::string>{"bfloat16", "float16", "tf32", "float32"}

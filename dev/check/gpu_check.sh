@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks all that only a GPU can show, in eight minutes and one command, the most valuable first:
-#   dev/check/gpu_check.sh [STAGE ...]   build products tests step kernels ceilings run sanitizer ncu peer; all, if none
-#                                        is named; after a change `tests step kernels run` are enough
+#   dev/check/gpu_check.sh [STAGE ...]   build tests step lab kernels ceilings run sanitizer ncu peer; these, if none is
+#                                        named; after a change `tests step kernels run` are enough; products, by name
+#                                        alone, is what can be fused to each product
 #   dev/check/gpu_check.sh pack FOLDER   builds everything here, without a GPU, for a machine that cannot build: FOLDER
 #                                        then has programs, libraries and data; ARCH=90 MARCH=x86-64-v3, if not set
 #   PREBUILT=FOLDER dev/check/gpu_check.sh
@@ -13,13 +14,13 @@
 # shellcheck disable=SC2317  # the stages are called by name
 set -u -o pipefail
 cd "$(dirname "$0")/../.." || exit 1
-all_stages=(build products tests step kernels ceilings run sanitizer ncu peer)
-declare -A limit=([build]=10 [products]=42 [tests]=40 [step]=60 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=80
-  [ncu]=40 [peer]=100)
+all_stages=(build tests step lab kernels ceilings run sanitizer ncu peer)
+declare -A limit=([build]=10 [tests]=40 [step]=65 [lab]=70 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=66 [ncu]=36
+  [peer]=85 [products]=42)
 [ -n "${PREBUILT:-}" ] || limit[build]=600
 
-# The flags of bench_gpu that a step is measured with: first none, then each variant to compare.
-step_variants=('')
+# The choices (kernels/choices.cuh) that a step is measured with: first the card's own, then each one to compare.
+step_variants=('' 'attention_backward=2' 'attention_forward=2 attention_backward=2')
 
 passed=0 failed=1 refused=3 not_run=4  # exit codes of a stage
 results=${OUT:-out/gpu_check}
@@ -37,14 +38,17 @@ need_gpu() { gpu || { note 'no GPU'; exit "$not_run"; }; }
 cxx=${CXX:-g++}
 if gpu; then arch=${ARCH:-native} march=${MARCH:-native}; else arch=${ARCH:-90} march=${MARCH:-x86-64-v3}; fi
 if [ -n "${PREBUILT:-}" ]; then
-  train_gpt=$PREBUILT/train_gpt run_tests=$PREBUILT/run_tests bench_gpu=$PREBUILT/bench_gpu data=$PREBUILT/data
+  train_gpt=$PREBUILT/train_gpt run_tests=$PREBUILT/run_tests bench_gpu=$PREBUILT/bench_gpu lab=$PREBUILT/lab
+  data=$PREBUILT/data
 else
   build=build/$(basename "$cxx")
   [ "$march" = native ] || build+=-$march
   build+=/cuda-$arch
-  train_gpt=$build/train_gpt run_tests=$build/test/run_tests bench_gpu=$build/dev/bench/bench_gpu data=${DATA:-data}
+  train_gpt=$build/train_gpt run_tests=$build/test/run_tests bench_gpu=$build/dev/bench/bench_gpu lab=$build/lab
+  data=${DATA:-data}
 fi
-make_programs() { make ARCH="$arch" MARCH="$march" "$train_gpt" "$run_tests" "$bench_gpu" "$@"; }
+programs=("$train_gpt" "$run_tests" "$bench_gpu" "$lab")
+make_programs() { make ARCH="$arch" MARCH="$march" "${programs[@]}" "$@"; }
 
 # The packed libraries are for these programs alone: Python and the profilers have their own. We take the compiler's
 # only where the machine has none, or older ones. cuBLASLt, half a gigabyte, is the machine's own: the program itself
@@ -77,12 +81,12 @@ pack() {
   NVCC_APPEND_FLAGS='-Xfatbin -compress-all' make_programs || exit 1
   [ -s "$data/vocab.json" ] || make data || exit 1
   mkdir -p "$folder/lib/compiler" "$folder/data" || exit 1
-  for program in "$train_gpt" "$run_tests" "$bench_gpu"; do
+  for program in "${programs[@]}"; do
     strip --strip-debug -o "$folder/$(basename "$program")" "$program" || exit 1
   done
   # We leave out the C library, which belongs to the other machine's kernel and loader, and what comes with its driver
   # or CUDA.
-  ldd "$train_gpt" "$run_tests" "$bench_gpu" | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
+  ldd "${programs[@]}" | awk '$2 == "=>" && $3 ~ /^\// { print $3 }' | sort -u |
     grep -vE '/(ld-linux.*|lib(c|m|dl|rt|pthread|resolv|util|cuda|nvidia.*))\.so' |
     while read -r library; do
       case $library in
@@ -105,8 +109,8 @@ commit() {
 
 stage_build() {
   if [ -n "${PREBUILT:-}" ]; then
-    need_programs "$train_gpt" "$run_tests" "$bench_gpu"
-    if start ldd "$train_gpt" "$run_tests" "$bench_gpu" 2>&1 | grep 'not found'; then
+    need_programs "${programs[@]}"
+    if start ldd "${programs[@]}" 2>&1 | grep 'not found'; then
       note 'a library is missing'
       exit "$failed"
     fi
@@ -152,11 +156,12 @@ stage_step() {
       # shellcheck disable=SC2086
       start "$bench_gpu" step bfloat16 $variant || status=$failed
     done
-    local -A takes=([float16]=14 [tf32]=25 [float32]=40)
-    for dtype in float16 tf32 float32; do
+    local -A takes=([tf32 attention_float=2]=12 [float32 attention_float=2]=20 [float16]=14 [tf32]=25 [float32]=40)
+    for dtype in 'tf32 attention_float=2' 'float32 attention_float=2' float16 tf32 float32; do
       [ $((seconds - SECONDS)) -gt "${takes[$dtype]}" ] || { say "left out, the time is up: $dtype"; continue; }
       say "--- step $dtype"
-      start "$bench_gpu" step "$dtype" || status=$failed
+      # shellcheck disable=SC2086
+      start "$bench_gpu" step $dtype || status=$failed
     done
     exit "$status"
   } | tee "$work/step.log"
@@ -165,6 +170,18 @@ stage_step() {
   block <"$work/step.log"
   note "$(grep -m 1 -E '^step .* graph' "$work/step.log" | tr -s ' ')"
   exit "$status"
+}
+
+# Every version of every operation. What won goes to kernels/choices_table.h: lab choose lab.csv.
+stage_lab() {
+  need_programs "$lab"
+  rm -f "$results/lab.csv"
+  LAB_CSV=$results/lab.csv start "$lab" all 20 | tee "$work/lab.log"
+  local status=${PIPESTATUS[0]}
+  { say '#### The lab: every kernel from naive to shipped'; say; } | page
+  block <"$work/lab.log"
+  note "$(wc -l <"$results/lab.csv") lines, $(grep -E '^[0-9]+ operations' "$work/lab.log" || say 'not finished')"
+  [ "$status" = 0 ] || exit "$failed"
 }
 
 stage_kernels() {
@@ -279,7 +296,7 @@ stage_sanitizer() {
   }
 
   # racecheck is slow: a process for each file of tests. What both others look at in one process comes in two parts too.
-  local parts=(adamw attention column_sums crossentropy embedding layernorm masks sampler)
+  local parts=(adamw attention column_sums crossentropy dropout embedding layernorm sampler)
   for tool in memcheck racecheck initcheck; do
     look planted "$tool" "$bench_gpu" planted
     look products "$tool" "$run_tests" '-#' '[matmul]'
@@ -389,7 +406,7 @@ case ${1:-} in
 esac
 [ $# -gt 0 ] && stages=("$@") || stages=("${all_stages[@]}")
 for stage in "${stages[@]}"; do
-  [ -n "${limit[$stage]:-}" ] || { say "'$stage' is none of: ${all_stages[*]}" >&2; exit 1; }
+  [ -n "${limit[$stage]:-}" ] || { say "'$stage' is none of: ${all_stages[*]} products" >&2; exit 1; }
 done
 mkdir -p "$results" || exit 1
 results=$(realpath "$results")

@@ -17,6 +17,7 @@
 
 #include "../../host/error.h"
 #include "../../host/version.h"
+#include "../../kernels/choices.cuh"
 #include "../bench/measure.cuh"
 #include "lab.cuh"
 #ifndef CUDA_ON_CPU
@@ -187,11 +188,12 @@ int choose(const std::vector<std::string>& files) {
   for (const auto& [capability, choices] : best) {
     std::printf("{%d, {", capability);
     const char* comma = "";
-    for (const char* name : {"attention_forward", "attention_backward", "attention_float"}) {
+    const Choices first;
+    Choices::each(first, [&](const char* name, int version) {
       const auto found = choices.find(name);
-      std::printf("%s%d", comma, found == choices.end() ? 1 : found->second.second);
+      std::printf("%s%d", comma, found == choices.end() ? version : found->second.second);
       comma = ", ";
-    }
+    });
     std::printf("}},\n");
   }
   return 0;

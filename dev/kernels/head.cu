@@ -1,0 +1,81 @@
+// The head: logits (rows, V) = inp (rows, C) @ headw (V, C)^T + headb (V), a matrix product with V = 65 columns. A row
+// of logits has Vp = 72 elements, and headw and headb have 72 rows, of which the last seven are zeros.
+//
+// It reads 12.6 MB, writes 2.4 and does 0.8 GFLOP. With tensor cores the bytes decide, 5 us; without them the
+// arithmetic, which would take 16 us at the card's best in float.
+//
+//   1  a thread has a logit          The warp's threads read 32 rows of headw, which are C apart, so each load touches
+//                                    32 lines of memory. For each multiplication there are two loads.
+//   2  tiles in shared memory        A block loads 16 x 16 numbers of each operand once and uses each 16 times. (It is
+//                                    the kernel that stands in where cuBLASLt has none; the bias is a pass of its own.)
+//   3  cuBLASLt, 65 columns          Tensor cores. But rows of 65 elements are no multiple of 16 bytes for the library
+//                                    to load, and 65 is none of its tiles: it takes an old kernel for odd shapes.
+//   4  shipped: cuBLASLt, 72         Seven columns of zeros more, 11 % more work: now a kernel with a tile of exactly
+//      columns                       72 columns fits.
+#include <memory>
+#include <optional>
+
+#include "../../kernels/matmul.cuh"
+#include "../../kernels/matmul.h"
+#include "lab.cuh"
+
+namespace {
+
+// Launched with ceil(rows * V / 256) blocks of 256 threads.
+//   logits (rows, Vp), of which the first V columns are written;  inp (rows, C), headw (Vp, C), headb (Vp)
+__global__ void __launch_bounds__(256)
+    head_1(bf16* logits, const bf16* inp, const bf16* headw, const bf16* headb, int rows, int C, int V, int Vp) {
+  const int i = blockIdx.x * 256 + threadIdx.x, row = i / V, v = i % V;
+  if (row >= rows) return;
+  float sum = float(headb[v]);
+  for (int c = 0; c < C; c++) sum += float(inp[size_t(row) * C + c]) * float(headw[size_t(v) * C + c]);
+  logits[size_t(row) * Vp + v] = bf16(sum);
+}
+
+// x, and zeros behind it up to `count`.
+std::vector<bf16> padded(const std::vector<float>& x, size_t count) {
+  std::vector<bf16> out(x.begin(), x.end());
+  out.resize(count, bf16(0.f));
+  return out;
+}
+
+void describe(lab::Lab& lab, const lab::Sizes& s) {
+  const int rows = s.rows(), C = s.C, V = s.V, Vp = padded_vocabulary(V);
+  const size_t size = size_t(rows) * Vp;
+  const lab::Array<bf16> inp = lab.noise<bf16>(size_t(rows) * C, 1, 1, true);
+  const lab::Array<bf16> headw = lab.input(padded(noise(size_t(V) * C, 2), size_t(Vp) * C)),
+                         headb = lab.input(padded(noise(V, 3), Vp));
+  // Only the last version writes the padding, zeros. So zeros are there from the beginning, and NaN elsewhere.
+  std::vector<bf16> before(size);
+  for (size_t i = 0; i < size; i++) before[i] = bf16(int(i % Vp) < V ? NAN : 0.f);
+  const lab::Array<bf16> logits = lab.updated(before);
+  if (lab.checks()) {
+    std::vector<double> want(size);
+    ::matmul_forward(want.data(), inp.values().data(), headw.values().data(), headb.values().data(), rows, C, Vp);
+    // Versions that add the bias in a pass of its own round twice; and a float sum of C terms.
+    logits.expect(want, 2 * rounding_of<bf16> + 4 * std::sqrt(C) * 0x1p-24);
+  }
+  lab.needs(2.0 * (double(rows) * C + double(V) * C + double(size)), 2.0 * rows * C * V);
+
+  lab.version({1, "a thread has a logit", 1900}, [=](int set, cudaStream_t stream) {
+    launch(head_1, {unsigned(ceil_div(rows * V, 256)), 256, 0, stream}, logits[set], inp[set], headw[set], headb[set],
+           rows, C, V, Vp);
+  });
+  lab.version({2, "tiles in shared memory", 180}, [=](int set, cudaStream_t stream) {
+    const Product product = {OperandType::bfloat16, false, true, false, V, rows, C, C, C, Vp};
+    simple_product(product, {.d = logits[set], .a = headw[set], .b = inp[set]}, stream);
+    bias_forward(logits[set], headb[set], rows, V, Vp, stream);
+  });
+  // The library is opened by the first version that runs, not by a list of versions.
+  const auto matmul = std::make_shared<std::optional<Matmul>>();
+  const auto by_library = [=](int set, int columns, cudaStream_t stream) {
+    if (!*matmul) matmul->emplace(false, stream);
+    (*matmul)->forward(logits[set], inp[set], headw[set], headb[set], rows, C, columns, Vp);
+  };
+  lab.version({3, "cuBLASLt, 65 columns", 27}, [=](int set, cudaStream_t stream) { by_library(set, V, stream); });
+  lab.version({4, "shipped: cuBLASLt, 72 columns", 9.5},
+              [=](int set, cudaStream_t stream) { by_library(set, head_rows<bf16>(V), stream); });
+}
+const lab::Listed listed({"head", describe, {{3, 31, 48, 1, 65}, {1, 1, 8, 1, 65}, {1, 17, 40, 1, 16}}});
+
+}  // namespace

@@ -2,17 +2,16 @@
 // and dwpe (T, C) = dout summed over B.
 //
 // It reads 12.6 MB, 4 us for the memory. But a text's tokens are uneven: every eighth is the most frequent one here, so
-// one row of dwte is a sum of 2000 rows, while others are sums of none. No version adds with atomics: their order, and
-// with it the rounding, changes from run to run, and two runs of the trainer must be equal bit for bit.
+// one row of dwte is a sum of 2000 rows and another of 100. No version adds with atomics: their order, and with it the
+// rounding, changes from run to run, and two runs of the trainer must be equal bit for bit.
 //
 //   1  a thread has a channel        It goes through all rows, as the CPU does, and adds to memory. 384 threads are
 //                                    busy, and each waits for one load after the other: a store to dwte could change
 //                                    dout, for all the compiler knows, so no load may start before it.
-//   2  a thread has a channel of     65 times as many threads, and the sum is in a register, so loads can start before
-//      one token or position         the last sum is done. But each thread looks at all 16384 tokens, and most of them
-//                                    are others than its own.
-//   3  a block has a token           A block looks at 512 tokens together, a warp at 32 of them with one comparison, and
-//                                    lists the rows to add. Its threads then load only those.
+//   2  a thread has a channel of     320 times as many threads, and a sum stays in a register, so that loads can start
+//      one token or position         early. But a token's threads look at all 16384 tokens, and most are not theirs.
+//   3  a block has a token           A block looks at 512 tokens together, each warp at 32 of them at once, and lists
+//                                    the rows to add. Its threads then load only those.
 //   4  16 bytes at a time            48 threads share a row, so a block of 256 adds five rows at once and has 20 of
 //                                    them under way. This is the shipped kernel, with all rows in one segment.
 //   5  the shipped kernels           Everyone waited for the block of the most frequent token. Now a block has a token

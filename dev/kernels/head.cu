@@ -8,10 +8,10 @@
 //                                    32 lines of memory. For each multiplication there are two loads.
 //   2  tiles in shared memory        A block loads 16 x 16 numbers of each operand once and uses each 16 times. (It is
 //                                    the kernel that stands in where cuBLASLt has none; the bias is a pass of its own.)
-//   3  cuBLASLt, 65 columns          Tensor cores. But rows of 65 elements are no multiple of 16 bytes for the library
-//                                    to load, and 65 is none of its tiles: it takes an old kernel for odd shapes.
-//   4  shipped: cuBLASLt, 72         Seven columns of zeros more, 11 % more work: now a kernel with a tile of exactly
-//      columns                       72 columns fits.
+//   3  cuBLASLt, 65 columns          Tensor cores. But for 65 columns the library takes an old kernel, which loads one
+//                                    number at a time (align1 in its name), although all rows begin on 16 bytes.
+//   4  shipped: cuBLASLt, 72         Seven columns of zeros more, 11 % more work, and the library takes a new kernel,
+//      columns                       whose tiles have exactly 72 columns.
 #include <memory>
 #include <optional>
 

@@ -99,7 +99,7 @@ using Launch = std::function<void(int set, cudaStream_t stream)>;
 struct Result {
   Version version{};
   std::string wrong;  // what the checks found, or ""
-  double error = 0;   // the largest of all outputs, as a share of what is tolerated
+  double error = -1;  // the largest of all outputs, as a share of what is tolerated; -1: nothing was compared
   double cold = NAN, cold_min = NAN, cold_max = NAN, hot = NAN, alone = NAN;
   double bytes = 0, flops = 0;
   int registers = 0, local_bytes = 0;  // of the kernel that needs the most registers; local: stack and spills
@@ -137,8 +137,8 @@ class Lab {
   // Memory (count) that a version may use as it likes, and an array that versions read and write: `expect` applies to
   // what they leave there.
   template <class Real>
-  Array<Real> updated(size_t count, uint32_t which, double scale = 1) {
-    const Array<Real> out = noise<Real>(count, which, scale);
+  Array<Real> updated(size_t count, uint32_t which, double scale = 1, bool in_cache = false) {
+    const Array<Real> out = noise<Real>(count, which, scale, in_cache);
     arrays_.back()->output = true;
     return out;
   }

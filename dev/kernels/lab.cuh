@@ -1,4 +1,4 @@
-// The kernel lab: each operation of the GPU trainer in several versions, from naive to shipped, which are checked against
+// The kernel lab: each operation of the GPU trainer in several versions, from naive to shipped. They are checked against
 // the CPU's layer in double and then timed. An operation is a function in a file of this folder. It makes its arrays,
 // says what the CPU computes, and lists its versions:
 //
@@ -66,8 +66,8 @@ class Array {
     }
     return out;
   }
-  // What a version must leave here. tolerance as in test/compare.h: relative to the element and to the array's root mean
-  // square.
+  // What a version must leave here. tolerance as in test/compare.h: relative to the element and to the array's root
+  // mean square.
   void expect(std::vector<double> want, double tolerance) const {
     copies_->tolerance = tolerance;
     copies_->error = [want = std::move(want)](const std::vector<unsigned char>& bytes) {

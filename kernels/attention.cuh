@@ -8,11 +8,15 @@
 // one owns queries and writes dq, the other owns keys and writes dk and dv. Both compute the weights, which makes seven
 // products where a single kernel needs five. In exchange every sum stays within a warp, in a fixed order, without
 // atomics.
+//
+// Forward has a version 2, attention_forward_head.cuh, where a block has a whole head of up to 256 tokens. It gives the
+// same bits. choices.cuh says which card takes it; heads that it cannot have get version 1 everywhere.
 // defines: attention_forward, attention_backward
 #pragma once
 #include <type_traits>
 
 #include "attention_float.cuh"
+#include "choices.cuh"
 #include "device.cuh"
 #include "dropout.cuh"
 #include "launch.cuh"
@@ -160,10 +164,17 @@ __device__ inline void multiply(Square& d, const uint32_t (&a)[4], const uint32_
   mma_16x8x16<Real>(d.half[1], a, {b[2], b[3]});
 }
 
+// Where queries and keys are the same tokens, the squares above the diagonal are hidden. The products below leave them
+// out if they are told so.
+template <bool ON_DIAGONAL>
+__device__ constexpr bool left_out(int r, int n) {
+  return ON_DIAGONAL && n > r;
+}
+
 // s (16 R, 16 N) = a (16 R, HS) @ rows (16 N, HS)^T, where the rows begin at `row` of shared memory. Scores are
 // q @ k^T, and dP is dout @ v^T. For ldmatrix, each eight lanes point to: rows 0-7; the same rows' next chunk; rows
 // 8-15; their next chunk. So b[0] and b[1] are rows 0-7, b[2] and b[3] rows 8-15.
-template <class Real, int HS, int R, int N>
+template <class Real, int HS, bool ON_DIAGONAL = false, int R, int N>
 __device__ inline void multiply_transposed(Square (&s)[R][N], const uint32_t (&a)[R][HS / 16][4], const Real* smem,
                                            int row) {
   const int offset = chunk_offset<HS>(row + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
@@ -173,7 +184,8 @@ __device__ inline void multiply_transposed(Square (&s)[R][N], const uint32_t (&a
     for (int k = 0; k < HS / 16; k++) {
       uint32_t b[4];
       ldmatrix_x4(b, smem + n * 16 * HS + (offset ^ (16 * k)));
-      for (int r = 0; r < R; r++) multiply<Real>(s[r][n], a[r][k], b);
+      for (int r = 0; r < R; r++)
+        if (!left_out<ON_DIAGONAL>(r, n)) multiply<Real>(s[r][n], a[r][k], b);
     }
   }
 }
@@ -181,7 +193,7 @@ __device__ inline void multiply_transposed(Square (&s)[R][N], const uint32_t (&a
 // of another product, rounded here to Real. It is already spread over the lanes as a left operand has to be. The lanes
 // point ldmatrix to the rows as in load_a. It transposes: b[0] and b[1] are the first chunk's channels, b[2] and b[3]
 // the next chunk's.
-template <class Real, int HS, int R, int N>
+template <class Real, int HS, bool ON_DIAGONAL = false, int R, int N>
 __device__ inline void multiply_add(Square (&sum)[R][HS / 16], const Square (&p)[R][N], const Real* smem, int row) {
   const int offset = chunk_offset<HS>(row + lane() % 16, lane() / 16);
 #pragma unroll
@@ -192,7 +204,8 @@ __device__ inline void multiply_add(Square (&sum)[R][HS / 16], const Square (&p)
     for (int c = 0; c < HS / 16; c++) {
       uint32_t b[4];
       ldmatrix_x4_trans(b, smem + n * 16 * HS + (offset ^ (16 * c)));
-      for (int r = 0; r < R; r++) multiply<Real>(sum[r][c], a[r], b);
+      for (int r = 0; r < R; r++)
+        if (!left_out<ON_DIAGONAL>(r, n)) multiply<Real>(sum[r][c], a[r], b);
     }
   }
 }
@@ -212,8 +225,14 @@ __device__ inline void hide_later_keys(Square (&s)[R][N], int first_row, int fir
       }
 }
 
-// One step of the running softmax, for a warp's 16 queries and 16 N keys. Arrays of two have an element for each of the
-// lane's rows, g and g + 8.
+// The same for one square, if its first key is its first query.
+__device__ inline void hide_above_diagonal(Square& s) {
+  for (int i = 0; i < 8; i++)
+    if (column_of(i) > row_of(i)) s[i] = -INFINITY;
+}
+
+// One step of the running softmax, for a warp's 16 queries and the keys of the first `squares` of N squares. Arrays of
+// two have an element for each of the lane's rows, g and g + 8.
 // In:  s (16, 16 N) = q . k and the max of the steps before, both not yet scaled; sum of the steps before; scale =
 //      softmax_scale * log2_e
 // Out: s becomes exp((s - max) / sqrt(HS)) with the new max. Everything summed before must be multiplied by shrink,
@@ -221,14 +240,15 @@ __device__ inline void hide_later_keys(Square (&s)[R][N], int first_row, int fir
 //      four lanes of a row at the very end.
 // A query's first step contains key 0, so max is finite from then on.
 template <class Real, int N>
-__device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum)[2], float (&shrink)[2], float scale) {
+__device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum)[2], float (&shrink)[2], float scale,
+                                    int squares = N) {
   for (int r = 0; r < 2; r++) {  // the lane's rows: its elements 2r, 2r + 1 of every four
     const float before = max[r];
     float part = 0;
-    for (int i = 0; i < 4 * N; i++) max[r] = fmaxf(max[r], s[i / 4].half[i / 2 % 2][2 * r + i % 2]);
+    for (int i = 0; i < 4 * squares; i++) max[r] = fmaxf(max[r], s[i / 4].half[i / 2 % 2][2 * r + i % 2]);
     max[r] = lane_max<4>(max[r]);
     shrink[r] = power_of_two<Real>((before - max[r]) * scale);
-    for (int i = 0; i < 4 * N; i++) {
+    for (int i = 0; i < 4 * squares; i++) {
       float& x = s[i / 4].half[i / 2 % 2][2 * r + i % 2];
       x = power_of_two<Real>(fmaf(x, scale, -max[r] * scale));
       part += x;
@@ -237,11 +257,80 @@ __device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum
   }
 }
 
+// ---------------------------------------------------------------------------------------------------------------------
+// What a warp does in forward, in either version of the kernel: it has 16 R queries and takes 32 keys at a time.
+
+template <class Real, int HS, bool DROPOUT>
+struct ForwardQueries {
+  static constexpr int R = query_squares<HS>, N = step_keys / 16;
+  // What stays in registers: q; o, the output so far, not yet divided; and for the lane's rows g and g + 8 of each 16
+  // queries the softmax's maximum so far (of the whole row) and sum so far (of the lane's columns).
+  uint32_t q[R][HS / 16][4];
+  Square o[R][HS / 16];
+  float max[R][2], sum[R][2];
+
+  __device__ void begin() {
+    for (int r = 0; r < R; r++) {
+      for (int c = 0; c < HS / 16; c++) o[r][c] = {};
+      for (int i = 0; i < 2; i++) max[r][i] = -INFINITY, sum[r][i] = 0;
+    }
+  }
+
+  // Queries from `first` on, keys from k0 on. The keys' and values' rows begin at k_row and v_row of shared memory.
+  // ON_DIAGONAL: first = k0, so the squares above the diagonal need not be computed. Otherwise the step looks whether it
+  // has keys to hide.
+  template <bool ON_DIAGONAL>
+  __device__ void step(const Real* smem, int k_row, int v_row, int first, int k0, const DeviceDropout& drop,
+                       uint64_t draw_head, int T) {
+    static_assert(!ON_DIAGONAL || R == N);
+    const float scale = softmax_scale<HS>() * log2_e;
+    // 1. scores = q @ k^T, for our queries and these keys
+    Square s[R][N];
+    multiply_transposed<Real, HS, ON_DIAGONAL>(s, q, smem, k_row);
+    if constexpr (!ON_DIAGONAL) hide_later_keys<false>(s, first, k0);
+#pragma unroll
+    for (int r = 0; r < R; r++) {
+      // 2. Running softmax: scores become weights, the output so far shrinks with the sum.
+      const int squares = ON_DIAGONAL ? r + 1 : N;  // that the queries see
+      if constexpr (ON_DIAGONAL) hide_above_diagonal(s[r][r]);
+      float shrink[2];
+      softmax_step<Real>(s[r], max[r], sum[r], shrink, scale, squares);
+      for (int i = 0; i < HS / 2; i++) o[r][i / 8][i % 8] *= shrink[i / 2 % 2];
+      // 3. Dropout, after the sum: the denominator contains all weights.
+      if constexpr (DROPOUT) {
+#pragma unroll
+        for (int n = 0; n < squares; n++) {
+          bool keep[8];
+          attention_mask<false>(keep, drop, draw_head, first + r * 16, k0 + n * 16, T);
+          for (int i = 0; i < 8; i++) s[r][n][i] = keep[i] ? s[r][n][i] : 0.0f;
+        }
+      }
+    }
+    // 4. o += weights @ v
+    multiply_add<Real, HS, ON_DIAGONAL>(o, s, smem, v_row);
+  }
+
+  // Writes lse and the output of the 16 queries r, which begin at query first_of_r. The output is divided by the
+  // denominators and gets dropout's factor; it passes through 16 rows of shared memory, which are the warp's own.
+  // out (B, T, NH, HS), out_row elements from token to token; lse (B, NH, T) or null
+  __device__ void write(int r, Real* out, int out_row, float* lse, const Head& head, Real* smem, int own,
+                        int first_of_r, float keep_scale, int T) {
+    float factor[2];
+    for (int i = 0; i < 2; i++) {
+      const float total = lane_sum<4>(sum[r][i]);  // the row's four lanes
+      const int query = first_of_r + row_of(2 * i);
+      if (lse && lane() % 4 == 0 && query < T) lse[head.bh * T + query] = max[r][i] * softmax_scale<HS>() + logf(total);
+      factor[i] = keep_scale / total;
+    }
+    store_rows<HS>(out + head.out + size_t(first_of_r) * out_row, out_row, T - first_of_r, smem, own, o[r], factor);
+  }
+};
+
 }  // namespace attention
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch row and
-// rows = 4 * 16 R queries, a warp has 16 R of them. It keeps the queries, their softmax and their output in registers
+// Forward, version 1. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch row
+// and rows = 4 * 16 R queries, a warp has 16 R of them. It keeps the queries, their softmax and their output in registers
 // while the block goes through the keys up to its last query.
 //   out  (B, T, NH, HS) =       the weighted sums of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
@@ -250,7 +339,7 @@ template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_forward_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
   using namespace attention;
-  constexpr int R = query_squares<HS>, N = step_keys / 16, rows = warps * 16 * R;
+  constexpr int R = query_squares<HS>, rows = warps * 16 * R;
   if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
@@ -269,57 +358,22 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   copy_async_wait<0>();
   __syncthreads();
   const int own = own_row<HS> + warp * 16 * R;
-  uint32_t q[R][HS / 16][4];
-  load_a<HS>(q, smem, own);
+  ForwardQueries<Real, HS, DROPOUT> queries;
+  load_a<HS>(queries.q, smem, own);
+  queries.begin();
 
-  // What stays in registers: q; o, the output so far, not yet divided; and for the lane's rows g and g + 8 of each 16
-  // queries the softmax's maximum so far (of the whole row) and sum so far (of the lane's columns).
-  const float scale = softmax_scale<HS>() * log2_e;
-  Square o[R][HS / 16] = {};
-  float max[R][2], sum[R][2] = {};
-  for (int r = 0; r < R; r++) max[r][0] = max[r][1] = -INFINITY;
   for (int k0 = 0; k0 < keys_of_block; k0 += step_keys) {
     // 2. A step of 32 keys. A warp whose queries do not see them only helps to copy, in advance().
     if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
-    // 3. scores = q @ k^T, for our queries and these keys
-    Square s[R][N];
-    multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
-    hide_later_keys<false>(s, first, k0);
-#pragma unroll
-    for (int r = 0; r < R; r++) {
-      // 4. Running softmax: scores become weights, the output so far shrinks with the sum.
-      float shrink[2];
-      softmax_step<Real>(s[r], max[r], sum[r], shrink, scale);
-      for (int i = 0; i < HS / 2; i++) o[r][i / 8][i % 8] *= shrink[i / 2 % 2];
-      // 5. Dropout, after the sum: the denominator contains all weights.
-      if constexpr (DROPOUT) {
-#pragma unroll
-        for (int n = 0; n < N; n++) {
-          bool keep[8];
-          attention_mask<false>(keep, drop, head.draw_head, first + r * 16, k0 + n * 16, T);
-          for (int i = 0; i < 8; i++) s[r][n][i] = keep[i] ? s[r][n][i] : 0.0f;
-        }
-      }
-    }
-    // 6. o += weights @ v
-    multiply_add<Real, HS>(o, s, smem, tiles.y_row(k0));
+    queries.template step<false>(smem, tiles.x_row(k0), tiles.y_row(k0), first, k0, drop, head.draw_head, T);
   }
 
-  // 7. Write lse. Divide out by the denominators, apply dropout's factor, and write it: registers -> shared -> global.
+  // 3. Write lse and the output: registers -> shared -> global.
   __syncthreads();  // no warp needs the tiles any more: their memory takes the outputs
 #pragma unroll
-  for (int r = 0; r < R; r++) {
-    const int first_of_r = first + r * 16;
-    float factor[2];
-    for (int i = 0; i < 2; i++) {
-      const float total = lane_sum<4>(sum[r][i]);  // the row's four lanes
-      const int query = first_of_r + row_of(2 * i);
-      if (lse && lane() % 4 == 0 && query < T) lse[head.bh * T + query] = max[r][i] * softmax_scale<HS>() + logf(total);
-      factor[i] = drop.keep_scale / total;
-    }
-    store_rows<HS>(out + head.out + first_of_r * out_row, out_row, T - first_of_r, smem, own + r * 16, o[r], factor);
-  }
+  for (int r = 0; r < R; r++)
+    queries.write(r, out, int(out_row), lse, head, smem, own + r * 16, first + r * 16, drop.keep_scale, T);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -488,6 +542,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   store_rows<HS>(dV, row, T - first, smem, own + rows, dv[0], {drop.keep_scale, drop.keep_scale});
 }
 
+#include "attention_forward_head.cuh"  // version 2 of forward, made of the building blocks above
+
 // ---------------------------------------------------------------------------------------------------------------------
 // These functions launch the kernels: the ones above, or for floats the ones in attention_float.cuh.
 
@@ -539,6 +595,10 @@ void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropo
       launch(attention_forward_float_kernel<HS, dropout>, {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream}, out,
              lse, qkv, drop, T, NH);
     } else {
+      if constexpr (head_has_size(HS))
+        if (choices().attention_forward == 2 && whole_head_fits(HS, T))
+          return launch(attention_forward_head_kernel<Real, HS, dropout>, {dim3(NH, B), threads, head_smem(HS), stream},
+                        out, lse, qkv, drop, T, NH);
       constexpr int rows = warps * 16 * query_squares<HS>;
       launch(attention_forward_kernel<Real, HS, dropout>,
              {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, qkv, drop, T,

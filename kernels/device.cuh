@@ -1,7 +1,7 @@
 // Building blocks of the kernels: eight numbers at a time, sums over lanes, and the tensor cores' instructions. The
 // only file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU
 // (CUDA_ON_CPU).
-// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, dynamic_smem, pack2, mma_16x8x16, ldmatrix_x4,
+// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, computed_here, dynamic_smem, pack2, mma_16x8x16, ldmatrix_x4,
 //          ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit, copy_async_wait
 #pragma once
 #include <cuda_bf16.h>
@@ -73,6 +73,13 @@ __device__ inline float exp2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 #endif
+}
+
+// x itself, which the compiler has to take for something new. So it computes what depends on x here, and not before the
+// loop around, in which the results would take up registers.
+__device__ inline int computed_here(int x) {
+  asm volatile("" : "+r"(x));
+  return x;
 }
 
 // The block's dynamic shared memory: as many bytes as the launch asked for.

@@ -20,7 +20,20 @@ struct Results {
 };
 
 template <class Real>
-Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropout& drop) {
+void check_same_bits(const Real* a, const Real* b, size_t n) {
+  CHECK(std::memcmp(a, b, n * sizeof(Real)) == 0);
+}
+
+// Takes a version of attention's forward pass until the end of the scope.
+struct ForwardVersion {
+  const int before = choices().attention_forward;
+  explicit ForwardVersion(int version) { choices().attention_forward = version; }
+  ~ForwardVersion() { choices().attention_forward = before; }
+};
+
+template <class Real>
+Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropout& drop, int version) {
+  const ForwardVersion chosen(version);
   const DeviceArray<Real> in(qkv), out(s.rows() * s.C());
   const DeviceArray<float> lse(s.weights());
   const DeviceArray<int> step(std::vector<int>{int(drop.step)});
@@ -29,6 +42,18 @@ Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropo
   attention_forward(out.data(), lse.data(), in.data(), {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T,
                     s.C(), s.NH, nullptr);
   return {out.read(), {}, lse.read(), {}};
+}
+// Whatever the tests ask of the forward pass, both versions must do, with the same bits.
+template <class Real>
+Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropout& drop) {
+  const Results<Real> one = forward<Real>(s, qkv, drop, 1);
+  if (sizeof(Real) == 2) {
+    CAPTURE(s.B, s.T, s.NH, s.HS, drop.threshold);
+    const Results<Real> two = forward<Real>(s, qkv, drop, 2);
+    check_same_bits(one.out.data(), two.out.data(), one.out.size());
+    check_same_bits(one.lse.data(), two.lse.data(), one.lse.size());
+  }
+  return one;
 }
 template <class Real, class Out>
 Results<Real> backward(const Shape& s, const std::vector<float>& qkv, const std::vector<float>& dout,
@@ -208,13 +233,6 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, 
   CHECK(std::abs(dropped - 0.3 * all) < 0.02 * all);
 }
 
-namespace {
-template <class Real>
-void check_same_bits(const Real* a, const Real* b, size_t n) {
-  CHECK(std::memcmp(a, b, n * sizeof(Real)) == 0);
-}
-}  // namespace
-
 // Two runs give the same bits, and a batch row does not depend on its neighbours.
 TEMPLATE_TEST_CASE("attention on the device: the same bits", "[cuda]", float, bf16, fp16) {
   const Shape all{3, 66, 2, 32}, one{1, 66, 2, 32};
@@ -242,11 +260,41 @@ TEMPLATE_TEST_CASE("attention on the device: evaluation needs no lse, and sees n
   const Shape s{1, 70, 1, 64}, shorter{1, 33, 1, 64};
   const std::vector<float> qkv = random_qkv(s);
   const DeviceArray<TestType> in(qkv), out(s.rows() * s.C());
-  attention_forward(out.data(), nullptr, in.data(), {}, s.B, s.T, s.C(), s.NH, nullptr);
-  const std::vector<TestType> got = out.read(), with_lse = forward<TestType>(s, qkv, {}).out;
-  check_same_bits(got.data(), with_lse.data(), got.size());
+  const std::vector<TestType> got = forward<TestType>(s, qkv, {}).out;
+  for (const int version : {1, 2}) {
+    const ForwardVersion chosen(version);
+    attention_forward(out.data(), nullptr, in.data(), {}, s.B, s.T, s.C(), s.NH, nullptr);
+    const std::vector<TestType> without_lse = out.read();
+    check_same_bits(got.data(), without_lse.data(), got.size());
+  }
   const std::vector<TestType> first = forward<TestType>(shorter, {qkv.begin(), qkv.begin() + 33 * 3 * 64}, {}).out;
   check_same_bits(got.data(), first.data(), first.size());
+}
+
+// What T is to version 2: one or several of its eight tiles, the last full or not; 257 is for version 1 again.
+TEMPLATE_TEST_CASE("attention on the device: version 2 of forward, up to its last tile", "[cuda]", bf16, fp16) {
+  for (const int T : {129, 160, 193, 224, 255, 256, 257})
+    for (const int HS : {32, 64}) {
+      const Shape s{1, T, T % 2 ? 1 : 2, HS};
+      forward<TestType>(s, random_qkv(s), dropout(HS == 64 ? 0.2 : 0));
+    }
+}
+
+// Version 1 multiplies a tile's hidden weights, which are 0, by their values, and 0 * infinity is not a number. Version 2
+// leaves them out. So we can tell from the results which of them ran.
+TEST_CASE("attention on the device: which version of forward runs", "[cuda]") {
+  const auto ran = [](int version, int T, int HS) {
+    const Shape s{1, T, 1, HS};
+    std::vector<float> qkv = random_qkv(s);
+    qkv[(16 * 3 + 2) * HS] = INFINITY;  // value 16
+    return std::isnan(float(forward<bf16>(s, qkv, {}, version).out[0])) ? 1 : 2;
+  };
+  CHECK(ran(1, 256, 64) == 1);
+  for (const int T : {17, 256, 257})
+    for (const int HS : {16, 32, 64, 128}) {
+      CAPTURE(T, HS);
+      CHECK(ran(2, T, HS) == (T <= 256 && (HS == 32 || HS == 64) ? 2 : 1));
+    }
 }
 
 TEST_CASE("attention on the device refuses what it cannot do", "[cuda]") {

@@ -622,6 +622,18 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
               });
   }
 
+  // Both versions where the card can run both; its own choice stands in the row "attention_forward" above.
+  if (sizeof(Real) == 2 && attention::whole_head_fits(m.shape.HS(), T)) {
+    const int chosen = choices().attention_forward;
+    for (const int version : {1, 2}) {
+      choices().attention_forward = version;
+      table.row(text("attention_forward, version ", version).c_str(), 0, attention, 4 * A + lse, [&](int l) {
+        attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st);
+      });
+    }
+    choices().attention_forward = chosen;
+  }
+
   const DeviceBuffer<double> norm_partials(gradient_norm_partials, "the gradient's norm");
   table.row_of_one("prepare_update", 0, 0, 4 * count, [&](int) {
     prepare_update(m.state, norm_partials.data(), m.grads_memory.data(), m.param_layout.size(), 1, false, st);

@@ -1,0 +1,119 @@
+// Attention's forward pass, version 2: a thread block has a whole head. attention.cuh includes this file, and has the
+// building blocks and version 1, which you should read first. The results are the same, bit for bit: each query meets
+// the same keys in the same order.
+//
+// The keys and values of the whole head, 256 at most, lie in shared memory. Nothing there is overwritten: once all have
+// arrived, no warp waits for another. We count queries and keys in tiles of 32, of which there are eight. Tile i of the
+// queries sees tiles 0 ... i of the keys. Each of the four warps has two tiles of queries, a short one and a long one,
+// which together make nine steps:
+//
+//   step      0   1   2   3   4   5   6   7   8
+//   warp 0    0|  0   1   2   3   4   5   6   7|      numbers: the tile of keys
+//   warp 1    0   1|  0   1   2   3   4   5   6|      |: on the diagonal, where some keys are hidden. The tile of queries
+//   warp 2    0   1   2|  0   1   2   3   4   5|      is done then, and written.
+//   warp 3    0   1   2   3|  0   1   2   3   4|
+//             ^   ^   ^           ^                   all wait here for tiles 0; 1; 2 and 3; 4 to 7
+//
+// defines: attention::whole_head_fits, attention_forward_head_kernel
+#pragma once
+#include "attention.cuh"
+#include "choices.cuh"
+
+namespace attention {
+
+constexpr int head_tile = 32, head_tiles = 2 * warps, head_rows = head_tile * head_tiles;
+
+// Shared memory is rows of HS elements of 16 bits: the keys, the values, and 16 of each warp's own, through which its
+// output passes. With 64 channels that is 72 KB: three blocks fit on a multiprocessor of 228 KB.
+constexpr int head_values = head_rows, head_own = 2 * head_rows;
+constexpr size_t head_smem(int HS) { return size_t(head_own + warps * 16) * HS * 2; }
+
+// The head sizes that version 2 has. With 16 channels, copy_rows takes 64 rows at once, more than a tile; 128 would need
+// twice the memory.
+constexpr bool head_has_size(int HS) { return HS == 32 || HS == 64; }
+
+// Whether version 2 can run on this card, with heads of HS channels and T tokens. Turing's 64 KB are too small for 64.
+inline bool whole_head_fits(int HS, int T) {
+  static const size_t smem_of_card = current_card().sharedMemPerBlockOptin;
+  return head_has_size(HS) && T <= head_rows && head_smem(HS) <= smem_of_card;
+}
+
+// Begins to copy the keys and values BEGIN ... END - 1, those of them that there are, as one group of copies.
+// K, V (T, HS): `row` elements from row to row
+template <int BEGIN, int END, int HS, class Real>
+__device__ inline void copy_keys_and_values(Real* smem, const Real* K, const Real* V, int row, int T) {
+  if (BEGIN < T) {
+    copy_rows<END - BEGIN, HS>(smem, BEGIN, K, row, BEGIN, T);
+    copy_rows<END - BEGIN, HS>(smem, head_values + BEGIN, V, row, BEGIN, T);
+  }
+  copy_async_commit();
+}
+
+}  // namespace attention
+
+// Launched with (NH, B) blocks of 128 threads: a block has one head of one batch row.
+//   out  (B, T, NH, HS) =       the weighted sums of the values
+//   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
+//   qkv  (B, T, 3, NH, HS)
+template <class Real, int HS, bool DROPOUT>
+__global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_blocks)
+    attention_forward_head_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
+  using namespace attention;
+  using Queries = ForwardQueries<Real, HS, DROPOUT>;
+  static_assert(head_tile == 16 * Queries::R && head_tile == step_keys);
+  if (DROPOUT) drop.read_step();
+  const Head head(drop, T, NH, HS);
+  const int out_row = NH * HS, row = 3 * out_row, warp = warp_index();
+  const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
+  Real* smem = dynamic_smem<Real>();
+
+  // A tile of queries, from global memory to registers, as left operands: a lane loads pairs of channels. There is no
+  // room for them in shared memory. From T on, the last query stands in: nobody writes its results.
+  Queries queries;
+  const auto load_queries = [&](int first) {
+    for (int r = 0; r < Queries::R; r++)
+      for (int i = 0; i < 4; i++) {
+        const int query = min(first + r * 16 + row_of(2 * i), T - 1);
+        const Real* from = Q + size_t(query) * row + column_of(2 * i);
+        for (int k = 0; k < HS / 16; k++) queries.q[r][k][i] = *reinterpret_cast<const uint32_t*>(from + k * 16);
+      }
+  };
+
+  // 1. All copies begin, in the order in which they will be needed. Our first queries come with the first of them.
+  copy_keys_and_values<0, 32, HS>(smem, K, V, row, T);
+  load_queries(warp * head_tile);
+  __syncwarp();  // or the compiler would load the queries after all copies, and they would arrive last
+  copy_keys_and_values<32, 64, HS>(smem, K, V, row, T);
+  copy_keys_and_values<64, 128, HS>(smem, K, V, row, T);
+  copy_keys_and_values<128, 256, HS>(smem, K, V, row, T);
+
+  int step = 0;
+  for (int half = 0; half < 2; half++) {  // the warp's short tile, then its long one
+    const int first = (half == 0 ? warp : head_tiles - 1 - warp) * head_tile;
+    queries.begin();
+    for (int k0 = 0; k0 <= first; k0 += head_tile, step++) {
+      // 2. At the arrows above: wait for our part of the next group of copies, and for the other warps' parts.
+      if (step == 0) copy_async_wait<3>();
+      if (step == 1) copy_async_wait<2>();
+      if (step == 2) copy_async_wait<1>();
+      if (step == 5) copy_async_wait<0>();
+      if (step <= 2 || step == 5) __syncthreads();
+      // 3. The step. A warp that has no such queries only helps to copy. Off the diagonal no key is hidden. That step
+      //    looks all the same, which is one branch: without it, the compiler mixes both sides of it, and spills.
+      if (first >= T) continue;
+      if (k0 < first)
+        queries.template step<false>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, T);
+      else
+        queries.template step<true>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, T);
+    }
+
+    // 4. The tile is done: registers -> shared -> global. The long tile's queries are on their way meanwhile.
+    if (half == 0) load_queries((head_tiles - 1 - warp) * head_tile);
+    const int own = computed_here(head_own + warp * 16);
+#pragma unroll
+    for (int r = 0; r < Queries::R; r++) {
+      __syncwarp();  // no lane still reads what was in these rows before
+      queries.write(r, out, out_row, lse, head, smem, own, first + r * 16, drop.keep_scale, T);
+    }
+  }
+}

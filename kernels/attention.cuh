@@ -276,9 +276,9 @@ struct ForwardQueries {
     }
   }
 
-  // Queries from `first` on, keys from k0 on. The keys' and values' rows begin at k_row and v_row of shared memory.
-  // ON_DIAGONAL: first = k0, so the squares above the diagonal need not be computed. Otherwise the step looks whether it
-  // has keys to hide.
+  // Queries from `first` on, keys from k0 on, whose rows and whose values' rows begin at k_row and v_row of shared
+  // memory. ON_DIAGONAL: first = k0, and the step leaves out the squares above the diagonal. Otherwise it looks whether
+  // it has keys to hide.
   template <bool ON_DIAGONAL>
   __device__ void step(const Real* smem, int k_row, int v_row, int first, int k0, const DeviceDropout& drop,
                        uint64_t draw_head, int T) {
@@ -329,9 +329,9 @@ struct ForwardQueries {
 }  // namespace attention
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Forward, version 1. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch row
-// and rows = 4 * 16 R queries, a warp has 16 R of them. It keeps the queries, their softmax and their output in registers
-// while the block goes through the keys up to its last query.
+// Forward, version 1. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch
+// row and rows = 4 * 16 R queries, a warp has 16 R of them. It keeps the queries, their softmax and their output in
+// registers while the block goes through the keys up to its last query.
 //   out  (B, T, NH, HS) =       the weighted sums of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
 //   qkv  (B, T, 3, NH, HS)

@@ -9,8 +9,8 @@
 //
 //   step      0   1   2   3   4   5   6   7   8
 //   warp 0    0|  0   1   2   3   4   5   6   7|      numbers: the tile of keys
-//   warp 1    0   1|  0   1   2   3   4   5   6|      |: on the diagonal, where some keys are hidden. The tile of queries
-//   warp 2    0   1   2|  0   1   2   3   4   5|      is done then, and written.
+//   warp 1    0   1|  0   1   2   3   4   5   6|      |: on the diagonal, where some keys are hidden. Then the tile of
+//   warp 2    0   1   2|  0   1   2   3   4   5|      queries is done, and written.
 //   warp 3    0   1   2   3|  0   1   2   3   4|
 //             ^   ^   ^           ^                   all wait here for tiles 0; 1; 2 and 3; 4 to 7
 //
@@ -28,8 +28,8 @@ constexpr int head_tile = 32, head_tiles = 2 * warps, head_rows = head_tile * he
 constexpr int head_values = head_rows, head_own = 2 * head_rows;
 constexpr size_t head_smem(int HS) { return size_t(head_own + warps * 16) * HS * 2; }
 
-// The head sizes that version 2 has. With 16 channels, copy_rows takes 64 rows at once, more than a tile; 128 would need
-// twice the memory.
+// The head sizes that version 2 has. With 16 channels, copy_rows takes 64 rows at once, more than a tile; with 128, the
+// memory would have to be twice as large.
 constexpr bool head_has_size(int HS) { return HS == 32 || HS == 64; }
 
 // Whether version 2 can run on this card, with heads of HS channels and T tokens. Turing's 64 KB are too small for 64.
@@ -88,16 +88,18 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
   copy_keys_and_values<128, 256, HS>(smem, K, V, row, T);
 
   int step = 0;
-  for (int half = 0; half < 2; half++) {  // the warp's short tile, then its long one
-    const int first = (half == 0 ? warp : head_tiles - 1 - warp) * head_tile;
+  for (int turn = 0; turn < 2; turn++) {  // the warp's short tile, then its long one
+    const int first = (turn == 0 ? warp : head_tiles - 1 - warp) * head_tile;
     queries.begin();
     for (int k0 = 0; k0 <= first; k0 += head_tile, step++) {
       // 2. At the arrows above: wait for our part of the next group of copies, and for the other warps' parts.
-      if (step == 0) copy_async_wait<3>();
-      if (step == 1) copy_async_wait<2>();
-      if (step == 2) copy_async_wait<1>();
-      if (step == 5) copy_async_wait<0>();
-      if (step <= 2 || step == 5) __syncthreads();
+      if (step <= 2 || step == 5) {
+        if (step == 0) copy_async_wait<3>();
+        if (step == 1) copy_async_wait<2>();
+        if (step == 2) copy_async_wait<1>();
+        if (step == 5) copy_async_wait<0>();
+        __syncthreads();
+      }
       // 3. The step. A warp that has no such queries only helps to copy. Off the diagonal no key is hidden. That step
       //    looks all the same, which is one branch: without it, the compiler mixes both sides of it, and spills.
       if (first >= T) continue;
@@ -108,7 +110,7 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
     }
 
     // 4. The tile is done: registers -> shared -> global. The long tile's queries are on their way meanwhile.
-    if (half == 0) load_queries((head_tiles - 1 - warp) * head_tile);
+    if (turn == 0) load_queries((head_tiles - 1 - warp) * head_tile);
     const int own = computed_here(head_own + warp * 16);
 #pragma unroll
     for (int r = 0; r < Queries::R; r++) {

@@ -1,8 +1,9 @@
 // Building blocks of the kernels: eight numbers at a time, sums over lanes, and the tensor cores' instructions. The
 // only file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU
 // (CUDA_ON_CPU).
-// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, computed_here, dynamic_smem, pack2, mma_16x8x16, ldmatrix_x4,
-//          ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit, copy_async_wait
+// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, computed_here, dynamic_smem, pack2,
+//          mma_16x8x16, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit,
+//          copy_async_wait
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

@@ -280,8 +280,8 @@ TEMPLATE_TEST_CASE("attention on the device: version 2 of forward, up to its las
     }
 }
 
-// Version 1 multiplies a tile's hidden weights, which are 0, by their values, and 0 * infinity is not a number. Version 2
-// leaves them out. So we can tell from the results which of them ran.
+// Version 1 multiplies a square's hidden weights, which are 0, by their values, and 0 * infinity is not a number.
+// Version 2 leaves such squares out. So we can tell from the results which of them ran.
 TEST_CASE("attention on the device: which version of forward runs", "[cuda]") {
   const auto ran = [](int version, int T, int HS) {
     const Shape s{1, T, 1, HS};

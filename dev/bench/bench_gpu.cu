@@ -627,9 +627,10 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
     const int chosen = choices().attention_forward;
     for (const int version : {1, 2}) {
       choices().attention_forward = version;
-      table.row(text("attention_forward, version ", version).c_str(), 0, attention, 4 * A + lse, [&](int l) {
-        attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st);
-      });
+      table.row(version == 1 ? "attention_forward, version 1" : "attention_forward, version 2", 0, attention,
+                4 * A + lse, [&](int l) {
+                  attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st);
+                });
     }
     choices().attention_forward = chosen;
   }

@@ -1,6 +1,6 @@
 // Causal multi-head self-attention of floats on the GPU, on tensor cores: version 2 of attention_float in choices.cuh.
-// Tensor cores multiply floats as TF32 numbers, which have 11 bits where a float has 24 (mma_16x8x8_tf32 in device.cuh).
-// PRODUCTS says how many such products make one product of floats:
+// Tensor cores multiply floats as TF32 numbers, of which 11 bits count where a float has 24 (device.cuh). PRODUCTS says
+// how many such products make one product of floats:
 //
 //   1 (--dtype tf32)      high * high, each operand rounded by up to 2^-11 of itself
 //   3 (--dtype float32)   high * high + high * low + low * high, where x = high + low: high is x rounded, low the rest
@@ -40,24 +40,32 @@ constexpr int query_squares = HS <= 64 ? 2 : 1;
 // ---------------------------------------------------------------------------------------------------------------------
 // Operands
 
-// N floats of a lane, as its part of an operand.
+// A lane's part of an operand: N of its floats belong to columns (or rows) 0 ... 7 of sixteen, N to the others.
 template <int PRODUCTS, int N>
 struct Operand {
-  float high[N], low[PRODUCTS == 3 ? N : 1];
-  __device__ void set(int i, float x) {
-    high[i] = round_to_tf32(x);
-    if constexpr (PRODUCTS == 3) low[i] = x - high[i];
+  float high[2][N], low[2][PRODUCTS == 3 ? N : 1];
+  __device__ void set(int half, int i, float x) {
+    high[half][i] = round_to_tf32(x);
+    if constexpr (PRODUCTS == 3) low[half][i] = x - high[half][i];
   }
 };
 
-// d (16, 8) += a (16, 8) @ b (8, 8), the smallest terms first.
+// d (16, 8) += a (16, 16) @ b (16, 8)
+// Tensor cores round sums towards zero, and so a long sum of theirs becomes too small. That would spoil the three
+// products: there the tensor cores only add up these 16 terms, the smallest first, and we add the result to d.
 template <int PRODUCTS>
 __device__ inline void multiply(float (&d)[4], const Operand<PRODUCTS, 4>& a, const Operand<PRODUCTS, 2>& b) {
-  if constexpr (PRODUCTS == 3) {
-    mma_16x8x8_tf32(d, a.low, b.high);
-    mma_16x8x8_tf32(d, a.high, b.low);
+  if constexpr (PRODUCTS == 1) {
+    for (int k = 0; k < 2; k++) mma_16x8x8_tf32(d, a.high[k], b.high[k]);
+  } else {
+    float sum[4] = {};
+    for (int k = 0; k < 2; k++) {
+      mma_16x8x8_tf32(sum, a.low[k], b.high[k]);
+      mma_16x8x8_tf32(sum, a.high[k], b.low[k]);
+    }
+    for (int k = 0; k < 2; k++) mma_16x8x8_tf32(sum, a.high[k], b.high[k]);
+    for (int i = 0; i < 4; i++) d[i] += sum[i];
   }
-  mma_16x8x8_tf32(d, a.high, b.high);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -134,8 +142,7 @@ struct Tiles {
 // Products. g = lane / 4, t = lane % 4.
 
 // s (16 R, 16 N) = own (16 R, HS) @ rows (16 N, HS)^T, both from shared memory. Scores are q @ k^T, dP is dout @ v^T.
-// Of 16 channels, a lane reads 4 t ... 4 t + 3 at once. Two of them are k = t and t + 4 of one product, the others of the
-// next.
+// Of 16 channels, a lane reads 4 t ... 4 t + 3 at once: k = t and t + 4 of the first eight, then of the second.
 template <int PRODUCTS, int HS, int R, int N>
 __device__ inline void multiply_transposed(Square (&s)[R][N], const float* own, const float* rows) {
   const int offset = place<HS>(lane() / 4, lane() % 4 * 4);
@@ -144,24 +151,23 @@ __device__ inline void multiply_transposed(Square (&s)[R][N], const float* own, 
 #pragma unroll
   for (int c = 0; c < HS; c += 16) {
     // 1. Our rows g and g + 8 of each 16.
-    Operand<PRODUCTS, 4> a[R][2];
+    Operand<PRODUCTS, 4> a[R];
 #pragma unroll
     for (int r = 0; r < R; r++) {
       const float* from = own + (offset ^ c) + 16 * r * HS;
       const Floats<4> upper = load<4>(from), lower = load<4>(from + 8 * HS);
       for (int i = 0; i < 4; i++) {
-        a[r][i / 2].set(i % 2 * 2, upper.v[i]);
-        a[r][i / 2].set(i % 2 * 2 + 1, lower.v[i]);
+        a[r].set(i / 2, i % 2 * 2, upper.v[i]);
+        a[r].set(i / 2, i % 2 * 2 + 1, lower.v[i]);
       }
     }
     // 2. Row g of each eight of the others, which is column g of a product.
 #pragma unroll
     for (int n = 0; n < 2 * N; n++) {
       const Floats<4> x = load<4>(rows + (offset ^ c) + 8 * n * HS);
-      Operand<PRODUCTS, 2> b[2];
-      for (int i = 0; i < 4; i++) b[i / 2].set(i % 2, x.v[i]);
-      for (int k = 0; k < 2; k++)
-        for (int r = 0; r < R; r++) multiply(s[r][n / 2].half[n % 2], a[r][k], b[k]);
+      Operand<PRODUCTS, 2> b;
+      for (int i = 0; i < 4; i++) b.set(i / 2, i % 2, x.v[i]);
+      for (int r = 0; r < R; r++) multiply(s[r][n / 2].half[n % 2], a[r], b);
     }
   }
 }
@@ -174,46 +180,33 @@ using Sums = float[HS / 8][4];
 template <int HS>
 constexpr int run = HS < 32 ? HS / 8 : 4;
 
-// sum (16 R, HS) = shrink * sum + p (16 R, 16 N) @ rows (16 N, HS), where rows are in shared memory.
-// p is the result of another product, already spread over the lanes as a left operand has to be, if its columns 2 t and
-// 2 t + 1 become k = t and t + 4. So a lane reads rows 2 t and 2 t + 1 of each eight.
-// Tensor cores round sums towards zero. If they added all steps' products, the result would become too small, step by
-// step. Here they begin with zero, and we add what they make of one step.
-// shrink: for this lane's rows g and g + 8 of each 16
+// sum (16 R, HS) += p (16 R, 16 N) @ rows (16 N, HS), where rows are in shared memory. p is the result of another
+// product, already spread over the lanes as a left operand has to be, if its columns 2 t and 2 t + 1 become k = t and
+// t + 4. So a lane reads rows 2 t and 2 t + 1 of each eight.
 template <int PRODUCTS, int HS, int R, int N>
-__device__ inline void multiply_add(Sums<HS> (&sum)[R], const float (&shrink)[R][2], const Square (&p)[R][N],
-                                    const float* rows) {
-  // 1. p as left operands, one for eight columns.
-  Operand<PRODUCTS, 4> a[R][2 * N];
-#pragma unroll
-  for (int r = 0; r < R; r++)
-    for (int k = 0; k < 2 * N; k++)
-      for (int i = 0; i < 4; i++) a[r][k].set(i, p[r][k / 2].half[k % 2][i % 2 * 2 + i / 2]);
-  // 2. The products, a group of channels after the other.
+__device__ inline void multiply_add(Sums<HS> (&sum)[R], const Square (&p)[R][N], const float* rows) {
   const int offset[2] = {place<HS>(lane() % 4 * 2, lane() / 4 * run<HS>),
                          place<HS>(lane() % 4 * 2 + 1, lane() / 4 * run<HS>)};
 #pragma unroll
-  for (int c = 0; c < HS; c += 8 * run<HS>) {
-    float step[R][run<HS>][4] = {};
+  for (int n = 0; n < N; n++) {
+    Operand<PRODUCTS, 4> a[R];
+    for (int r = 0; r < R; r++)
+      for (int i = 0; i < 8; i++) a[r].set(i / 4, i % 2 * 2 + i / 2 % 2, p[r][n][i]);
 #pragma unroll
-    for (int k = 0; k < 2 * N; k++) {
-      const Floats<run<HS>> x = load<run<HS>>(rows + offset[0] + 8 * k * HS + c),
-                            y = load<run<HS>>(rows + offset[1] + 8 * k * HS + c);
+    for (int c = 0; c < HS; c += 8 * run<HS>) {
+      Floats<run<HS>> x[2][2];  // rows 2 t and 2 t + 1 of the first eight and of the second
+      for (int i = 0; i < 4; i++) x[i / 2][i % 2] = load<run<HS>>(rows + offset[i % 2] + (2 * n + i / 2) * 8 * HS + c);
       for (int j = 0; j < run<HS>; j++) {
         Operand<PRODUCTS, 2> b;
-        b.set(0, x.v[j]);
-        b.set(1, y.v[j]);
-        for (int r = 0; r < R; r++) multiply(step[r][j], a[r][k], b);
+        for (int i = 0; i < 4; i++) b.set(i / 2, i % 2, x[i / 2][i % 2].v[j]);
+        for (int r = 0; r < R; r++) multiply(sum[r][c / 8 + j], a[r], b);
       }
     }
-    for (int r = 0; r < R; r++)
-      for (int j = 0; j < run<HS>; j++)
-        for (int i = 0; i < 4; i++) sum[r][c / 8 + j][i] = fmaf(shrink[r][i / 2], sum[r][c / 8 + j][i], step[r][j][i]);
   }
 }
 
-// Writes a warp's 16 rows, x (16, HS) * factor, to `to` (16, HS), whose rows are `stride` floats apart; rows from `rows`
-// on do not exist. Four neighbouring lanes write 128 bytes of a row.
+// Writes a warp's 16 rows, x (16, HS) * factor, to `to` (16, HS), whose rows are `stride` floats apart; rows from
+// `rows` on do not exist. Four neighbouring lanes write 128 bytes of a row.
 // factor: for this lane's rows g and g + 8
 template <int HS>
 __device__ inline void store_rows(float* to, int stride, int rows, const Sums<HS>& x, const float (&factor)[2]) {
@@ -231,8 +224,8 @@ __device__ inline void store_rows(float* to, int stride, int rows, const Sums<HS
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Forward. Launched with (NH, B, ceil(T / rows)) blocks of 128 threads: a block has one head of one batch row and
-// rows = 4 * 16 R queries, a warp has 16 R of them. It keeps their softmax and their output in registers while the block
-// goes through the keys up to its last query.
+// rows = 4 * 16 R queries, a warp has 16 R of them. It keeps their softmax and their output in registers while the
+// block goes through the keys up to its last query.
 //   out  (B, T, NH, HS) =       the weighted sums of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
 //   qkv  (B, T, 3, NH, HS)
@@ -271,11 +264,12 @@ __global__ void __launch_bounds__(attention::threads, 2)
     Square s[R][N];
     multiply_transposed<PRODUCTS, HS>(s, q, tiles.x_tile(k0));
     attention::hide_later_keys<false>(s, first, k0);
-    float shrink[R][2];
 #pragma unroll
     for (int r = 0; r < R; r++) {
-      // 4. Running softmax: scores become weights.
-      attention::softmax_step<float>(s[r], max[r], sum[r], shrink[r], scale);
+      // 4. Running softmax: scores become weights, the output so far shrinks with the sum.
+      float shrink[2];
+      attention::softmax_step<float>(s[r], max[r], sum[r], shrink, scale);
+      for (int i = 0; i < HS / 2; i++) o[r][i / 4][i % 4] *= shrink[i / 2 % 2];
       // 5. Dropout, after the sum: the denominator contains all weights.
       if constexpr (DROPOUT) {
 #pragma unroll
@@ -286,8 +280,8 @@ __global__ void __launch_bounds__(attention::threads, 2)
         }
       }
     }
-    // 6. The output so far shrinks with the sum; o += weights @ v
-    multiply_add<PRODUCTS, HS>(o, shrink, s, tiles.y_tile(k0));
+    // 6. o += weights @ v
+    multiply_add<PRODUCTS, HS>(o, s, tiles.y_tile(k0));
   }
 
   // 7. Write lse. Divide out by the denominators, apply dropout's factor, and write it.
@@ -369,7 +363,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
                                           !DROPOUT || keep[i], drop.keep_scale);
     }
     // 6. dq += dS @ k
-    multiply_add<PRODUCTS, HS>(dq, {{1, 1}}, ds, tiles.x_tile(k0));
+    multiply_add<PRODUCTS, HS>(dq, ds, tiles.x_tile(k0));
   }
 
   // 7. Write dq, with the factor that dS lacks.
@@ -395,8 +389,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 && PRODUCTS == 1 
   const int out_row = NH * HS, row = 3 * out_row, warp = attention::warp_index();
   const int first_of_block = int(blockIdx.z) * rows, first = first_of_block + warp * 16;
 
-  // 1. Our keys and values, and the first tiles of queries and dout: global -> shared. Behind the tiles it has lse and D
-  //    of the queries of both stages, (2, tile).
+  // 1. Our keys and values, and the first tiles of queries and dout: global -> shared. Behind the tiles it has lse and
+  //    D of the queries of both stages, (2, tile).
   float* smem = dynamic_smem<float>();
   const float *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out;
   const Tiles<HS> tiles{
@@ -442,8 +436,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 && PRODUCTS == 1 
       }
     }
     // 5. dv += weights^T @ dout, dk += dS^T @ q
-    multiply_add<PRODUCTS, HS>(dv, {{1, 1}}, p, tiles.y_tile(i));
-    multiply_add<PRODUCTS, HS>(dk, {{1, 1}}, ds, tiles.x_tile(i));
+    multiply_add<PRODUCTS, HS>(dv, p, tiles.y_tile(i));
+    multiply_add<PRODUCTS, HS>(dk, ds, tiles.x_tile(i));
   }
 
   // 6. Write dk and dv, with the factors that backward_weight leaves out.

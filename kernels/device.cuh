@@ -1,9 +1,9 @@
 // Building blocks of the kernels: eight numbers at a time, sums over lanes, and the tensor cores' instructions. The
 // only file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU
 // (CUDA_ON_CPU).
-// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, dynamic_smem, pack2, mma_16x8x16, round_to_tf32,
-//          mma_16x8x8_tf32, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit,
-//          copy_async_wait
+// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, dynamic_smem, pack2, mma_16x8x16,
+//          round_to_tf32, mma_16x8x8_tf32, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16,
+//          copy_async_commit, copy_async_wait
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -152,9 +152,9 @@ __device__ inline void mma_16x8x16<fp16>(float (&d)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// x rounded to the nearest TF32 number: halves away from zero or, where there is one instruction for it, to even. Tensor
-// cores ignore the 13 bits that a TF32 number does not have, which would round towards zero; so round before. PTX leaves
-// open what these bits become; here they are 0, so that one can compute with the number (x - round_to_tf32(x)).
+// x rounded to the nearest TF32 number, halves away from zero or, where there is one instruction for it, to even. We
+// assume that tensor cores ignore the 13 bits of a float that a TF32 number does not have. That would round towards
+// zero, so round before. PTX leaves open what these bits become; here they are 0, so that x - round_to_tf32(x) is exact.
 __device__ inline float round_to_tf32(float x) {
   uint32_t bits = __float_as_uint(x);
 #if __CUDA_ARCH__ >= 900
@@ -165,8 +165,7 @@ __device__ inline float round_to_tf32(float x) {
   return __uint_as_float(bits & 0xffffe000u);
 }
 
-// d (16 x 8) += a (16 x 8) @ b (8 x 8), where a and b are TF32 numbers; sums in float, which the hardware rounds towards
-// zero.
+// d (16 x 8) += a (16 x 8) @ b (8 x 8), where a and b are TF32 numbers. Sums are floats, rounded towards zero.
 __device__ inline void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
 #if __CUDA_ARCH__ >= 800
   asm volatile(

@@ -12,8 +12,8 @@ struct Shape {
   size_t weights() const { return size_t(B) * NH * T; }
 };
 
-// The kernels that floats get until the end of the scope: those without tensor cores, those with three products of tensor
-// cores for one of floats, or with one, which rounds its operands to TF32.
+// The kernels that floats get until the end of the scope: those without tensor cores, those whose tensor cores make
+// three products for one of floats, or those that make one, whose operands are rounded to TF32.
 enum class FloatKernels { simple, three_products, one_product };
 bool tf32 = false;  // what forward() and backward() below ask for
 struct FloatVersion {

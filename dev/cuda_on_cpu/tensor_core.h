@@ -44,13 +44,19 @@ void mma(void* const slots[32], unsigned) {
 
 // What a tensor core takes of a float in a TF32 product: it ignores the 13 low bits.
 inline float tf32_of(float x) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0xffffe000u); }
+// Tensor cores round sums towards zero (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
+inline float towards_zero(double x) {
+  const float y = float(x);
+  return std::isfinite(y) && std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
+}
 
 struct MmaTf32Slot {
   float* d;
   const float *a, *b;
 };
 inline void mma_tf32(void* const slots[32], unsigned) {
-  float a[16][8], b[8][8], d[16][8];
+  float a[16][8], b[8][8];
+  double d[16][8];
   for (int l = 0; l < 32; l++) {
     const MmaTf32Slot& slot = *static_cast<const MmaTf32Slot*>(slots[l]);
     const int g = l / 4, t = l % 4;
@@ -60,10 +66,10 @@ inline void mma_tf32(void* const slots[32], unsigned) {
   }
   for (int row = 0; row < 16; row++)
     for (int k = 0; k < 8; k++)
-      for (int column = 0; column < 8; column++) d[row][column] += a[row][k] * b[k][column];
+      for (int column = 0; column < 8; column++) d[row][column] += double(a[row][k]) * b[k][column];
   for (int l = 0; l < 32; l++)
     for (int i = 0; i < 4; i++)
-      static_cast<const MmaTf32Slot*>(slots[l])->d[i] = d[fragment_row(l, i)][fragment_column(l, i)];
+      static_cast<const MmaTf32Slot*>(slots[l])->d[i] = towards_zero(d[fragment_row(l, i)][fragment_column(l, i)]);
 }
 
 // Every lane reads its row before the warp meets, so that a sanitizer blames the right lane.

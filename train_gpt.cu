@@ -213,7 +213,8 @@ void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_bac
                     stream);
   for (int l = 0; l < L; l++) {
     m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C);
-    attention_forward(a.att[l], kept(s.lse, l), a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, stream);
+    attention_forward(a.att[l], kept(s.lse, l), a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, stream,
+                      m.matmul.tf32());
     m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C);
     residual_layernorm_forward(a.mid[l], a.ln2[l], kept(s.ln2_mean, l), kept(s.ln2_rstd, l), a.inp[l], a.branch,
                                p.attprojb[l], drop.at(site::proj_dropout, l), p.ln2w[l], p.ln2b[l], B, T, C, stream);
@@ -290,7 +291,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
     m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
     m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], accumulate, rows, C, C, C);
     attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
-                       B, T, C, NH, stream);
+                       B, T, C, NH, stream, m.matmul.tf32());
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
     m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
     residual_layernorm_backward(g.dstream, l > 0 ? g.dbranch : nullptr, gs.ln1_partials[l], g.dnorm, a.inp[l],
@@ -549,8 +550,7 @@ class GpuModel final : public Trainer {
     step_ = step;
   }
 
-  // The algorithms of the matrix products are measured once and then kept beside the run's other files, so that later
-  // and resumed runs repeat it bit for bit.
+  // The algorithms are measured once and kept beside the run's other files, so that later runs repeat it bit for bit.
   std::string algorithms_path() const { return config_.out_dir + "/matmul_algorithms.txt"; }
 
   static constexpr int ring_size = 50, graph_batches = 64;  // a step of more batches is launched without a graph

@@ -543,9 +543,11 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 }
 
 #include "attention_forward_head.cuh"  // version 2 of forward, made of the building blocks above
+#include "attention_tf32.cuh"  // version 2 for floats, made of the building blocks above
 
 // ---------------------------------------------------------------------------------------------------------------------
-// These functions launch the kernels: the ones above, or for floats the ones in attention_float.cuh.
+// These functions launch the kernels: the ones above, or for floats the ones in attention_float.cuh or
+// attention_tf32.cuh.
 
 namespace attention {
 
@@ -584,14 +586,16 @@ constexpr size_t smem_bytes(int more = 0) {
 
 // out and lse = attention of qkv, with the shapes that stand above the kernels. lse may be null.
 // A query's result does not depend on B. A score that overflows float makes its query's results NaN.
+// tf32: products of floats may take 10 bits of their mantissas (attention_tf32.cuh)
 template <class Real>
 void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropout& drop, int B, int T, int C, int NH,
-                       cudaStream_t stream) {
+                       cudaStream_t stream, [[maybe_unused]] bool tf32 = false) {
   using namespace attention;
   check("attention_forward", drop, B, T, C, NH);
   specialize("attention_forward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
+      if (has_tf32_kernels()) return forward_by_tf32<HS, dropout>(out, lse, qkv, drop, B, T, NH, stream, tf32);
       launch(attention_forward_float_kernel<HS, dropout>, {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream}, out,
              lse, qkv, drop, T, NH);
     } else {
@@ -610,12 +614,15 @@ void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropo
 // dqkv = the gradient of qkv, with the shapes that stand above the kernels. D is scratch memory.
 template <class Real>
 void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
-                        const DeviceDropout& drop, int B, int T, int C, int NH, cudaStream_t stream) {
+                        const DeviceDropout& drop, int B, int T, int C, int NH, cudaStream_t stream,
+                        [[maybe_unused]] bool tf32 = false) {
   using namespace attention;
   check("attention_backward", drop, B, T, C, NH);
   specialize("attention_backward", C / NH, drop.active(), [&](auto size, auto dropout) {
     constexpr int HS = size;
     if constexpr (std::is_same_v<Real, float>) {
+      if (has_tf32_kernels())
+        return backward_by_tf32<HS, dropout>(dqkv, D, dout, qkv, out, lse, drop, B, T, NH, stream, tf32);
       const LaunchConfig config = {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream};
       launch(attention_backward_queries_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, out, lse, drop, T, NH);
       launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, T, NH);

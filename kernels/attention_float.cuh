@@ -1,6 +1,7 @@
 // Causal multi-head self-attention of floats on the GPU, without tensor cores. It is the simple variant: read it before
 // attention.cuh, whose kernels do the same with squares of 16 x 16 where here a warp has one row. attention.h has the
-// equations.
+// equations. Floats have kernels for tensor cores, too, in attention_tf32.cuh, for --dtype tf32 and float32. They are
+// version 2; no card takes them yet (choices.cuh), and cards before sm_80 cannot.
 //
 // One warp has one query (or, in the last kernel, one key) and goes through the rows of the other kind 32 at a time. A
 // row's HS channels are spread over HS / 4 lanes, four to each, so that a warp reads 32 / (HS / 4) rows side by side:

@@ -2,8 +2,8 @@
 // only file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU
 // (CUDA_ON_CPU).
 // defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, computed_here, dynamic_smem, pack2,
-//          mma_16x8x16, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit,
-//          copy_async_wait
+//          mma_16x8x16, round_to_tf32, mma_16x8x8_tf32, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16,
+//          copy_async_commit, copy_async_wait
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -102,6 +102,14 @@ __device__ inline Real* dynamic_smem() {
 //   d (16 x 8):   d[0], d[1] = (g, 2t), (g, 2t + 1)   d[2], d[3] = (g + 8, 2t), (g + 8, 2t + 1)
 // So two d's side by side, rounded to 16 bits, are again an a: the product of a product needs no exchange between
 // lanes.
+//
+// Floats are multiplied as TF32 numbers, which have float's 8 bits of exponent and the upper 10 bits of its mantissa. A
+// register holds one; the layouts are those of mma.m16n8k8:
+//   a (16 x 8):  a[0] = (g, t)   a[1] = (g + 8, t)   a[2] = (g, t + 4)   a[3] = (g + 8, t + 4)
+//   b (8 x 8):   b[0] = (t, g)   b[1] = (t + 4, g)
+//   d (16 x 8):  as above
+// Here a d is an a if the columns change their places: a lane's columns 2t and 2t + 1 of d become t and t + 4 of a, and
+// the rows of b have to follow.
 
 // Two floats, rounded to Real (bf16 or fp16), in one register: lo in the low half.
 template <class Real>
@@ -148,6 +156,33 @@ __device__ inline void mma_16x8x16<fp16>(float (&d)[4], const uint32_t (&a)[4], 
   asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                : "r"(a[2]), "r"(a[3]), "r"(b[1]));
+#endif
+}
+
+// x rounded to the nearest TF32 number, halves away from zero or, where there is one instruction for it, to even. We
+// assume that tensor cores ignore the 13 bits of a float that a TF32 number does not have. That would round towards
+// zero, so round before. PTX leaves open what these bits become; here they are 0, so that x - round_to_tf32(x) is exact.
+__device__ inline float round_to_tf32(float x) {
+  uint32_t bits = __float_as_uint(x);
+#if __CUDA_ARCH__ >= 900
+  asm("cvt.rn.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#elif __CUDA_ARCH__ >= 800
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+#endif
+  return __uint_as_float(bits & 0xffffe000u);
+}
+
+// d (16 x 8) += a (16 x 8) @ b (8 x 8), where a and b are TF32 numbers. Sums are floats, rounded towards zero.
+__device__ inline void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2]) {
+#if __CUDA_ARCH__ >= 800
+  asm volatile(
+      "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+      "{%0, %1, %2, %3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(__float_as_uint(a[0])), "r"(__float_as_uint(a[1])), "r"(__float_as_uint(a[2])), "r"(__float_as_uint(a[3])),
+        "r"(__float_as_uint(b[0])), "r"(__float_as_uint(b[1])));
+#else
+  __trap();  // no TF32 before sm_80
 #endif
 }
 

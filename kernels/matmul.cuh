@@ -52,6 +52,7 @@ class Matmul {
   // forward, as where the library has no algorithm that includes them.
   Matmul(bool tf32, cudaStream_t stream, bool fuse = true)
       : tf32_(tf32), fuse_(fuse), stream_(stream), library_(stream) {}
+  bool tf32() const { return tf32_; }
 
   // out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC); no bias: nullptr. A row of out is ldo elements long,
   // what is behind the first OC is left alone.

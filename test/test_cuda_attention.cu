@@ -12,6 +12,27 @@ struct Shape {
   size_t weights() const { return size_t(B) * NH * T; }
 };
 
+// The kernels that floats get until the end of the scope: those without tensor cores, those whose tensor cores make
+// three products for one of floats, or those that make one, whose operands are rounded to TF32.
+enum class FloatKernels { simple, three_products, one_product };
+bool tf32 = false;  // what forward() and backward() below ask for
+struct FloatVersion {
+  const int before = choices().attention_float;
+  explicit FloatVersion(FloatKernels kernels) {
+    choices().attention_float = kernels == FloatKernels::simple ? 1 : 2;
+    tf32 = kernels == FloatKernels::one_product;
+  }
+  ~FloatVersion() { choices().attention_float = before, tf32 = false; }
+};
+// A test that calls it runs with each in turn.
+template <class Real>
+FloatKernels every_float_version() {
+  if constexpr (std::is_same_v<Real, float>)
+    return GENERATE(FloatKernels::simple, FloatKernels::three_products, FloatKernels::one_product);
+  else
+    return FloatKernels::simple;
+}
+
 // The kernels' outputs.
 template <class Real>
 struct Results {
@@ -40,7 +61,7 @@ Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropo
   Dropout without_step = drop;
   without_step.step = 12345;  // the kernel must take the step on the device instead
   attention_forward(out.data(), lse.data(), in.data(), {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T,
-                    s.C(), s.NH, nullptr);
+                    s.C(), s.NH, nullptr, tf32);
   return {out.read(), {}, lse.read(), {}};
 }
 // Whatever the tests ask of the forward pass, both versions must do, with the same bits.
@@ -64,7 +85,7 @@ Results<Real> backward(const Shape& s, const std::vector<float>& qkv, const std:
   Dropout without_step = drop;
   without_step.step = 12345;
   attention_backward(dqkv.data(), D.data(), d.data(), in.data(), from.data(), sums.data(),
-                     {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T, s.C(), s.NH, nullptr);
+                     {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T, s.C(), s.NH, nullptr, tf32);
   return {{}, dqkv.read(), {}, D.read()};
 }
 
@@ -79,6 +100,8 @@ std::vector<float> random_dout(const Shape& s) { return noise(s.rows() * s.C(), 
 // more than two standard deviations. A weight in float is off because exp enlarges the rounding of a score as large as
 // `scores`. The errors of a sum's terms are independent, so their squares add up: the budget is twice the square root,
 // and half a unit of the result.
+// TF32 rounds both operands of every product by up to 2^-11 of themselves, weights and dS among them.
+constexpr double of_operands = 1.5 * 0x1p-11;  // of both, a little more than sqrt(2)
 struct Budgets {
   std::vector<double> out, dqkv;
 };
@@ -88,6 +111,7 @@ Budgets budgets(const Shape& s, const std::vector<double>& qkv, const std::vecto
                 const Dropout& drop, double scores) {
   const bool is_float = std::is_same_v<Real, float>, is_fp16 = std::is_same_v<Real, fp16>;
   const double half_unit = is_float ? 0x1p-24 : is_fp16 ? 0x1p-11 : 0x1p-8, of_weight = is_float ? 0 : half_unit;
+  const double of_product = tf32 ? of_operands : 0;
   const double smallest = is_fp16 ? 0x1p-25 : 0x1p-126;  // below it, errors are absolute
   const double in_float = 0x1p-24 * (scores / 2 + 1) * std::sqrt(double(std::max(s.T, s.HS)));
   const double scale = 1 / std::sqrt(double(s.HS)), kept = dropout_scale(drop.threshold);
@@ -101,19 +125,24 @@ Budgets budgets(const Shape& s, const std::vector<double>& qkv, const std::vecto
           const size_t at_k = size_t(b * s.T + kv) * 3 * s.C() + s.C() + h * s.HS, at_v = at_k + s.C();
           const bool keep = attention_draw(drop, uint64_t(drop.first_row + b) * s.NH + h, q, kv, s.T) < drop.threshold;
           const double m = keep ? kept : 0;
-          double dot = 0, difference = 0, terms = 0;  // difference, terms: of m * dP - D
+          double dot = 0, products = 0, difference = 0, terms = 0;  // difference, terms: of m * dP - D
           for (int i = 0; i < s.HS; i++) {
             dot += qkv[at_q + i] * qkv[at_k + i];
+            add(products, qkv[at_q + i] * qkv[at_k + i]);
             difference += dout[row + i] * (m * qkv[at_v + i] - out[row + i]);
             add(terms, m * dout[row + i] * qkv[at_v + i]);
             add(terms, dout[row + i] * out[row + i]);
           }
           const double P = std::exp(dot * scale - lse[size_t(b * s.NH + h) * s.T + q]);
-          const double of_P = m * ((of_weight + in_float) * P + smallest);
+          const double of_score = of_product * scale * std::sqrt(products), relative = of_weight + in_float + of_score;
+          const double of_P = m * ((relative + of_product) * P + smallest);
           const double of_dS =
-              scale * (P * ((of_weight + in_float) * std::abs(difference) + in_float * std::sqrt(terms)) + smallest);
+              scale *
+              (P * ((relative + of_product) * std::abs(difference) + (in_float + of_product) * std::sqrt(terms)) +
+               smallest);
           for (int i = 0; i < s.HS; i++) {
             add(x.out[row + i], of_P * qkv[at_v + i]);
+            add(x.out[row + i], of_score * P * out[row + i]);  // through the denominator
             add(x.dqkv[at_v + i], of_P * dout[row + i]);
             add(x.dqkv[at_q + i], of_dS * qkv[at_k + i]);
             add(x.dqkv[at_k + i], of_dS * qkv[at_q + i]);
@@ -157,14 +186,16 @@ void check_against_reference(const Shape& s, const Dropout& drop, double scale =
 
   const Results<Real> f = forward<Real>(s, qkv, drop);
   check_within(f.out, out, budget.out);
-  check_close(f.lse, lse, 4 * std::sqrt(double(std::max(s.T, s.HS))) * 0x1p-24);
+  check_close(f.lse, lse, 4 * std::sqrt(double(std::max(s.T, s.HS))) * 0x1p-24 + (tf32 ? 2 * of_operands : 0));
   check_within(backward<Real>(s, qkv, dout, out32, lse32, drop).dqkv, dqkv, budget.dqkv);
 }
 
 }  // namespace
 
 TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float, bf16, fp16) {
-  const bool plain = std::is_same_v<TestType, float>;  // its kernels are slow here, and only whole warps of T matter
+  const FloatVersion chosen(every_float_version<TestType>());
+  const bool plain = std::is_same_v<TestType, float> &&
+                     choices().attention_float == 1;  // its kernels are slow here, and only whole warps of T matter
   for (const int T : plain ? std::vector{1, 31, 33, 65} : std::vector{1, 15, 16, 17, 31, 33, 64, 65, 100, 130}) {
     check_against_reference<TestType>({2, T, 1, 64}, dropout(0.2, 3));
     check_against_reference<TestType>({1, T, 2, 64}, dropout(0));
@@ -176,6 +207,7 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float
 
 // Scores so large that small weights underflow, and that later keys raise the running softmax's maximum.
 TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf16, fp16) {
+  const FloatVersion chosen(every_float_version<TestType>());
   for (const int HS : {64, 128}) check_against_reference<TestType>({1, 70, 1, HS}, dropout(0.2), 5, 100);
 }
 
@@ -183,7 +215,8 @@ TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf1
 // dout, dv (kv, c) is the weight of query first_query + c. With D = 0, dout . v = 1 and one-hot keys and queries, dq
 // and dk show dS the same way. They must be exactly zero where the CPU drops a weight, and nowhere else.
 TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, bf16, fp16) {
-  const bool plain = std::is_same_v<TestType, float>;
+  const FloatVersion chosen(every_float_version<TestType>());
+  const bool plain = std::is_same_v<TestType, float> && choices().attention_float == 1;
   const Shape s{plain ? 1 : 2, plain ? 70 : 130, 1, 64};
   const Dropout drop = dropout(0.3, 5);
   const auto kept = [&](int b, int q, int kv) {
@@ -235,6 +268,7 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, 
 
 // Two runs give the same bits, and a batch row does not depend on its neighbours.
 TEMPLATE_TEST_CASE("attention on the device: the same bits", "[cuda]", float, bf16, fp16) {
+  const FloatVersion chosen(every_float_version<TestType>());
   const Shape all{3, 66, 2, 32}, one{1, 66, 2, 32};
   const std::vector<float> qkv = random_qkv(all), dout = random_dout(all);
   const auto row = [&](const std::vector<float>& x) {
@@ -257,13 +291,14 @@ TEMPLATE_TEST_CASE("attention on the device: the same bits", "[cuda]", float, bf
 
 TEMPLATE_TEST_CASE("attention on the device: evaluation needs no lse, and sees no later query", "[cuda]", float, bf16,
                    fp16) {
+  const FloatVersion chosen(every_float_version<TestType>());
   const Shape s{1, 70, 1, 64}, shorter{1, 33, 1, 64};
   const std::vector<float> qkv = random_qkv(s);
   const DeviceArray<TestType> in(qkv), out(s.rows() * s.C());
   const std::vector<TestType> got = forward<TestType>(s, qkv, {}).out;
   for (const int version : {1, 2}) {
     const ForwardVersion chosen(version);
-    attention_forward(out.data(), nullptr, in.data(), {}, s.B, s.T, s.C(), s.NH, nullptr);
+    attention_forward(out.data(), nullptr, in.data(), {}, s.B, s.T, s.C(), s.NH, nullptr, tf32);
     const std::vector<TestType> without_lse = out.read();
     check_same_bits(got.data(), without_lse.data(), got.size());
   }

@@ -553,7 +553,8 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   table.row("qkv forward", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C); });
   table.row("attention_forward", L, attention, 4 * A + lse, [&](int l) {
-    attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st);
+    attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st,
+                      m.matmul.tf32());
   });
   table.row("attproj forward", L, FCC, 2 * A + CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C); });
@@ -598,7 +599,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   // Five products: the weights are not kept, so they have to be made again.
   table.row("attention_backward", L, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
     attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
-                       B, T, C, NH, st);
+                       B, T, C, NH, st, m.matmul.tf32());
   });
   table.row("qkv dX", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });
@@ -633,6 +634,23 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
                 });
     }
     choices().attention_forward = chosen;
+  }
+  if constexpr (std::is_same_v<Real, float>) {
+    const int chosen = choices().attention_float;
+    for (const int version : {1, 2}) {
+      choices().attention_float = version;
+      if (version == 2 && !attention::has_tf32_kernels()) continue;
+      const std::string name = version == 1 ? ", simple" : m.matmul.tf32() ? ", one product" : ", three products";
+      table.row(("attention_forward" + name).c_str(), 0, attention, 4 * A + lse, [&](int l) {
+        attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st,
+                          m.matmul.tf32());
+      });
+      table.row(("attention_backward" + name).c_str(), 0, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
+        attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l],
+                           drop.at(site::attention_dropout, l), B, T, C, NH, st, m.matmul.tf32());
+      });
+    }
+    choices().attention_float = chosen;
   }
 
   const DeviceBuffer<double> norm_partials(gradient_norm_partials, "the gradient's norm");

@@ -1,6 +1,9 @@
 // CUDA on the CPU (see cuda_runtime.h): the functions whose PTX is in kernels/device.cuh, which describes them.
-// defines: mma_16x8x16, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16, copy_async_commit, copy_async_wait
+// defines: mma_16x8x16, round_to_tf32, mma_16x8x8_tf32, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16,
+//          copy_async_commit, copy_async_wait
 #pragma once
+#include <bit>
+#include <cmath>
 #include <cstring>
 
 #include "cuda_runtime.h"
@@ -39,6 +42,36 @@ void mma(void* const slots[32], unsigned) {
       static_cast<const MmaSlot*>(slots[l])->d[i] = d[fragment_row(l, i)][fragment_column(l, i)];
 }
 
+// What a tensor core takes of a float in a TF32 product: it ignores the 13 low bits.
+inline float tf32_of(float x) { return std::bit_cast<float>(std::bit_cast<uint32_t>(x) & 0xffffe000u); }
+// Tensor cores round sums towards zero (Fasi et al., "Numerical behavior of NVIDIA tensor cores", 2021).
+inline float towards_zero(double x) {
+  const float y = float(x);
+  return std::isfinite(y) && std::fabs(double(y)) > std::fabs(x) ? std::nextafter(y, 0.0f) : y;
+}
+
+struct MmaTf32Slot {
+  float* d;
+  const float *a, *b;
+};
+inline void mma_tf32(void* const slots[32], unsigned) {
+  float a[16][8], b[8][8];
+  double d[16][8];
+  for (int l = 0; l < 32; l++) {
+    const MmaTf32Slot& slot = *static_cast<const MmaTf32Slot*>(slots[l]);
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < 4; i++) a[g + i % 2 * 8][t + i / 2 * 4] = tf32_of(slot.a[i]);
+    for (int i = 0; i < 2; i++) b[t + i * 4][g] = tf32_of(slot.b[i]);
+    for (int i = 0; i < 4; i++) d[fragment_row(l, i)][fragment_column(l, i)] = slot.d[i];
+  }
+  for (int row = 0; row < 16; row++)
+    for (int k = 0; k < 8; k++)
+      for (int column = 0; column < 8; column++) d[row][column] += double(a[row][k]) * b[k][column];
+  for (int l = 0; l < 32; l++)
+    for (int i = 0; i < 4; i++)
+      static_cast<const MmaTf32Slot*>(slots[l])->d[i] = towards_zero(d[fragment_row(l, i)][fragment_column(l, i)]);
+}
+
 // Every lane reads its row before the warp meets, so that a sanitizer blames the right lane.
 struct LdmatrixSlot {
   uint16_t row[8];
@@ -73,6 +106,15 @@ void mma_16x8x16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2],
                  cuda_on_cpu::Site site = cuda_on_cpu::here()) {
   cuda_on_cpu::MmaSlot slot{d, a, b};
   cuda_on_cpu::collective(~0u, &slot, cuda_on_cpu::mma<Real>, site);
+}
+
+inline float round_to_tf32(float x) {
+  return std::isfinite(x) ? std::bit_cast<float>((std::bit_cast<uint32_t>(x) + 0x1000u) & 0xffffe000u) : x;
+}
+inline void mma_16x8x8_tf32(float (&d)[4], const float (&a)[4], const float (&b)[2],
+                            cuda_on_cpu::Site site = cuda_on_cpu::here()) {
+  cuda_on_cpu::MmaTf32Slot slot{d, a, b};
+  cuda_on_cpu::collective(~0u, &slot, cuda_on_cpu::mma_tf32, site);
 }
 
 inline void ldmatrix_x4(uint32_t (&r)[4], const void* row, cuda_on_cpu::Site site = cuda_on_cpu::here()) {

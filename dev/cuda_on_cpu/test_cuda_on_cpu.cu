@@ -338,6 +338,22 @@ __global__ void mma_kernel(float* d, const Real* a, const Real* b, const Real* b
   }
 }
 
+// d (16, 8) += a (16, 8) @ b (8, 8) by TF32 numbers, which are rounded before if ROUND, else left to the tensor cores.
+template <bool ROUND>
+__global__ void mma_tf32_kernel(float* d, const float* a, const float* b) {
+  const int l = int(threadIdx.x), g = l / 4, t = l % 4;
+  float fa[4], fb[2], sum[4];
+  for (int i = 0; i < 4; i++) fa[i] = a[(g + i % 2 * 8) * 8 + t + i / 2 * 4];
+  for (int i = 0; i < 2; i++) fb[i] = b[(t + i * 4) * 8 + g];
+  for (int i = 0; i < 4; i++) sum[i] = d[(g + i / 2 * 8) * 8 + t * 2 + i % 2];
+  for (float& x : fa) x = ROUND ? round_to_tf32(x) : x;
+  for (float& x : fb) x = ROUND ? round_to_tf32(x) : x;
+  mma_16x8x8_tf32(sum, fa, fb);
+  for (int i = 0; i < 4; i++) d[(g + i / 2 * 8) * 8 + t * 2 + i % 2] = sum[i];
+}
+
+__global__ void round_to_tf32_kernel(float* out, const float* x) { out[threadIdx.x] = round_to_tf32(x[threadIdx.x]); }
+
 __global__ void transpose_kernel(uint32_t* out, const uint32_t* x) { out[threadIdx.x] = transpose_8x8(x[threadIdx.x]); }
 
 // Copies x to out (stages, 4 blockDim.x) through two buffers: we fill one while we read the other. Rows from `valid` on
@@ -384,6 +400,45 @@ TEMPLATE_TEST_CASE("CUDA on the CPU: products of tensor cores are exactly the pl
     launch(on_cpu::mma_kernel<TestType>, {1, 32}, out.data(), da.data(), db.data(), dbt.data());
     CHECK((out.read() == want));
   });
+}
+
+TEST_CASE("CUDA on the CPU: products of floats take ten bits of their mantissas", "[cuda_on_cpu]") {
+  // Small integers, so that every sum is exact, and to some of them we add what is lost: up to seven eighths of a unit
+  // by the tensor cores, less than half a unit by rounding before. One half and more rounds up, away from zero.
+  std::vector<float> a(128), b(64), d(128), rounds_up(128), exact_b(64);
+  const auto integer = [](int i) { return float(1024 + i * 29 % 31) * (i % 3 ? 1 : -1); };  // eleven bits
+  const auto lost = [](int i) { return float(i * 5 % 8) / 8 * (i % 3 ? 1 : -1); };
+  for (int i = 0; i < 128; i++) {
+    a[i] = integer(i) + lost(i);
+    rounds_up[i] = integer(i) + (i * 5 % 8 >= 4 ? (i % 3 ? 1.0f : -1.0f) : 0.0f);
+    d[i] = float(i * i % 53);
+  }
+  for (int i = 0; i < 64; i++) exact_b[i] = float(i * 23 % 37 - 18), b[i] = exact_b[i] + exact_b[i] * 0x1p-12f;
+  const auto product = [&](const std::vector<float>& left) {
+    std::vector<float> out = d;
+    for (int i = 0; i < 128; i++)
+      for (int k = 0; k < 8; k++) out[i] += left[i / 8 * 8 + k] * exact_b[k * 8 + i % 8];
+    return out;
+  };
+  std::vector<float> integers(128);
+  for (int i = 0; i < 128; i++) integers[i] = integer(i);
+  const DeviceArray<float> da(a), db(b);
+  for_each_seed(n_seeds, [&] {
+    const DeviceArray<float> truncated(d), rounded(d);
+    launch(on_cpu::mma_tf32_kernel<false>, {1, 32}, truncated.data(), da.data(), db.data());
+    launch(on_cpu::mma_tf32_kernel<true>, {1, 32}, rounded.data(), da.data(), db.data());
+    CHECK((truncated.read() == product(integers)));
+    CHECK((rounded.read() == product(rounds_up)));
+  });
+  const float tiny = 0x1p-149f, unit = 0x1p-10f, inf = INFINITY;
+  const std::vector<float> x = {1, 1 + unit / 2, -1 - unit / 2, 1 + unit / 2 - unit / 4096, 0, -0.0f, inf, -inf, tiny};
+  const std::vector<float> want = {1, 1 + unit, -1 - unit, 1, 0, -0.0f, inf, -inf, 0};
+  const DeviceArray<float> in(x), out(x.size());
+  launch(on_cpu::round_to_tf32_kernel, {1, unsigned(x.size())}, out.data(), in.data());
+  CHECK((out.read() == want));
+  const DeviceArray<float> nan(std::vector<float>{NAN, std::bit_cast<float>(0x7fffffffu)}), still(2);
+  launch(on_cpu::round_to_tf32_kernel, {1, 2}, still.data(), nan.data());
+  for (const float y : still.read()) CHECK(std::isnan(y));
 }
 
 TEST_CASE("CUDA on the CPU: an 8 x 8 matrix, transposed", "[cuda_on_cpu]") {

@@ -466,7 +466,9 @@ class GpuModel final : public Trainer {
   static constexpr bool samples_together = true;
   std::vector<int> next_tokens(const int* contexts, int n, int, const Sampling& s, int i) override {
     return sampler_.next_tokens(contexts, n, s, i, use_graph, [&](int B) {
+      gpt_.matmul.keep_windows(shape().T);
       forward(gpt_, B, shape().T, {}, false);
+      gpt_.matmul.keep_windows(0);
       return gpt_.forward_only.logits;
     });
   }

@@ -174,8 +174,10 @@ class DeviceSampler {
     begin();
     Graph& graph = graphs_[s.samples];
     if (use_graph && !graph.captured()) {
-      // A first round loads every kernel and chooses the products' algorithms, which nothing may do during a capture.
-      run_round(s.samples);
+      // First rounds load every kernel and choose the products' algorithms, which nothing may do during a capture: that
+      // of one text first, because the products of several take over its algorithms (Matmul::keep_windows).
+      run_round(1);
+      if (s.samples > 1) run_round(s.samples);
       graph.capture(stream_, [&] { run_round(s.samples); });
       begin();
     }

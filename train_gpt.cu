@@ -343,7 +343,7 @@ class GpuModel final : public Trainer {
         loss_ring_(ring_size, "losses"),
         adamw_ring_(ring_size, "the learning rates"),
         loss_total_(1, "losses"),
-        token_(1, "a token") {
+        sampler_(gpt_.x, config.batch_size, shape, stream_) {
     if (data)
       for (const Split split : {Split::train, Split::val}) tokens_.emplace_back((*data)[split]);
     set_state({});
@@ -464,14 +464,14 @@ class GpuModel final : public Trainer {
   }
 
   // For the same reason this computes T tokens, whatever n is.
-  int next_token(const int* context, int n, int, const Choice& choice) override {
-    int token = 0;
-    CUDA_CHECK(cudaMemcpyAsync(gpt_.x, context, size_t(n) * sizeof(int), cudaMemcpyHostToDevice, stream_));
-    forward(gpt_, 1, shape().T, {}, false);
-    const Real* logits = gpt_.forward_only.logits + size_t(n - 1) * padded_vocabulary(shape().V);
-    sample_token(token_.data(), logits, shape().V, choice.temperature, choice.top_k, choice.uniform, stream_);
-    copy_to_host(&token, token_.data(), 1, stream_);
-    return token;
+  static constexpr bool samples_together = true;
+  std::vector<int> next_tokens(const int* contexts, int n, int, const Sampling& s, int i) override {
+    return sampler_.next_tokens(contexts, n, s, i, use_graph, [&](int B) {
+      gpt_.matmul.keep_windows(shape().T);
+      forward(gpt_, B, shape().T, {}, false);
+      gpt_.matmul.keep_windows(0);
+      return gpt_.forward_only.logits;
+    });
   }
 
   GPT<Real>& gpt() { return gpt_; }
@@ -563,7 +563,7 @@ class GpuModel final : public Trainer {
   DeviceBuffer<float> loss_ring_;       // (ring_size) iteration i's is i % ring_size
   DeviceBuffer<AdamWStep> adamw_ring_;  // (ring_size) likewise
   DeviceBuffer<double> loss_total_;
-  DeviceBuffer<int> token_;
+  DeviceSampler sampler_;
   DeviceBuffer<double> norm_partials_;
   Optimizer optimizer_{};
   Graph graph_;

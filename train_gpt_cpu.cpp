@@ -357,10 +357,11 @@ class CpuModel final : public Trainer {
     return loss_sum(gpt_, y_.data(), B, n);
   }
 
-  int next_token(const int* context, int n, int known, const Choice& choice) override {
+  static constexpr bool samples_together = false;  // one at a time keeps its keys and values
+  std::vector<int> next_tokens(const int* context, int n, int known, const Sampling& s, int i) override {
     if (!gpt_.packed.headw) pack_weights(gpt_);
     const float* logits = forward(gpt_, context + known, 1, n, {}, known, true);
-    return choose_token(logits, shape().V, choice.temperature, choice.top_k, choice.uniform);
+    return {choose_token(logits, shape().V, s.choice_of(i))};
   }
 
  private:

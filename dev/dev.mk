@@ -26,7 +26,7 @@ measure  make bench           each layer's time, as a share of the peak that the
          make bench-scaling   how a CPU step grows with T, C, L, B, V, threads: doc/cpu_scaling.csv and .png (SIZES=T)
          make bench-pytorch   the same step and products by PyTorch, in turn with ours (PYTHON=python3; DEVICE=cuda: the
                               step on a GPU)
-         make bench-gpu       what the GPU can do, kernel by kernel, and whole steps of every type
+         make bench-gpu       what the GPU can do, kernel by kernel, whole steps and sampling in every type
          make profile         a step under NVIDIA's profilers (KERNEL=name: the one shown in detail)
          make kernel-stats    registers, spills and shared memory of every kernel (ARCH=90 or all)
 
@@ -140,6 +140,7 @@ bench-gpu: $(BENCH_GPU)
 	$(BENCH_GPU) ceilings
 	$(BENCH_GPU) kernels
 	$(BENCH_GPU) step
+	$(BENCH_GPU) sample
 $(BENCH_GPU): %: %.o $(HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
 

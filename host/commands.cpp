@@ -1,5 +1,6 @@
 #include "commands.h"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 
@@ -53,25 +54,39 @@ std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, c
   return trainer;
 }
 
+// A trainer that makes samples together makes batch_size of them at a time. We print the first while it grows, and the
+// others after it.
 static int sample(const TrainerType& type, Config config) {
   const Checkpoint checkpoint(checkpoint_path(config));
-  const std::vector<int> prompt = prompt_tokens(config, checkpoint.vocabulary());
+  const Vocabulary& vocabulary = checkpoint.vocabulary();
+  const std::vector<int> prompt = prompt_tokens(config, vocabulary);
   const bool prompt_given = config.given.count("start");
-  config.batch_size = 1;
+  apply_settings(config, checkpoint.info().settings);
+  config.batch_size = type.samples_together ? std::min(config.batch_size, config.num_samples) : 1;
   config.given.insert("batch_size");
   const auto trainer = load_trainer(type, config, checkpoint, nullptr);
-  const auto print = [&](int token) {
-    const std::string piece = checkpoint.vocabulary().decode(token);
+  const auto print = [](const std::string& piece) {
     std::fwrite(piece.data(), 1, piece.size(), stdout);
     return std::fflush(stdout) == 0;  // closed: no reader is left
   };
-  for (int k = 0; k < config.num_samples; k++) {
-    if (k > 0) std::printf("---------------\n");
-    if (prompt_given)
-      for (const int token : prompt) print(token);
-    generate(*trainer, prompt, {config.max_new_tokens, {config.temperature, config.top_k}, config.seed, k}, print);
-    std::printf("\n");
+  std::string begin;
+  if (prompt_given)
+    for (const int token : prompt) begin += vocabulary.decode(token);
+  const std::string begin_next = "\n---------------\n" + begin;
+  for (int first = 0; first < config.num_samples; first += config.batch_size) {
+    const int samples = std::min(config.batch_size, config.num_samples - first);
+    std::vector<std::string> others(samples - 1, begin_next);
+    print(first == 0 ? begin : begin_next);
+    generate(*trainer, prompt, {config.max_new_tokens, {config.temperature, config.top_k}, config.seed, first, samples},
+             [&](int k, int token) {
+               const std::string piece = vocabulary.decode(token);
+               if (k == 0) return print(piece);
+               others[k - 1] += piece;
+               return true;
+             });
+    for (const std::string& text : others) print(text);
   }
+  print("\n");
   return 0;
 }
 

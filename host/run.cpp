@@ -257,7 +257,7 @@ void TrainingRun::finish() {
 // Prints the sample while it grows; a signal ends it, and then it is not written.
 void TrainingRun::write_sample() {
   std::string sample;
-  generate(*trainer_, {0}, {500, {1.0, 0}, config_.seed, 0}, [&](int token) {
+  generate(*trainer_, {0}, {500, {1.0, 0}, config_.seed, 0}, [&](int, int token) {
     const std::string piece = data_.vocabulary.decode(token);
     sample += piece;
     std::fwrite(piece.data(), 1, piece.size(), stdout);

@@ -63,8 +63,8 @@ struct Trainer : Scorer {
   // The first activation of the step before, or else the first gradient, that holds an infinity or a NaN; empty: none.
   virtual std::string first_not_finite() const = 0;
 
-  // Draws the token that follows the n <= T tokens of context; host/sampler.h says what `known` is.
-  virtual int next_token(const int* context, int n, int known, const Choice& choice) = 0;
+  // Draws tokens that follow contexts (s.samples, n): see generate in host/sampler.h.
+  virtual std::vector<int> next_tokens(const int* contexts, int n, int known, const Sampling& s, int i) = 0;
 };
 
 // One kind of trainer, before there is one: the program picks it by device and type of arithmetic.
@@ -74,6 +74,7 @@ struct TrainerType {
   // The memory that make will take, and the memory that there is. plan also refuses shapes that the kernels lack.
   MemoryPlan (*plan)(const Config& config, const ModelShape& shape, const Data* data, bool training);
   AvailableMemory (*memory)();
+  bool samples_together;  // next_tokens takes up to batch_size texts; false: only one
 };
 
 // The TrainerType of a class that has a constructor and static functions of these kinds.
@@ -83,7 +84,7 @@ TrainerType trainer_type() {
                        bool training) -> std::unique_ptr<Trainer> {
     return std::make_unique<Model>(config, shape, data, training);
   };
-  return {make, Model::plan, Model::memory};
+  return {make, Model::plan, Model::memory, Model::samples_together};
 }
 
 // Refuses sizes for which the plan itself, or the number of a window, could not be computed.

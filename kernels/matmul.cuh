@@ -54,13 +54,17 @@ class Matmul {
       : tf32_(tf32), fuse_(fuse), stream_(stream), library_(stream) {}
   bool tf32() const { return tf32_; }
 
+  // From now on each `rows` rows going forward get the bits that they would get alone, however many there are in all: so
+  // texts that are generated together are those that are generated one by one. 0: all rows together, as fast as possible.
+  void keep_windows(int rows) { window_ = rows; }
+
   // out (rows, OC) = inp (rows, C) @ weight (OC, C)^T + bias (OC); no bias: nullptr. A row of out is ldo elements long,
   // what is behind the first OC is left alone.
   template <class Real>
   void forward(Real* out, const Real* inp, const Real* weight, const std::type_identity_t<Real>* bias, int rows, int C,
                int OC, int ldo) {
     check("forward", {out, inp, weight, bias}, rows, C, OC, ldo);
-    const Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, ldo};
+    const Product p = forward_product<Real>(rows, C, OC, ldo);
     const Operands o = {.d = out, .a = weight, .b = inp, .bias = bias};
     if (!bias) return library_.multiply(p, o);
     run(p.with(Epilogue::bias), o, [&] {
@@ -78,7 +82,7 @@ class Matmul {
   // backward_input_relu of all layers. A library whose fused kernels are slow, or which has none, is faster by our pass.
   template <class Real, class Run>
   void choose_relu(int rows, int C, int OC, Run run) {
-    const Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, OC};
+    const Product p = forward_product<Real>(rows, C, OC, OC);
     const std::string key = "ReLU of " + p.text();
     const std::string* const known = library_.table().find(key);
     bool fastest = known && *known == "mask";
@@ -102,7 +106,7 @@ class Matmul {
   void forward_relu(Real* out, unsigned char* mask, const Real* inp, const Real* weight, const Real* bias, int rows,
                     int C, int OC) {
     check("forward_relu", {out, mask, inp, weight, bias}, rows, C, OC, OC);
-    const Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, OC};
+    const Product p = forward_product<Real>(rows, C, OC, OC);
     const Operands o = {.d = out, .a = weight, .b = inp, .bias = bias, .mask = mask};
     if (mask && relu_mask_ && library_.has(p.with(Epilogue::relu_mask), o)) {
       masks_.insert({p.type, rows, OC});
@@ -175,6 +179,12 @@ class Matmul {
     else
       return std::is_same_v<Real, bf16> ? OperandType::bfloat16 : OperandType::float16;
   }
+  template <class Real>
+  Product forward_product(int rows, int C, int OC, int ldo) const {
+    Product p = {operand<Real>(), false, true, false, OC, rows, C, C, C, ldo};
+    if (rows > window_) p.window = window_;
+    return p;
+  }
   static void check(const char* name, std::initializer_list<const void*> pointers, int rows, int C, int OC, int ld) {
     require(rows > 0 && C > 0 && C % 8 == 0 && OC > 0, name, ": rows = ", rows, ", C = ", C, ", OC = ", OC);
     require(ld >= OC && ld % 8 == 0, name, ": rows of ", ld, " elements for OC = ", OC);
@@ -191,6 +201,7 @@ class Matmul {
   }
 
   bool tf32_, fuse_, relu_mask_ = false;
+  int window_ = 0;  // see keep_windows
   cudaStream_t stream_;
   MatmulLibrary library_;
   std::set<std::tuple<OperandType, int, int>> masks_;  // (rows, OC) for which forward_relu left a mask

@@ -44,11 +44,20 @@ struct Product {
   bool transpose_a, transpose_b;
   int m, n, k, lda, ldb, ldd;
   Epilogue epilogue = Epilogue::none;
+  // > 0: each `window` columns of d get the bits that they would get alone, however many there are: by the algorithm that
+  // they would have alone, which is not the fastest for all of them.
+  int window = 0;
 
   auto operator<=>(const Product&) const = default;
   Product with(Epilogue e) const {
     Product out = *this;
     out.epilogue = e;
+    return out;
+  }
+  Product window_alone() const {
+    Product out = *this;
+    out.n = window;
+    out.window = 0;
     return out;
   }
   bool adds_bias() const {
@@ -63,6 +72,7 @@ struct Product {
     out << types[int(type)] << (float_d ? " to float32" : "") << epilogues[int(epilogue)] << " "
         << "NT"[transpose_a] << "NT"[transpose_b] << " m " << m << " n " << n << " k " << k << " ld " << lda << " "
         << ldb << " " << ldd;
+    if (window) out << " by " << window;
     return out.str();
   }
 };
@@ -191,6 +201,20 @@ inline void simple_product(const Product& p, const Operands& o, cudaStream_t str
   });
 }
 
+// body(product, operands) for each window of p, in order; p has neither a mask nor a transposed b.
+template <class Body>
+void for_each_window(const Product& p, const Operands& o, Body body) {
+  require(p.n % p.window == 0 && !p.transpose_b && !p.has_mask(), "no product of windows: ", p.text());
+  with_types_of(p, [&]<class Real, class D>(Real, D) {
+    Operands of_window = o;
+    for (size_t first = 0; first < size_t(p.n); first += size_t(p.window)) {
+      of_window.b = static_cast<const Real*>(o.b) + first * p.ldb;
+      of_window.d = static_cast<D*>(o.d) + first * p.ldd;
+      body(p.window_alone(), of_window);
+    }
+  });
+}
+
 inline void say_simple(const Product& p) {
   std::fprintf(stderr,
                "cuBLASLt has no algorithm for %s: a simple kernel computes it, slowly; another --dtype may be faster\n",
@@ -247,7 +271,8 @@ class MatmulLibrary {
 
   // The plain loops can compute any product. But a table from a GPU may say that cuBLASLt had no algorithm there, and a test
   // may say so for every product.
-  bool has(const Product& p, const Operands&) {
+  bool has(const Product& p, const Operands& o) {
+    if (p.window) return has(p.window_alone(), o);
     const std::string* known = table_.find(p.text());
     return known ? *known != "unfused" : !std::getenv("CUDA_ON_CPU_NO_ALGORITHMS");
   }
@@ -256,6 +281,7 @@ class MatmulLibrary {
     return has(p, o);
   }
   void multiply(const Product& p, const Operands& o) {
+    if (p.window) return for_each_window(p, o, [&](const Product& q, const Operands& of_q) { multiply(q, of_q); });
     const bool simple = !has(p, o);
     if (used_.insert(p).second) {
       if (simple) say_simple(p);
@@ -351,16 +377,16 @@ class MatmulLibrary {
   AlgorithmTable& table() { return table_; }
 
   // Whether cuBLASLt computes p; otherwise multiply(p, o) can do it only without an epilogue.
-  bool has(const Product& p, const Operands& o) {
-    return plan_of(p, o, [] { return INFINITY; }).usable;
-  }
+  bool has(const Product& p, const Operands& o) { return plan_of(p, o, no_other_way).usable; }
   // Whether it is, and faster than unfused(), which arrives at the same without an epilogue.
   template <class Unfused>
   bool fuses(const Product& p, const Operands& o, Unfused unfused) {
-    return plan_of(p, o, [&] { return time(unfused); }).usable;
+    return plan_of(p.window ? p.window_alone() : p, o, [&] { return time(unfused); }).usable;
   }
   void multiply(const Product& p, const Operands& o) {
-    Plan& plan = plan_of(p, o, [] { return INFINITY; });
+    Plan& plan = plan_of(p, o, no_other_way);
+    if (p.window && !plan.usable)
+      return for_each_window(p, o, [&](const Product& q, const Operands& of_q) { multiply(q, of_q); });
     if (!plan.used && !comparing_) {
       plan.used = true;
       table_.use(p.text());
@@ -462,6 +488,7 @@ class MatmulLibrary {
     bool used = false;
   };
 
+  static float no_other_way() { return INFINITY; }  // for plan_of
   static void check(cublasStatus_t status, const char* what) {
     if (status != CUBLAS_STATUS_SUCCESS)
       throw std::runtime_error(std::string("cuBLASLt: ") + what + ": " + cublasLt().GetStatusString(status));
@@ -488,7 +515,10 @@ class MatmulLibrary {
     Plan plan = describe(p);
     set_pointers(plan, p, o);  // the heuristics look at their alignment
     const std::string* known = table_.find(p.text());
-    if (!known || (*known != "unfused" && !restore(plan, *known))) {
+    if (p.window) {
+      const Plan& alone = plan_of(p.window_alone(), o, no_other_way);
+      plan.usable = alone.usable && restore(plan, algorithm_text(alone.algorithm));
+    } else if (!known || (*known != "unfused" && !restore(plan, *known))) {
       const float best = choose(plan, p, o);
       plan.usable = best < other_way();
     }

@@ -1,14 +1,19 @@
-// Draws a token from its logits: choose_token of host/sampler.h on the GPU, with the same result, so that no logits
-// travel to the host. exp() may round differently, and so may the sums for V > 256, which have another order. That
-// matters only if `uniform` falls on the border between two tokens, within such a rounding error (1e-15 or so for
-// V = 65).
-// defines: sample_token
+// Draws tokens from their logits: choose_token of host/sampler.h on the GPU, with the same result, so that no logits
+// travel to the host, and one token after the other, so that the host does not wait for each. exp() may round
+// differently, and so may the sums for V > 256, which have another order. That matters only if `uniform` falls on the
+// border between two tokens, within such a rounding error (1e-15 or so for V = 65).
+// defines: Texts, sample_token, DeviceSampler
 #pragma once
+#include <algorithm>
 #include <cstdint>
+#include <map>
+#include <vector>
 
+#include "../host/sampler.h"
 #include "block.cuh"
 #include "device.cuh"
 #include "launch.cuh"
+#include "runtime.cuh"
 
 constexpr int sample_token_block = 256;
 constexpr int sample_token_largest_V = 1 << 16;
@@ -22,14 +27,15 @@ __device__ inline uint64_t likelihood_rank(float logit, int v) {
   return uint64_t{ordered} << 16 | uint32_t(sample_token_largest_V - 1 - v);
 }
 
-// Launched with one block of 256 threads. A thread has every 256th token, and in step 3 a contiguous piece of them.
-//   token  (1) =   the drawn token
-//   logits (V)
-// temperature, top_k and uniform as in sample_token, below
+// Draws a token from softmax(logits (V) / temperature), restricted to the top_k likeliest tokens; top_k 0 allows all.
+// Temperature 0 takes the likeliest token, the first of equals. All 256 threads of the block call together, and only
+// thread 0 gets the token. A thread has every 256th token, and in step 3 a contiguous piece of them. The search for top_k
+// reads the logits 48 times, which stay in the multiprocessor's cache.
 template <class Real>
-__global__ void __launch_bounds__(sample_token_block)
-    sample_token_kernel(int* token, const Real* logits, int V, double temperature, int top_k, double uniform) {
+__device__ int draw_token(const Real* logits, int V, const Choice& choice) {
   constexpr int block = sample_token_block;
+  const double temperature = choice.temperature;
+  const int top_k = choice.top_k;
   const auto rank = [&](int v) { return likelihood_rank(float(logits[v]), v); };
 
   // 1. The likeliest token: the lower 16 bits of the largest rank, inverted back.
@@ -37,10 +43,7 @@ __global__ void __launch_bounds__(sample_token_block)
   for (int v = threadIdx.x; v < V; v += block) best = max(best, rank(v));
   best = block_reduce<block>(best, [](uint64_t a, uint64_t b) { return max(a, b); });
   const int likeliest = sample_token_largest_V - 1 - int(best & (sample_token_largest_V - 1));
-  if (temperature == 0) {
-    if (threadIdx.x == 0) *token = likeliest;
-    return;  // all threads do, so no barrier waits for one
-  }
+  if (temperature == 0) return likeliest;  // all threads do, so no barrier waits for one
 
   // 2. The lowest rank that is allowed, of the top_k-th likeliest token. It is the largest number x for which at least
   //    top_k ranks are >= x. We find its 48 bits from the highest to the lowest: a bit is 1 if enough ranks are still
@@ -68,10 +71,10 @@ __global__ void __launch_bounds__(sample_token_block)
   // 4. Thread 0 alone: draw a share of the total weight, find the piece in which the running sum passes it, and within
   //    that piece the token. The order of the sums is fixed. If rounding lets the piece end before `share`, we take its
   //    last token with a weight.
-  if (threadIdx.x != 0) return;
+  if (threadIdx.x != 0) return 0;
   double total = 0;
   for (int i = 0; i < count; i++) total += pieces[i];
-  const double share = uniform * total;
+  const double share = choice.uniform * total;
   double before = 0;
   int passing = 0;  // the piece
   while (passing < count - 1 && before + pieces[passing] <= share) before += pieces[passing++];
@@ -81,15 +84,123 @@ __global__ void __launch_bounds__(sample_token_block)
     if (w > 0) chosen = v;
     if ((before += w) > share) break;
   }
-  *token = chosen;
+  return chosen;
 }
 
-// token (1) = drawn from softmax(logits (V) / temperature), restricted to the top_k likeliest tokens; top_k 0 allows
-// all. Temperature 0 takes the likeliest token, the first of equals. uniform is in (0, 1).
-// One block does it. Its search for top_k reads the logits 48 times, which stay in the multiprocessor's cache.
+// B texts that grow by a token each time that sample_token is called. All of it lies on the device.
+struct Texts {
+  int* x;                 // (B, T)      the windows: the last tokens of each text, at most T, and then anything
+  int* lengths;           // (B)         tokens in each window, at least one
+  int* drawn;             // (B)         how many each text has got
+  const Choice* choices;  // (rounds, B) how they are drawn
+  int* tokens;            // (rounds, B) what was drawn
+};
+
+// Launched with B blocks of 256 threads: a block has one text.
+//   logits (B, T, Vp)
 template <class Real>
-void sample_token(int* token, const Real* logits, int V, double temperature, int top_k, double uniform,
-                  cudaStream_t stream) {
-  require(V > 0 && V <= sample_token_largest_V, "sample_token: V = ", V);
-  launch(sample_token_kernel<Real>, {1, sample_token_block, 0, stream}, token, logits, V, temperature, top_k, uniform);
+__global__ void __launch_bounds__(sample_token_block)
+    sample_token_kernel(Texts texts, const Real* logits, int T, int V, int Vp) {
+  const int B = gridDim.x, b = blockIdx.x;
+  // 1. The token that follows the window's last one. Thread 0 changes these two numbers at the end, behind a barrier of
+  //    draw_token, when all threads have read them.
+  const int length = texts.lengths[b], round = texts.drawn[b];
+  const size_t last = size_t(b) * T + length - 1;
+  const int token = draw_token(logits + last * Vp, V, texts.choices[size_t(round) * B + b]);
+  // 2. A full window moves left by one token, 256 at a time: all threads read theirs before one of them writes.
+  int* const window = texts.x + size_t(b) * T;
+  for (int first = 0; length == T && first < T - 1; first += sample_token_block) {
+    const int t = first + threadIdx.x;
+    const int next = t < T - 1 ? window[t + 1] : 0;
+    __syncthreads();
+    if (t < T - 1) window[t] = next;
+  }
+  // 3. The token becomes the window's last one.
+  if (threadIdx.x != 0) return;
+  window[min(length, T - 1)] = token;
+  texts.tokens[size_t(round) * B + b] = token;
+  texts.lengths[b] = min(length + 1, T);
+  texts.drawn[b] = round + 1;
 }
+
+// Adds to each of B texts a token, which is drawn from the row of logits (B, T, Vp) at its window's last one. How it is
+// drawn, and where, is read on the device: so a graph that was captured once draws one token after the other.
+template <class Real>
+void sample_token(const Texts& texts, const Real* logits, int B, int T, int V, int Vp, cudaStream_t stream) {
+  require(B > 0 && T > 0 && V > 0 && V <= sample_token_largest_V && V <= Vp, "sample_token: B = ", B, ", T = ", T,
+          ", V = ", V, ", rows of ", Vp);
+  launch(sample_token_kernel<Real>, {unsigned(B), sample_token_block, 0, stream}, texts, logits, T, V, Vp);
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Generates up to B texts together with a model whose tokens x (B, T) lie on the device. A round, in which each text gets
+// a token, is the model's forward pass and sample_token: always the same launches, captured once as a graph. The host
+// launches up to 64 rounds without waiting, and then copies their tokens out together.
+class DeviceSampler {
+ public:
+  DeviceSampler(int* x, int B, const ModelShape& shape, cudaStream_t stream)
+      : B_(B),
+        shape_(shape),
+        stream_(stream),
+        lengths_(B, "the lengths of texts"),
+        drawn_(B, "the lengths of texts"),
+        choices_(size_t(rounds_at_once) * B, "the random numbers of texts"),
+        tokens_(size_t(rounds_at_once) * B, "the tokens of texts"),
+        texts_{x, lengths_.data(), drawn_.data(), choices_.data(), tokens_.data()} {}
+
+  // Trainer::next_tokens (host/trainer.h). forward(k) puts onto the stream what computes the logits (k, T, Vp) of the
+  // first k windows of x, and returns where they are.
+  template <class Forward>
+  std::vector<int> next_tokens(const int* contexts, int n, const Sampling& s, int i, bool use_graph, Forward forward) {
+    require(s.samples <= B_, "DeviceSampler: ", s.samples, " texts, there is room for ", B_);
+    const int rounds = std::min(s.count - i, rounds_at_once), T = shape_.T, V = shape_.V;
+    const size_t samples = size_t(s.samples);
+    std::vector<int> windows(samples * T);
+    const std::vector<int> lengths(samples, n), zeros(samples);
+    std::vector<Choice> choices;
+    for (size_t k = 0; k < samples; k++) std::copy_n(contexts + k * n, n, windows.begin() + long(k) * T);
+    for (int j = 0; j < rounds; j++)
+      for (int k = 0; k < s.samples; k++) choices.push_back(s.choice_of(i + j, k));
+    const auto upload = [&](auto* to, const auto& from) {
+      CUDA_CHECK(cudaMemcpyAsync(to, from.data(), from.size() * sizeof from[0], cudaMemcpyHostToDevice, stream_));
+    };
+    const auto begin = [&] {
+      upload(texts_.x, windows);
+      upload(texts_.lengths, lengths);
+      upload(texts_.drawn, zeros);
+      upload(choices_.data(), choices);
+    };
+    const auto run_round = [&](int k) { sample_token(texts_, forward(k), k, T, V, padded_vocabulary(V), stream_); };
+    begin();
+    Graph& graph = graphs_[s.samples];
+    if (use_graph && !graph.captured()) {
+      // First rounds load every kernel and choose the products' algorithms, which nothing may do during a capture: that
+      // of one text first, because the products of several take over its algorithms (Matmul::keep_windows).
+      run_round(1);
+      if (s.samples > 1) run_round(s.samples);
+      graph.capture(stream_, [&] { run_round(s.samples); });
+      begin();
+    }
+    for (int j = 0; j < rounds; j++) {
+      if (use_graph)
+        graph.launch(stream_);
+      else
+        run_round(s.samples);
+    }
+    std::vector<int> tokens(choices.size());
+    copy_to_host(tokens.data(), texts_.tokens, tokens.size(), stream_);  // and waits: until then the uploads are read
+    return tokens;
+  }
+
+ private:
+  static constexpr int rounds_at_once = 64;
+
+  int B_;
+  ModelShape shape_;
+  cudaStream_t stream_;
+  DeviceBuffer<int> lengths_, drawn_;  // these four are the memory of what is in texts_
+  DeviceBuffer<Choice> choices_;
+  DeviceBuffer<int> tokens_;
+  Texts texts_;
+  std::map<int, Graph> graphs_;  // by the number of texts
+};

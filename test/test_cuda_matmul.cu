@@ -122,6 +122,39 @@ TEMPLATE_TEST_CASE("matmul forward on the GPU agrees with the CPU's", "[cuda][ma
   }
 }
 
+TEMPLATE_TEST_CASE("matmul keeps a window's bits, however many windows there are", "[cuda][matmul]", float, bf16,
+                   fp16) {
+  using Real = TestType;
+  const bool fuse = GENERATE(true, false);
+  Matmul matmul(false, nullptr, fuse);
+  constexpr int windows = 3;
+  for (const int rows : {1, 31, 256})
+    for (const Shape& s : {Shape{rows, 384, 65, 72}, Shape{rows, 128, 384, 384}}) {
+      const Layer<Real> layer({windows * rows, s.C, s.OC, s.ld});
+      const DeviceArray<Real> inp(layer.inp), weight(layer.weight), bias(layer.bias);
+      const DeviceArray<Real> alone(size_t(windows * rows) * s.ld), together(size_t(windows * rows) * s.ld);
+      const auto check = [&](auto compute) {
+        for (int k = 0; k < windows; k++)
+          compute(alone.data() + size_t(k * rows) * s.ld, inp.data() + size_t(k * rows) * s.C, rows);
+        matmul.keep_windows(rows);
+        compute(together.data(), inp.data(), windows * rows);
+        matmul.keep_windows(0);
+        CHECK(same_bits(alone.read(), together.read()));
+      };
+      CAPTURE(fuse, rows, s.C, s.OC);
+      for (const bool with_bias : {true, false})
+        check([&](Real* out, const Real* in, int n) {
+          matmul.forward(out, in, weight.data(), with_bias ? bias.data() : nullptr, n, s.C, s.OC, s.ld);
+        });
+      if (s.OC == s.ld)
+        check([&](Real* out, const Real* in, int n) {
+          matmul.forward_relu(out, nullptr, in, weight.data(), bias.data(), n, s.C, s.OC);
+        });
+      const std::vector<float> got = without_padding(together, windows * rows, s.OC, s.ld);
+      CHECK(std::all_of(got.begin(), got.end(), [](float x) { return std::isfinite(x); }));
+    }
+}
+
 TEST_CASE("matmul with tf32 takes ten bits of its operands", "[cuda][matmul]") {
   const Shape s = {64, 128, 64, 64};
   const Layer<float> layer(s);

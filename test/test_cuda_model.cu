@@ -216,17 +216,88 @@ TEST_CASE("Evaluation on the GPU equals the CPU's", "[cuda]") {
         Approx(on_cpu->window_losses(Split::val, 320, 1, 12)).epsilon(1e-5));
 }
 
+namespace {
+
+// Text 0 of s.samples that the model generates, then text 1, and so on.
+template <class Model>
+std::vector<int> texts_of(Model& model, const std::vector<int>& prompt, const Sampling& s) {
+  std::vector<std::vector<int>> texts(size_t(s.samples));
+  generate(model, prompt, s, [&](int k, int token) { return texts[size_t(k)].push_back(token), true; });
+  std::vector<int> all;
+  for (const std::vector<int>& text : texts) all.insert(all.end(), text.begin(), text.end());
+  return all;
+}
+
+// A GPU model whose tokens the host draws, one at a time, from logits that it copies.
+template <class Real>
+struct TokenByToken {
+  GpuModel<Real>& model;
+  ModelShape shape() const { return model.shape(); }
+  std::vector<int> next_tokens(const int* context, int n, int, const Sampling& s, int i) {
+    GPT<Real>& gpt = model.gpt();
+    copy_to_device(gpt.x, context, size_t(n));
+    forward(gpt, 1, shape().T, {}, false);
+    std::vector<Real> logits(V);
+    copy_to_host(logits.data(), gpt.forward_only.logits + size_t(n - 1) * padded_vocabulary(V), V, gpt.stream);
+    const std::vector<float> values(logits.begin(), logits.end());
+    return {choose_token(values.data(), V, s.choice_of(i))};
+  }
+};
+
+}  // namespace
+
 TEST_CASE("Text sampled on the GPU is the CPU's", "[cuda]") {
   const Config config = tiny_config();
   const auto on_gpu = gpu_model<float>(config);
   const auto on_cpu = cpu_model(config);
-  const auto sampled = [&](auto& model, const Choice& choice) {
-    std::vector<int> tokens;
-    generate(model, {1, 2, 3}, {30, choice, 42, 0}, [&](int token) { return tokens.push_back(token), true; });
-    return tokens;
+  for (const Choice& choice : {Choice{1, 0}, Choice{0, 0}, Choice{0.8, 5}}) {
+    const Sampling s = {30, choice, 42, 0};
+    CHECK(texts_of(*on_gpu, {1, 2, 3}, s) == texts_of(*on_cpu, {1, 2, 3}, s));
+  }
+}
+
+TEMPLATE_TEST_CASE("Tokens drawn by a graph are those that the host draws one by one", "[cuda]", float, bf16, fp16) {
+  const Config config = tiny_config();
+  const auto model = gpu_model<TestType>(config);
+  TokenByToken<TestType> one_by_one{*model};
+  const std::vector<int> begin = {1, 2, 3}, full(size_t(config.block_size) + 1, 4);
+  const auto check = [&](const std::vector<int>& prompt, const Sampling& s) {
+    const std::vector<int> got = texts_of(*model, prompt, s);
+    CHECK(got.size() == size_t(s.count));
+    CHECK(got == texts_of(one_by_one, prompt, s));
   };
-  for (const Choice& choice : {Choice{1, 0}, Choice{0, 0}, Choice{0.8, 5}})
-    CHECK(sampled(*on_gpu, choice) == sampled(*on_cpu, choice));
+  // The window has 20 tokens: the texts end before it is full, roll, and end with the first 64 tokens or just after.
+  for (const int count : {1, 10, 64, 65}) check(begin, {count, {1, 0}, 42, 0});
+  // Another rule and other random numbers, and a prompt that fills the window; then the first ones again.
+  check(full, {20, {0.7, 5}, 42, 3});
+  check(begin, {20, {0, 0}, 42, 0});
+  check(begin, {20, {1, 0}, 42, 0});
+  // The graph reads the weights that there are, and its kernels one by one do the same.
+  model->train_steps(0, 2);
+  check(begin, {10, {1, 0}, 43, 0});
+  model->use_graph = false;
+  check(begin, {10, {1, 0}, 43, 0});
+}
+
+TEMPLATE_TEST_CASE("Texts that are generated together are those that are generated one by one", "[cuda]", float, bf16,
+                   fp16) {
+  const Config config = tiny_config();
+  const auto model = gpu_model<TestType>(config);
+  const std::vector<int> begin = {1, 2, 3};
+  const auto alone = [&](const Sampling& s) {
+    std::vector<int> all;
+    for (int k = 0; k < s.samples; k++) {
+      const std::vector<int> text = texts_of(*model, begin, {s.count, s.choice, s.seed, s.first + k});
+      all.insert(all.end(), text.begin(), text.end());
+    }
+    return all;
+  };
+  for (const Sampling& s : {Sampling{66, {1, 0}, 42, 0, 3}, Sampling{5, {0.8, 7}, 42, 4, 2}}) {
+    const std::vector<int> got = texts_of(*model, begin, s);
+    CHECK(got.size() == size_t(s.count * s.samples));
+    CHECK(got == alone(s));
+  }
+  CHECK_THROWS_WITH(texts_of(*model, begin, {1, {}, 42, 0, 4}), ContainsSubstring("4 texts, there is room for 3"));
 }
 
 TEST_CASE("float16: an overflow skips the update and halves the loss scale", "[cuda]") {

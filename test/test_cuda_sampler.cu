@@ -10,11 +10,14 @@ std::pair<int, int> sample(const std::vector<float>& logits, double temperature,
   const int V = int(logits.size());
   std::vector<float> row = logits;
   row.resize(V + 8, 6e4f);
+  const Choice choice{temperature, top_k, uniform};
   DeviceArray<Real> in(row);
-  DeviceArray<int> token(1);
-  sample_token(token.data(), in.data(), V, temperature, top_k, uniform, nullptr);
+  DeviceArray<int> x(1), tokens(1), lengths(std::vector<int>{1}), drawn(std::vector<int>{0});
+  DeviceArray<Choice> choices(std::vector<Choice>{choice});
+  const Texts texts = {x.data(), lengths.data(), drawn.data(), choices.data(), tokens.data()};
+  sample_token(texts, in.data(), 1, 1, V, V + 8, nullptr);
   const std::vector<float> seen = rounded<Real, float>(logits);
-  return {token.read()[0], choose_token(seen.data(), V, temperature, top_k, uniform)};
+  return {tokens.read()[0], choose_token(seen.data(), V, choice)};
 }
 
 }  // namespace
@@ -133,7 +136,44 @@ TEST_CASE("The device draws the same token twice, and refuses a vocabulary that 
   const std::vector<float> logits = noise(1000, 3);
   CHECK(sample<bf16>(logits, 1, 50, 0.7).first == sample<bf16>(logits, 1, 50, 0.7).first);
   DeviceArray<float> in(8);
-  DeviceArray<int> token(1);
-  CHECK_THROWS_WITH(sample_token(token.data(), in.data(), (1 << 16) + 1, 1, 0, 0.5, nullptr),
+  CHECK_THROWS_WITH(sample_token(Texts{}, in.data(), 1, 1, (1 << 16) + 1, 1 << 17, nullptr),
                     ContainsSubstring("V = 65537"));
+}
+
+TEST_CASE("The windows of several texts grow until they are full, and then roll", "[cuda]") {
+  constexpr int V = 65, Vp = 72, rounds = 4;
+  for (const int T : {1, 2, 5, 256, 257, 258, 600})
+    for (const int B : {1, 3}) {
+      INFO("T " << T << ", B " << B);
+      // Text b begins with T - b tokens, so that some windows are full at once and others become full.
+      std::vector<int> x(size_t(B) * T), lengths, want_tokens;
+      for (size_t i = 0; i < x.size(); i++) x[i] = int(i * 7 % V);
+      for (int b = 0; b < B; b++) lengths.push_back(std::max(1, T - b));
+      std::vector<Choice> choices;
+      for (int i = 0; i < rounds * B; i++)
+        choices.push_back({1 + i % B * 0.5, i % 2 * 9, unit_open(random4(5, 1, 0, uint64_t(i)).word[0])});
+      const std::vector<float> logits = noise(size_t(B) * T * Vp, 7, 2);
+      DeviceArray<float> in(logits);
+      DeviceArray<int> device_x(x), device_lengths(lengths), drawn(std::vector<int>(B, 0)), tokens(choices.size());
+      DeviceArray<Choice> device_choices(choices);
+      const Texts texts = {device_x.data(), device_lengths.data(), drawn.data(), device_choices.data(), tokens.data()};
+      for (int round = 0; round < rounds; round++) {
+        sample_token(texts, in.data(), B, T, V, Vp, nullptr);
+        for (int b = 0; b < B; b++) {
+          int& n = lengths[size_t(b)];
+          const auto window = x.begin() + long(b) * T;
+          const int token = choose_token(&logits[(size_t(b) * T + n - 1) * Vp], V, choices[size_t(round * B + b)]);
+          if (n == T)
+            std::rotate(window, window + 1, window + T);
+          else
+            n++;
+          window[n - 1] = token;
+          want_tokens.push_back(token);
+        }
+      }
+      CHECK(device_x.read() == x);
+      CHECK(device_lengths.read() == lengths);
+      CHECK(drawn.read() == std::vector<int>(B, rounds));
+      CHECK(tokens.read() == want_tokens);
+    }
 }

@@ -57,6 +57,22 @@ TEST_CASE("The GPU trainer trains, samples, saves and says on what") {
   CHECK(contains(sample.out, "abababab"));
 }
 
+TEST_CASE("Every sample on a GPU is the CPU's, however many there are and however long they are") {
+  const std::string folder = prepared();
+  REQUIRE(train_with(on_gpu, folder, "/out", tiny + " --dtype=float32").code == 0);
+  // The window has 16 tokens, a batch 4 windows, and the host waits for 64 tokens at a time.
+  for (const std::string flags :
+       {"--max_new_tokens=1", "--max_new_tokens=64 --temperature=2", "--max_new_tokens=65 --temperature=3 --top_k=2",
+        "--num_samples=3 --max_new_tokens=5 --temperature=4", "--start=abab --num_samples=9 --max_new_tokens=70"}) {
+    const std::string what = " sample --dtype=float32 --out_dir " + folder + "/out " + flags;
+    const Run gpu = run(on_gpu + what), cpu = run(on_cpu + what);
+    INFO(flags << gpu.err);
+    CHECK(gpu.code == 0);
+    CHECK(!cpu.out.empty());
+    CHECK(gpu.out == cpu.out);
+  }
+}
+
 TEST_CASE("Where cuBLASLt has no algorithm for a product, the GPU trainer says so and computes it itself") {
   const std::string folder = prepared();
   for (const std::string dtype : {"float32", "bfloat16"}) {

@@ -1,4 +1,6 @@
 #include <cmath>
+#include <numeric>
+#include <set>
 #include <vector>
 
 #include "../host/sampler.h"
@@ -8,7 +10,7 @@
 TEST_CASE("Tokens are drawn with the probabilities of the softmax") {
   const std::vector<float> logits = {std::log(1.f), std::log(2.f), std::log(5.f)};  // 1/8, 2/8, 5/8
   const auto choose = [&](double uniform, double temperature = 1, int top_k = 0) {
-    return choose_token(logits.data(), 3, temperature, top_k, uniform);
+    return choose_token(logits.data(), 3, {temperature, top_k, uniform});
   };
   CHECK(choose(0.124) == 0);
   CHECK(choose(0.126) == 1);
@@ -27,25 +29,33 @@ TEST_CASE("Tokens are drawn with the probabilities of the softmax") {
   CHECK(choose(0.001, 1, 99) == 0);  // top_k above V keeps all
   CHECK(choose(0.001, 0) == 2);
   const std::vector<float> equal = {1, 3, 3};
-  CHECK(choose_token(equal.data(), 3, 0, 0, 0.5) == 1);
-  CHECK(choose_token(equal.data(), 3, 1, 1, 0.99) == 1);
+  CHECK(choose_token(equal.data(), 3, {0, 0, 0.5}) == 1);
+  CHECK(choose_token(equal.data(), 3, {1, 1, 0.99}) == 1);
   const std::vector<float> huge = {1e30f, -1e30f, 0};
-  CHECK(choose_token(huge.data(), 3, 1e-3, 0, 0.999) == 0);
+  CHECK(choose_token(huge.data(), 3, {1e-3, 0, 0.999}) == 0);
 }
 
 namespace {
 
-// Notes every call; its next token is the sum of the context modulo V.
+// Notes every call; its next token is the sum of the last T = 4 tokens modulo V. It draws at_once tokens of each text.
 struct Recorder {
+  int at_once = 1;
   ModelShape shape_ = {10, 4, 1, 1, 1};
   std::vector<std::vector<int>> asked;
   const ModelShape& shape() const { return shape_; }
-  int next_token(const int* context, int n, int known, const Choice&) {
-    asked.push_back({context, context + n});
+  std::vector<int> next_tokens(const int* contexts, int n, int known, const Sampling& s, int i) {
+    asked.push_back({contexts, contexts + s.samples * n});
     asked.back().push_back(-known);
-    int sum = 0;
-    for (int i = 0; i < n; i++) sum += context[i];
-    return sum % 10;
+    std::vector<std::vector<int>> texts;
+    for (int k = 0; k < s.samples; k++) texts.push_back({contexts + k * n, contexts + (k + 1) * n});
+    std::vector<int> tokens;
+    for (int j = 0; j < std::min(at_once, s.count - i); j++)
+      for (std::vector<int>& text : texts) {
+        const auto window = text.size() > 4 ? text.end() - 4 : text.begin();
+        text.push_back(std::accumulate(window, text.end(), 0) % 10);
+        tokens.push_back(text.back());
+      }
+    return tokens;
   }
 };
 
@@ -54,15 +64,38 @@ struct Recorder {
 TEST_CASE("Generation rolls a window of the last T tokens and says which of them are known") {
   Recorder model;
   std::vector<int> out;
-  generate(model, {1, 2}, {5, {}, 1, 0}, [&](int token) { return out.push_back(token), true; });
+  generate(model, {1, 2}, {5, {}, 1, 0}, [&](int, int token) { return out.push_back(token), true; });
   CHECK(out == std::vector<int>{3, 6, 2, 3, 4});  // 1+2, 1+2+3, 1+2+3+6, then 2+3+6+2, 3+6+2+3
   const std::vector<std::vector<int>> expected = {
       {1, 2, 0}, {1, 2, 3, -2}, {1, 2, 3, 6, -3}, {2, 3, 6, 2, 0}, {3, 6, 2, 3, 0}};
   CHECK(model.asked == expected);
 
   out.clear();
-  generate(model, {1, 2}, {5, {}, 1, 0}, [&](int token) { return out.push_back(token), out.size() < 2; });
+  generate(model, {1, 2}, {5, {}, 1, 0}, [&](int, int token) { return out.push_back(token), out.size() < 2; });
   CHECK(out.size() == 2);
+}
+
+TEST_CASE("Generation takes several tokens at once, of several texts") {
+  Recorder model;
+  model.at_once = 2;
+  std::vector<int> out[2];
+  generate(model, {1, 2}, {5, {}, 1, 0, 2}, [&](int k, int token) { return out[k].push_back(token), true; });
+  for (const std::vector<int>& text : out) CHECK(text == std::vector<int>{3, 6, 2, 3, 4});
+  const std::vector<std::vector<int>> expected = {
+      {1, 2, 1, 2, 0}, {1, 2, 3, 6, 1, 2, 3, 6, -2}, {3, 6, 2, 3, 3, 6, 2, 3, 0}};
+  CHECK(model.asked == expected);
+}
+
+TEST_CASE("Every token of every sample has a random number of its own") {
+  const Sampling s = {10, {0.5, 3}, 42, 7, 3};
+  CHECK(s.choice_of(4).temperature == 0.5);
+  CHECK(s.choice_of(4).top_k == 3);
+  CHECK(s.choice_of(4, 2).uniform == Sampling{10, {}, 42, 9}.choice_of(4).uniform);
+  CHECK(s.choice_of(4, 2).uniform == unit_open(random4(42, 4, site::sampler, 9).word[0]));
+  std::set<double> different;
+  for (int i = 0; i < 10; i++)
+    for (int k = 0; k < 3; k++) different.insert(s.choice_of(i, k).uniform);
+  CHECK(different.size() == 30);
 }
 
 TEST_CASE("The learning rate warms up, decays and stays") {

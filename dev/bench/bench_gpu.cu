@@ -3,6 +3,7 @@
 //   bench_gpu products [DTYPE ...]  every matrix product of a step with all that can be fused to it, and its kernels
 //   bench_gpu kernels [DTYPE]       every kernel and matrix product of a step beside the least time it could take
 //   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
+//   bench_gpu sample [DTYPE ...]    characters a second: one text, as a graph and kernel by kernel, and several together
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
 //   bench_gpu names [DTYPE]         the names of a step's kernels, in order
 //   bench_gpu planted               a kernel with errors: if compute-sanitizer misses them, its silence proves nothing
@@ -441,6 +442,33 @@ void step(const Config& config, const std::vector<std::string>& dtypes) {
     });
 }
 
+// Seconds by the host's clock: that the model chooses its algorithms and captures its graphs is part of the warm-up.
+void sample(const Config& config, const std::vector<std::string>& dtypes) {
+  for (const std::string& dtype : dtypes)
+    with_model(config, dtype, [&](auto& model) {
+      const int count = model.peak_flops() > 0 ? 128 : 2;
+      const auto print_speed = [&](const std::string& how, int samples) {
+        std::vector<double> seconds;
+        for (int i = -1; i < 5; i++) {
+          const auto start = std::chrono::steady_clock::now();
+          generate(model, {0}, {count, {1, 0}, config.seed, 0, samples}, [](int, int) { return true; });
+          const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+          if (i >= 0) seconds.push_back(taken.count() / count);
+        }
+        const Times t = of(seconds);
+        std::printf("%-40s median %8.3f ms a character of each (%.3f .. %.3f), %.0f characters/s\n", how.c_str(),
+                    t.median * 1e3, t.min * 1e3, t.max * 1e3, samples / t.median);
+        std::fflush(stdout);
+      };
+      model.use_graph = false;
+      print_speed(text("sample ", dtype, " eager, one text"), 1);
+      model.use_graph = true;
+      print_speed(text("sample ", dtype, " graph, one text"), 1);
+      for (int samples = 4; samples <= config.batch_size; samples *= 4)
+        print_speed(text("sample ", dtype, " graph, ", samples, " texts together"), samples);
+    });
+}
+
 void profile(const Config& config, const std::vector<std::string>& dtypes) {
   with_model(config, dtypes.front(), [&](auto& model) {
     model.use_graph = false;
@@ -664,8 +692,13 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   });
   const DeviceBuffer<float> ring(1, "losses");
   table.row_of_one("end_step", 1, 0, 0, [&](int) { end_step(m.state, ring.data(), 1, 1.0 / rows, false, st); });
-  const DeviceBuffer<int> token(1, "a token");
-  table.row_of_one("sample_token", 0, 0, 0, [&](int) { sample_token(token.data(), a.logits, V, 1, 0, 0.5, st); });
+  const std::vector<Choice> draws(1 << 14, Choice{1, 0, 0.5});  // more than the row below launches
+  const DeviceBuffer<Choice> choices(draws.size(), "random numbers");
+  const DeviceBuffer<int> tokens(draws.size(), "tokens"), length(1, "a length"), drawn(1, "a count");
+  copy_to_device(choices.data(), draws.data(), draws.size());
+  copy_to_device(length.data(), &T, 1);
+  const Texts texts = {m.x, length.data(), drawn.data(), choices.data(), tokens.data()};
+  table.row_of_one("sample_token", 0, 0, 0, [&](int) { sample_token(texts, a.logits, 1, T, V, Vp, st); });
 }
 
 void kernels(const Config& config, const std::vector<std::string>& dtypes) {
@@ -683,12 +716,12 @@ void kernels(const Config& config, const std::vector<std::string>& dtypes) {
 int run(int argc, char** argv) {
   using Command = void (*)(const Config&, const std::vector<std::string>&);
   const std::map<std::string, Command> commands = {{"ceilings", ceilings}, {"products", products}, {"kernels", kernels},
-                                                   {"step", step},         {"profile", profile},   {"names", names},
-                                                   {"planted", planted}};
+                                                   {"step", step},         {"sample", sample},     {"profile", profile},
+                                                   {"names", names},       {"planted", planted}};
   const auto command = commands.find(argc > 1 ? argv[1] : "");
   if (command == commands.end())
-    fail("usage: bench_gpu ceilings | products [DTYPE ...] | kernels [DTYPE] | step [DTYPE ...] | profile [DTYPE] | ",
-         "names [DTYPE] | planted, then flags of train_gpt");
+    fail("usage: bench_gpu ceilings | products [DTYPE ...] | kernels [DTYPE] | step [DTYPE ...] | ",
+         "sample [DTYPE ...] | profile [DTYPE] | names [DTYPE] | planted, then flags of train_gpt");
   std::vector<std::string> dtypes;
   std::map<std::string, int> wanted;
   int first = 2;  // argument that is a flag

@@ -179,12 +179,12 @@ std::string sample_text(Model& model, const Data& data, uint64_t seed, int conte
     Model& model;
     int V, T;
     ModelShape shape() const { return {V, T}; }
-    int next_token(const int* tokens, int n, int known, const Choice& c) {
-      return choose_token(model.next_logits(tokens, n, known), V, c.temperature, c.top_k, c.uniform);
+    std::vector<int> next_tokens(const int* tokens, int n, int known, const Sampling& s, int i) {
+      return {choose_token(model.next_logits(tokens, n, known), V, s.choice_of(i))};
     }
   } speaker{model, data.vocabulary.size(), context ? context : std::numeric_limits<int>::max()};
   std::string sample;
-  generate(speaker, {0}, {200, {1.0, 0}, seed, 0}, [&](int token) {
+  generate(speaker, {0}, {200, {1.0, 0}, seed, 0}, [&](int, int token) {
     sample += data.vocabulary.decode(token);
     return true;
   });

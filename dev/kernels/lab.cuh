@@ -16,11 +16,12 @@
 //
 // The function is called once for each of the sizes that are checked, once for the sizes that are timed, and once to
 // list the versions; the lab decides what `version` does. The numbers are the same in every call.
-// defines: Sizes, lecture, Array, Version, Result, Lab, Operation, Listed, operations, list, check, time
+// defines: Sizes, lecture, Array, Version, Result, Chosen, Lab, Operation, Listed, operations, list, check, time
 #pragma once
 #include <functional>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "../../kernels/device.cuh"
@@ -103,6 +104,17 @@ struct Result {
   double cold = NAN, cold_min = NAN, cold_max = NAN, hot = NAN, alone = NAN;
   double bytes = 0, flops = 0;
   int registers = 0, local_bytes = 0;  // of the kernel that needs the most registers; local: stack and spills
+};
+
+// Takes a version of kernels/choices.cuh until the end of the scope: const Chosen one(choices().attention_forward, 2);
+class Chosen {
+ public:
+  Chosen(int& choice, int version) : choice_(choice), before_(std::exchange(choice, version)) {}
+  ~Chosen() { choice_ = before_; }
+  Chosen(const Chosen&) = delete;
+
+ private:
+  int &choice_, before_;
 };
 
 class Lab {

@@ -37,7 +37,7 @@ constexpr int fewer_blocks = 0;
 //   row g + 8   elements 2, 3          elements 6, 7
 //
 // So four neighbouring lanes share a row. Dropout decides about element i by draw i of the lane's eight; in the keys
-// kernel, attention_mask transposes the mask first. Below, a warp owns R squares of 16 rows, and takes N squares of 16
+// kernel, attention_mask transposes the draws first. Below, a warp owns R squares of 16 rows, and takes N squares of 16
 // keys or queries in one step. Squares live in registers, which have no addresses: loops over them must be unrolled.
 // The compiler does that by itself for short loops; the long ones have a pragma.
 
@@ -234,16 +234,13 @@ __device__ inline void hide_later_keys(Square (&s)[R][N], int first_row, int fir
       }
 }
 
-// The dot product of two rows (HS), one of dout and one of out: D of a query. HS / 8 neighbouring lanes share the rows,
-// and each passes its eight channels of both. All get the sum, which is 0 if the rows do not exist.
-template <int HS, class Real>
-__device__ inline float dot_of_rows(const Real* x, const Real* y, bool exist) {
+// x (8) . y (8): a lane's share of D
+template <class Real>
+__device__ inline float dot8(const Real* x, const Real* y) {
+  const Float8 a = load8(x), b = load8(y);
   float dot = 0;
-  if (exist) {
-    const Float8 a = load8(x), b = load8(y);
-    for (int j = 0; j < 8; j++) dot += a[j] * b[j];
-  }
-  return lane_sum<HS / 8>(dot);
+  for (int j = 0; j < 8; j++) dot += a[j] * b[j];
+  return dot;
 }
 
 // One step of the running softmax, for a warp's 16 queries and 16 N keys. Arrays of two have an element for each of the
@@ -387,8 +384,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
   // 2. Meanwhile D of the warp's queries, from global memory: HS / 8 lanes share a row, eight channels each.
   for (int i = lane(); i < 16 * chunks; i += 32) {
     const int query = first + i / chunks;
-    const size_t at = query * out_row + i % chunks * 8;
-    const float dot = dot_of_rows<HS>(dO + at, O + at, query < T);
+    const size_t at = min(query, T - 1) * out_row + i % chunks * 8;
+    const float dot = lane_sum<chunks>(dot8(dO + at, O + at));
     if (query < T && i % chunks == 0) D[head.bh * T + query] = dot;
   }
   // 3. Our queries and dout: shared -> registers; lse and D of the lane's rows g and g + 8.

@@ -5,23 +5,33 @@
 // them.
 //
 // Who has what. A thread block has one head of one batch row: 8 warps, one block on a multiprocessor. A warp owns two
-// squares of 16 keys, and keeps their dk and dv in registers from the beginning to the end. Queries come in four tiles
-// of 64, and a warp takes them in steps of 32:
+// squares of 16 keys, w and 15 - w, and keeps their dk and dv in registers from the beginning to the end. Queries come
+// in four tiles of 64, and a warp takes them in steps of 32:
 //
-//                   queries 0      64      128     192
-//   keys   0  warp 0       |\ 1 1  | 1 1   | 1 1   | 1 1   |     each digit is a step of 32 queries (and 16 keys)
-//         16  warp 1       | \1 1  | 1 1   | 1 1   | 1 1   |
-//         ...              |       |       |       |       |
-//        112  warp 7       |       |    \1 | 1 1   | 1 1   |
-//        128  warp 7       |       |       |\1 1   | 1 1   |
-//         ...              |       |       |       |       |
-//        240  warp 0       |       |       |       |    \1 |
+//   keys       warp     queries 0    64    128   192         # a step: 16 keys, 32 queries
+//     0 -  15    0              d #   # #   # #   # #         d a step on the diagonal, where keys are hidden
+//    16 -  31    1              d #   # #   # #   # #
+//    32 -  47    2                d   # #   # #   # #
+//    48 -  63    3                d   # #   # #   # #
+//    64 -  79    4                    d #   # #   # #
+//    80 -  95    5                    d #   # #   # #
+//    96 - 111    6                      d   # #   # #
+//   112 - 127    7                      d   # #   # #
+//   128 - 143    7                          d #   # #
+//   144 - 159    6                          d #   # #
+//   160 - 175    5                            d   # #
+//   176 - 191    4                            d   # #
+//   192 - 207    3                                d #
+//   208 - 223    2                                d #
+//   224 - 239    1                                  d
+//   240 - 255    0                                  d
+//                       tile     0     1     2     3
 //
-// Warp w owns squares w and 15 - w, and the tiles come in two pairs: first 2 and 1, then 3 and 0. So each warp has nine
-// steps, four or five of them in each pair, and the warps arrive at the barriers at about the same time.
+// The tiles come in pairs, first 2 and 1, then 3 and 0, with a barrier behind each. Every warp has nine steps, four or
+// five of them in each pair, so the warps come to the barriers at about the same time.
 //
-// dq is a sum over keys, which different warps own. So each warp puts its dS into shared memory. When a pair is done,
-// the block multiplies all of it by the keys: a warp then has 16 queries and half of the channels of either tile, goes
+// dq is a sum over keys, which different warps own. So each warp puts its dS into shared memory. Behind the barrier the
+// block multiplies all of it by the keys: of either tile, a warp takes 16 queries and half of their channels, goes
 // through the keys in order, and writes dq once. No atomics, and no sum depends on timing.
 // defines: attention::once, attention_backward_once_kernel, attention_backward_once
 #pragma once
@@ -50,6 +60,13 @@ static_assert(squares_of_keys == 2 * warps, "a warp owns two");
 constexpr int key_row = 0, value_row = key_row + max_T, query_row = value_row + max_T, dout_row = query_row + 2 * tile;
 constexpr int dS_row = dout_row + 2 * tile, dq_row = dS_row + 5 * tile, end_row = dq_row + warps * 16 / 2;
 constexpr size_t smem_bytes = end_row * HS * 2 + max_T * sizeof(float2);  // bytes
+
+// Two tiles of queries, the late one (i = 0) and the early one (i = 1).
+struct Pair {
+  int late;  // 2 or 3
+  __device__ int first_query(int i) const { return (i == 0 ? late : 3 - late) * tile; }
+  __device__ int first_dS_row(int i) const { return dS_row + (i == 0 ? 0 : (late + 1) * tile); }
+};
 
 // Whether the kernel can do it: `smem` is what the card gives to a block, in bytes.
 inline bool fits(int head_size, int T, size_t smem) { return head_size == HS && T <= max_T && smem_bytes <= smem; }
@@ -101,35 +118,44 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
 
   // 1. Begin to copy what the first pair of tiles needs, global -> shared: its queries and dout, and the keys and values
   //    that they see. The second pair brings the last 64 keys and values.
-  const auto copy = [&](int late) {
-    for (int t = late == 2 ? 0 : late; t <= late && t * tile < T; t++) {
-      copy_rows<tile, HS, once::threads>(smem, once::key_row + t * tile, K, row, t * tile, T);
-      copy_rows<tile, HS, once::threads>(smem, once::value_row + t * tile, V, row, t * tile, T);
+  const auto copy = [&](once::Pair pair) {
+    const int last_key = min(pair.first_query(0) + tile, T);
+    for (int key = pair.late == 2 ? 0 : 3 * tile; key < last_key; key += tile) {
+      copy_rows<tile, HS, once::threads>(smem, once::key_row + key, K, row, key, T);
+      copy_rows<tile, HS, once::threads>(smem, once::value_row + key, V, row, key, T);
     }
     for (int i = 0; i < 2; i++) {
-      const int t = i == 0 ? late : 3 - late;
-      if (t * tile >= T) continue;
-      copy_rows<tile, HS, once::threads>(smem, once::query_row + i * tile, Q, row, t * tile, T);
-      copy_rows<tile, HS, once::threads>(smem, once::dout_row + i * tile, dO, out_row, t * tile, T);
+      const int query = pair.first_query(i);
+      if (query >= T) continue;
+      copy_rows<tile, HS, once::threads>(smem, once::query_row + i * tile, Q, row, query, T);
+      copy_rows<tile, HS, once::threads>(smem, once::dout_row + i * tile, dO, out_row, query, T);
     }
     copy_async_commit();
   };
-  copy(2);
+  copy({2});
   // 2. Meanwhile lse and D = rowsum(dout * out) of all queries, from global memory: eight lanes share a row, so that a
-  //    warp reads four whole rows at once. Queries from T on get weights of exp(-infinity) = 0.
-  constexpr int chunks = HS / 8;
-#pragma unroll
-  for (int i = 0; i < once::max_T * chunks; i += once::threads) {
-    const int query = (i + threadIdx.x) / chunks, chunk = threadIdx.x % chunks;
-    const size_t at = query * out_row + chunk * 8;
-    const float dot = dot_of_rows<HS>(dO + at, O + at, query < T);
-    if (chunk == 0) lse_and_D[query] = {query < T ? lse[head.bh * T + query] * log2_e : INFINITY, dot};
+  //    warp reads four whole rows at once. Queries from T on get weights of exp(-infinity) = 0. dropout's factor is left
+  //    out, of D as of dP, and comes with the other factors at the end: dS is P * (dP or 0 - D / keep_scale) until then.
+  static_assert(once::threads == once::max_T, "a thread has the lse of one query");
+  lse_and_D[threadIdx.x].x = threadIdx.x < T ? lse[head.bh * T + threadIdx.x] * log2_e : INFINITY;
+  constexpr int chunks = HS / 8, at_once = once::threads / chunks;  // at_once: rows that the block reads
+  const int chunk = threadIdx.x % chunks;
+  float D[once::max_T / at_once];
+  for (int i = 0; i < once::max_T / at_once; i++) {  // first all loads: each takes its time
+    const size_t at = min(i * at_once + int(threadIdx.x) / chunks, T - 1) * out_row + chunk * 8;
+    D[i] = dot8(dO + at, O + at);
+  }
+  const float unscale = 1 / drop.keep_scale;
+  for (int i = 0; i < once::max_T / at_once; i++) {
+    const float sum = lane_sum<chunks>(D[i]);
+    if (chunk == 0) lse_and_D[i * at_once + threadIdx.x / chunks].y = sum * unscale;
   }
 
-  // What stays in registers: dk and dv of the warp's two squares of keys, 2 x (16, 64) each.
-  const float scale = softmax_scale<HS>() * log2_e;
+  // What stays in registers: dk and dv of the warp's two squares of keys, (2, 16, 64) each. That is 128 registers of a
+  // lane, half of all that it can have, so keys and values stay in shared memory and are read again in each step.
+  const float scale = softmax_scale<HS>() * log2_e, dS_factor = softmax_scale<HS>() * drop.keep_scale;
   Square dk[2][1][HS / 16] = {}, dv[2][1][HS / 16] = {};
-  for (int late = 2; late <= 3; late++) {  // the pair of tiles `late` and 3 - late
+  for (once::Pair pair = {2}; pair.late <= 3; pair.late++) {
     // 3. Everyone's copies have arrived, and lse and D; dS of the pair before is not needed any more.
     copy_async_wait<0>();
     __syncthreads();
@@ -139,7 +165,7 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
 #pragma unroll 1
       for (int i = 0; i < 2 * tile; i += step) {  // the pair's queries: the late tile's, then the early tile's
         // 4. A step of 32 queries, if there are such queries and they see the square's keys.
-        const int query = (i < tile ? late : 3 - late) * tile + i % tile;
+        const int query = pair.first_query(i / tile) + i % tile;
         if (query >= T || query + step <= key) continue;
         // 5. scores^T = k @ q^T, dP^T = v @ dout^T
         Square p[1][step / 16], ds[1][step / 16];  // scores and dP now, weights and dS after backward_weight
@@ -152,12 +178,11 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
           if constexpr (DROPOUT) attention_mask<true>(keep, drop, head.draw_head, query + n * 16, key, T);
           for (int j = 0; j < 8; j++) {
             const float2 of_q = lse_and_D[query + n * 16 + column_of(j)];
-            backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], drop.keep_scale);
+            backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], 1);
           }
         }
         // 7. dS^T goes to shared memory, for dq.
-        const int to = once::dS_row + (i < tile ? 0 : (late + 1) * tile) + key;
-        const int offset = chunk_offset<HS>(to + lane() / 4, i % tile / 8);
+        const int offset = chunk_offset<HS>(pair.first_dS_row(i / tile) + key + lane() / 4, i % tile / 8);
         for (int n = 0; n < step / 16; n++) {
           uint32_t pairs[4];
           pack_square<Real>(pairs, ds[0][n]);
@@ -170,7 +195,7 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
     }
     // 9. The pair's dS is complete, and nobody needs its queries and dout any more: the next pair's may come.
     __syncthreads();
-    if (late == 2) copy(3);
+    if (pair.late == 2) copy({3});
     // 10. dq = dS @ k. The warp has 16 queries of the late tile, and then 16 of the early tile, of which it takes the
     //     last if it took the first: each warp then goes through 17 squares of keys for a pair. Four warps have channels
     //     0 ... 31, four have channels 32 ... 63.
@@ -178,13 +203,13 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
 #pragma unroll 1
     for (int i = 0; i < 2; i++) {
       const int square = i == 0 ? warp % 4 : 3 - warp % 4;
-      const int first = (i == 0 ? late : 3 - late) * tile + square * 16;  // the first of our queries
+      const int first = pair.first_query(i) + square * 16;  // the first of our queries
       if (first >= T) continue;
       Square dq[1][HS / 32] = {};
       // dS is the left operand, and lies in memory transposed, with a row for each key. So ldmatrix transposes it. Each
       // eight lanes point to: keys 0-7 of queries 0-7; the same keys of queries 8-15; keys 8-15 of both.
-      const int left = chunk_offset<HS>(once::dS_row + (i == 0 ? 0 : (late + 1) * tile) + lane() % 8 + lane() / 16 * 8,
-                                        2 * square + lane() / 8 % 2);
+      const int left =
+          chunk_offset<HS>(pair.first_dS_row(i) + lane() % 8 + lane() / 16 * 8, 2 * square + lane() / 8 % 2);
       const int right = chunk_offset<HS>(once::key_row + lane() % 16, half * (HS / 16) + lane() / 16);
       for (int k = 0; k <= first; k += 16) {
         uint32_t of_dS[1][4];
@@ -193,7 +218,7 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
       }
       __syncwarp();  // no lane still reads the rows of the square before
       store_rows<HS / 2>(dQ + first * row + half * (HS / 2), row, T - first, smem + once::dq_row * HS, warp * 16, dq[0],
-                         {softmax_scale<HS>(), softmax_scale<HS>()});
+                         {dS_factor, dS_factor});
     }
   }
 
@@ -203,8 +228,7 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
   for (int own = 0; own < 2; own++) {
     const int key = 16 * (own == 0 ? warp : once::squares_of_keys - 1 - warp);
     Real *dK = dQ + out_row + key * row, *dV = dK + out_row;
-    store_rows<HS>(dK, row, T - key, smem, once::query_row + key, dk[own][0],
-                   {softmax_scale<HS>(), softmax_scale<HS>()});
+    store_rows<HS>(dK, row, T - key, smem, once::query_row + key, dk[own][0], {dS_factor, dS_factor});
     store_rows<HS>(dV, row, T - key, smem, once::value_row + key, dv[own][0], {drop.keep_scale, drop.keep_scale});
   }
 }

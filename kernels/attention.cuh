@@ -195,9 +195,9 @@ __device__ inline void multiply_transposed(Square (&s)[R][N], const uint32_t (&a
     }
   }
 }
-// sum (16 R, 16 C) += a (16 R, 16) @ 16 rows of shared memory, of which it takes 16 C channels. The lanes point ldmatrix
-// to the rows as in load_a: offset is chunk_offset of this lane's row and chunk. It transposes: b[0] and b[1] are the
-// first chunk's channels, b[2] and b[3] the next chunk's.
+// sum (16 R, 16 C) += a (16 R, 16) @ 16 rows of shared memory, of which it takes 16 C channels. The lanes point
+// ldmatrix to the rows as in load_a: offset is chunk_offset of this lane's row and chunk. It transposes: b[0] and b[1]
+// are the first chunk's channels, b[2] and b[3] the next chunk's.
 template <class Real, int R, int C>
 __device__ inline void multiply_add_rows(Square (&sum)[R][C], const uint32_t (&a)[R][4], const Real* smem, int offset) {
   for (int c = 0; c < C; c++) {

@@ -43,25 +43,29 @@ constexpr int tile = 64, step = 32;  // queries
 constexpr int max_T = 4 * tile, squares_of_keys = max_T / 16;
 static_assert(squares_of_keys == 2 * warps, "a warp owns two");
 
-// Shared memory: rows of 64 elements, or 128 bytes, each stored in the order of chunk_offset. The numbers are the row at
-// which each part begins.
+// Shared memory is rows of 64 elements, 128 bytes, each in the order of chunk_offset. On the left, the row at which a
+// part begins:
 //
-//     0  keys      (256, 64)
-//   256  values    (256, 64)
-//   512  queries   (2, 64, 64)    of the pair's late tile, then of its early tile
-//   640  dout      (2, 64, 64)    the same queries' rows
-//   768  dS^T      (320, 64)      a row for each key, a column for each query of a tile: first of the late tile, for the
-//                                 192 or 256 keys that it sees, then of the early tile, for its 128 or 64
-//  1088  dq        (8, 16, 32)    on its way to memory; each warp has rows of its own
-//  1152  lse and D (256)          of all queries, as pairs of floats
-//
-// When all products are done, dv goes to memory through the rows that the values had, dk through those of queries and
-// dout.
+//      0 +----------------------------------------+
+//        | keys, 256                              |  for the scores, and for dq at the end of each pair
+//    256 +----------------------------------------+
+//        | values, 256                            |  for dP. At the very end: dv, on its way to memory
+//    512 +-------------------+--------------------+
+//        | queries: late, 64 | early, 64          |  of the pair in work. At the very end: dk, on its way to memory,
+//    640 +-------------------+--------------------+  through the rows of both queries and dout
+//        | dout:    late, 64 | early, 64          |
+//    768 +-------------------+------+-------------+
+//        | dS^T, late: 192 or 256   | early: 128  |  a row for each key that the tile sees, a column for each of its
+//   1088 +--------------------------+-- or 64 ----+  64 queries
+//        | dq, 8 x 16 half rows     |                of 16 queries for each warp, on its way to memory
+//   1152 +--------------------------+
+//        | lse and D of 256 queries |                as pairs of floats, 2 KB
+//        +--------------------------+
 constexpr int key_row = 0, value_row = key_row + max_T, query_row = value_row + max_T, dout_row = query_row + 2 * tile;
 constexpr int dS_row = dout_row + 2 * tile, dq_row = dS_row + 5 * tile, end_row = dq_row + warps * 16 / 2;
-constexpr size_t smem_bytes = end_row * HS * 2 + max_T * sizeof(float2);  // bytes
+constexpr size_t smem_bytes = end_row * HS * 2 + max_T * sizeof(float2);
 
-// Two tiles of queries, the late one (i = 0) and the early one (i = 1).
+// A pair of tiles of queries, the late one (i = 0) and the early one (i = 1).
 struct Pair {
   int late;  // 2 or 3
   __device__ int first_query(int i) const { return (i == 0 ? late : 3 - late) * tile; }
@@ -116,8 +120,8 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
   Real *smem = dynamic_smem<Real>(), *dQ = dqkv + head.qkv;
   float2* lse_and_D = reinterpret_cast<float2*>(smem + once::end_row * HS);
 
-  // 1. Begin to copy what the first pair of tiles needs, global -> shared: its queries and dout, and the keys and values
-  //    that they see. The second pair brings the last 64 keys and values.
+  // 1. Begin to copy what the first pair of tiles needs, global -> shared: its queries and dout, and the keys and
+  //    values that they see. The second pair brings the last 64 keys and values.
   const auto copy = [&](once::Pair pair) {
     const int last_key = min(pair.first_query(0) + tile, T);
     for (int key = pair.late == 2 ? 0 : 3 * tile; key < last_key; key += tile) {
@@ -134,21 +138,21 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
   };
   copy({2});
   // 2. Meanwhile lse and D = rowsum(dout * out) of all queries, from global memory: eight lanes share a row, so that a
-  //    warp reads four whole rows at once. Queries from T on get weights of exp(-infinity) = 0. dropout's factor is left
-  //    out, of D as of dP, and comes with the other factors at the end: dS is P * (dP or 0 - D / keep_scale) until then.
+  //    warp reads four whole rows at once. Queries from T on get weights of exp(-infinity) = 0. dS is left without its
+  //    factor keep_scale, which comes with the other one at the end; so D is divided by it.
+  const int thread = threadIdx.x;
   static_assert(once::threads == once::max_T, "a thread has the lse of one query");
-  lse_and_D[threadIdx.x].x = threadIdx.x < T ? lse[head.bh * T + threadIdx.x] * log2_e : INFINITY;
+  lse_and_D[thread].x = thread < T ? lse[head.bh * T + thread] * log2_e : INFINITY;
   constexpr int chunks = HS / 8, at_once = once::threads / chunks;  // at_once: rows that the block reads
-  const int chunk = threadIdx.x % chunks;
   float D[once::max_T / at_once];
-  for (int i = 0; i < once::max_T / at_once; i++) {  // first all loads: each takes its time
-    const size_t at = min(i * at_once + int(threadIdx.x) / chunks, T - 1) * out_row + chunk * 8;
+  for (int i = 0; i < once::max_T / at_once; i++) {  // all loads come first, so that we wait for them only once
+    const size_t at = min(i * at_once + thread / chunks, T - 1) * out_row + thread % chunks * 8;
     D[i] = dot8(dO + at, O + at);
   }
   const float unscale = 1 / drop.keep_scale;
   for (int i = 0; i < once::max_T / at_once; i++) {
     const float sum = lane_sum<chunks>(D[i]);
-    if (chunk == 0) lse_and_D[i * at_once + threadIdx.x / chunks].y = sum * unscale;
+    if (thread % chunks == 0) lse_and_D[i * at_once + thread / chunks].y = sum * unscale;
   }
 
   // What stays in registers: dk and dv of the warp's two squares of keys, (2, 16, 64) each. That is 128 registers of a
@@ -156,7 +160,7 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
   const float scale = softmax_scale<HS>() * log2_e, dS_factor = softmax_scale<HS>() * drop.keep_scale;
   Square dk[2][1][HS / 16] = {}, dv[2][1][HS / 16] = {};
   for (once::Pair pair = {2}; pair.late <= 3; pair.late++) {
-    // 3. Everyone's copies have arrived, and lse and D; dS of the pair before is not needed any more.
+    // 3. We wait. Then all copies have arrived, and lse and D, and nobody needs dS of the pair before any more.
     copy_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -167,11 +171,12 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
         // 4. A step of 32 queries, if there are such queries and they see the square's keys.
         const int query = pair.first_query(i / tile) + i % tile;
         if (query >= T || query + step <= key) continue;
-        // 5. scores^T = k @ q^T, dP^T = v @ dout^T
+        // 5. scores^T = k @ q^T, dP^T = v @ dout^T: two squares of each. Their rows are keys, so a lane has keys g and
+        //    g + 8, and of the 32 queries it has eight. On the diagonal, some are hidden.
         Square p[1][step / 16], ds[1][step / 16];  // scores and dP now, weights and dS after backward_weight
         once::scores_and_dP(p, ds, smem, once::key_row + key, once::query_row + i);
         hide_later_keys<true>(p, key, query);
-        // 6. Scores become weights after dropout, dP becomes dS.
+        // 6. Each lane by itself: scores become weights after dropout, dP becomes dS.
 #pragma unroll
         for (int n = 0; n < step / 16; n++) {
           bool keep[8];
@@ -181,25 +186,27 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
             backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], 1);
           }
         }
-        // 7. dS^T goes to shared memory, for dq.
+        // 7. dS^T goes to shared memory, for dq: the warp's 16 keys are rows of it that no other warp writes.
         const int offset = chunk_offset<HS>(pair.first_dS_row(i / tile) + key + lane() / 4, i % tile / 8);
         for (int n = 0; n < step / 16; n++) {
           uint32_t pairs[4];
           pack_square<Real>(pairs, ds[0][n]);
           put_square<HS>(smem, offset ^ (n * 16), pairs);
         }
-        // 8. dv += weights^T @ dout, dk += dS^T @ q
+        // 8. dv += weights^T @ dout, dk += dS^T @ q. What a lane holds of weights^T and dS^T is what it must hold of a
+        //    left operand.
         multiply_add<Real, HS>(dv[own], p, smem, once::dout_row + i);
         multiply_add<Real, HS>(dk[own], ds, smem, once::query_row + i);
       }
     }
-    // 9. The pair's dS is complete, and nobody needs its queries and dout any more: the next pair's may come.
+    // 9. We wait. Then the pair's dS is complete, and nobody needs its queries and dout any more: the next pair's come
+    //    while we make dq.
     __syncthreads();
     if (pair.late == 2) copy({3});
-    // 10. dq = dS @ k. The warp has 16 queries of the late tile, and then 16 of the early tile, of which it takes the
-    //     last if it took the first: each warp then goes through 17 squares of keys for a pair. Four warps have channels
-    //     0 ... 31, four have channels 32 ... 63.
-    const int half = warp / 4;
+    // 10. dq = dS @ k. The warp has 16 queries of the late tile, and then 16 of the early one: the last if those were
+    //     the first, so that each warp goes through 17 squares of keys for a pair. Four warps have channels 0 ... 31,
+    //     four have channels 32 ... 63.
+    const int channel = warp / 4 * (HS / 2);
 #pragma unroll 1
     for (int i = 0; i < 2; i++) {
       const int square = i == 0 ? warp % 4 : 3 - warp % 4;
@@ -210,20 +217,20 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
       // eight lanes point to: keys 0-7 of queries 0-7; the same keys of queries 8-15; keys 8-15 of both.
       const int left =
           chunk_offset<HS>(pair.first_dS_row(i) + lane() % 8 + lane() / 16 * 8, 2 * square + lane() / 8 % 2);
-      const int right = chunk_offset<HS>(once::key_row + lane() % 16, half * (HS / 16) + lane() / 16);
+      const int right = chunk_offset<HS>(once::key_row + lane() % 16, channel / 8 + lane() / 16);
       for (int k = 0; k <= first; k += 16) {
         uint32_t of_dS[1][4];
         ldmatrix_x4_trans(of_dS[0], smem + k * HS + left);
         multiply_add_rows(dq, of_dS, smem + k * HS, right);
       }
       __syncwarp();  // no lane still reads the rows of the square before
-      store_rows<HS / 2>(dQ + first * row + half * (HS / 2), row, T - first, smem + once::dq_row * HS, warp * 16, dq[0],
+      store_rows<HS / 2>(dQ + first * row + channel, row, T - first, smem + once::dq_row * HS, warp * 16, dq[0],
                          {dS_factor, dS_factor});
     }
   }
 
-  // 11. Write dk and dv, with the factors that backward_weight leaves out: registers -> shared -> global. No other warp
-  //     uses the rows of shared memory through which they go.
+  // 11. Write dk and dv, with the factors that they lack: registers -> shared -> global. No other warp uses the rows of
+  //     shared memory through which they go.
 #pragma unroll
   for (int own = 0; own < 2; own++) {
     const int key = 16 * (own == 0 ? warp : once::squares_of_keys - 1 - warp);

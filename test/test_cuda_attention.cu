@@ -171,8 +171,8 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float
       check_against_reference<TestType>({1, T, 2, HS}, dropout(T % 2 ? 0.2 : 0, 1));
 }
 
-// Version 2 of backward at the largest size that it takes, and version 1 behind it. Only version 1 writes D, which shows
-// who has worked.
+// Version 2 of backward at the largest size that it takes, and version 1 beyond it. Only version 1 writes D, which
+// shows who has worked.
 TEMPLATE_TEST_CASE("attention on the device: backward in one kernel, if a head fits", "[cuda]", bf16, fp16) {
   check_against_reference<TestType>({1, 256, 1, 64}, dropout(0.2, 3));
   CHECK(attention::once::fits(64, 256, 163 << 10));       // A100

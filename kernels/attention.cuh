@@ -9,8 +9,9 @@
 // products where a single kernel needs five. In exchange every sum stays within a warp, in a fixed order, without
 // atomics.
 //
-// Forward has a version 2, attention_forward_head.cuh, where a block has a whole head of up to 256 tokens. It gives the
-// same bits. choices.cuh says which card takes it; heads that it cannot have get version 1 everywhere.
+// Where a whole head fits into shared memory there are second versions of both passes: attention_forward_head.cuh, with
+// the same bits, and attention_backward_once.cuh, a single kernel that has an order of its own. choices.cuh says which
+// card takes them: none yet.
 // defines: attention_forward, attention_backward
 #pragma once
 #include <type_traits>
@@ -39,7 +40,7 @@ constexpr int fewer_blocks = 0;
 //   row g + 8   elements 2, 3          elements 6, 7
 //
 // So four neighbouring lanes share a row. Dropout decides about element i by draw i of the lane's eight; in the keys
-// kernel, attention_mask transposes the mask first. Below, a warp owns R squares of 16 rows, and takes N squares of 16
+// kernel, attention_mask transposes the draws first. Below, a warp owns R squares of 16 rows, and takes N squares of 16
 // keys or queries in one step. Squares live in registers, which have no addresses: loops over them must be unrolled.
 // The compiler does that by itself for short loops; the long ones have a pragma.
 
@@ -85,15 +86,28 @@ __device__ inline int chunk_offset(int row, int chunk) {
 }
 
 // Begins to copy rows first ... first + ROWS - 1 of a (T, HS) matrix, whose rows are `stride` elements apart, to the
-// rows from `to` on of shared memory. Rows from T on become zeros. All threads of the block take part, 16 bytes each at
-// a time.
-template <int ROWS, int HS, class Real>
+// rows from `to` on of shared memory. Rows from T on become zeros. All threads of the block take part, THREADS of them,
+// 16 bytes each at a time.
+template <int ROWS, int HS, int THREADS = threads, class Real>
 __device__ inline void copy_rows(Real* smem, int to, const Real* from, int stride, int first, int T) {
-  constexpr int at_once = threads / (HS / 8);  // rows that the block copies at once
+  constexpr int at_once = THREADS / (HS / 8);  // rows that the block copies at once
   static_assert(at_once % 8 == 0 && ROWS % at_once == 0);
   const int row = threadIdx.x / (HS / 8), chunk = threadIdx.x % (HS / 8), offset = chunk_offset<HS>(to + row, chunk);
   from += size_t(first + row) * stride + chunk * 8;
   for (int i = 0; i < ROWS; i += at_once) copy_async_16(smem + offset + i * HS, from + i * stride, first + row + i < T);
+}
+
+// Rounds a square's pairs of elements to Real: a[0] and a[1] are rows g and g + 8 of the first eight columns, a[2] and
+// a[3] of the others. These are also the places where a left operand of a product has them.
+template <class Real>
+__device__ inline void pack_square(uint32_t (&a)[4], const Square& x) {
+  for (int i = 0; i < 4; i++) a[i] = pack2<Real>(x[2 * i], x[2 * i + 1]);
+}
+// Puts a packed square into rows of shared memory. offset: chunk_offset of the square's row g and first chunk
+template <int HS, class Real>
+__device__ inline void put_square(Real* smem, int offset, const uint32_t (&a)[4]) {
+  for (int i = 0; i < 4; i++)
+    *reinterpret_cast<uint32_t*>(smem + (offset ^ (i / 2 * 8)) + i % 2 * 8 * HS + lane() % 4 * 2) = a[i];
 }
 
 // Writes a warp's 16 rows, x (16, HS) * factor, to `to` (16, HS), whose rows are `stride` elements apart; rows from
@@ -105,10 +119,13 @@ __device__ inline void store_rows(Real* to, int stride, int rows, Real* smem, in
                                   const float (&factor)[2]) {
   // 1. Each lane rounds its pairs of elements and puts them into shared memory, in the layout of chunk_offset.
   const int offset = chunk_offset<HS>(smem_row + lane() / 4, 0);
-  for (int n = 0; n < HS / 16; n++)
-    for (int i = 0; i < 8; i += 2)
-      *reinterpret_cast<uint32_t*>(smem + (offset ^ (n * 16 + i / 4 * 8)) + i / 2 % 2 * 8 * HS + lane() % 4 * 2) =
-          pack2<Real>(x[n][i] * factor[i / 2 % 2], x[n][i + 1] * factor[i / 2 % 2]);
+  for (int n = 0; n < HS / 16; n++) {
+    Square y;
+    for (int i = 0; i < 8; i++) y[i] = x[n][i] * factor[i / 2 % 2];
+    uint32_t pairs[4];
+    pack_square<Real>(pairs, y);
+    put_square<HS>(smem, offset ^ (n * 16), pairs);
+  }
   // 2. The warp stores chunk after chunk: neighbouring lanes write neighbouring 16 bytes.
   __syncwarp();
   for (int i = lane(); i < 2 * HS; i += 32) {
@@ -164,13 +181,6 @@ __device__ inline void multiply(Square& d, const uint32_t (&a)[4], const uint32_
   mma_16x8x16<Real>(d.half[1], a, {b[2], b[3]});
 }
 
-// Where queries and keys are the same tokens, the squares above the diagonal are hidden. The products below leave them
-// out if they are told so.
-template <bool ON_DIAGONAL>
-__device__ constexpr bool left_out(int r, int n) {
-  return ON_DIAGONAL && n > r;
-}
-
 // s (16 R, 16 N) = a (16 R, HS) @ rows (16 N, HS)^T, where the rows begin at `row` of shared memory. Scores are
 // q @ k^T, and dP is dout @ v^T. For ldmatrix, each eight lanes point to: rows 0-7; the same rows' next chunk; rows
 // 8-15; their next chunk. So b[0] and b[1] are rows 0-7, b[2] and b[3] rows 8-15.
@@ -184,29 +194,32 @@ __device__ inline void multiply_transposed(Square (&s)[R][N], const uint32_t (&a
     for (int k = 0; k < HS / 16; k++) {
       uint32_t b[4];
       ldmatrix_x4(b, smem + n * 16 * HS + (offset ^ (16 * k)));
-      for (int r = 0; r < R; r++)
-        if (!left_out<ON_DIAGONAL>(r, n)) multiply<Real>(s[r][n], a[r][k], b);
+      for (int r = ON_DIAGONAL ? n : 0; r < R; r++) multiply<Real>(s[r][n], a[r][k], b);
     }
   }
 }
+// sum (16 R, 16 C) += a (16 R, 16) @ 16 rows of shared memory, of which it takes 16 C channels. The lanes point
+// ldmatrix to the rows as in load_a: offset is chunk_offset of this lane's row and chunk. It transposes: b[0] and b[1]
+// are the first chunk's channels, b[2] and b[3] the next chunk's. Squares of `a` before number `begin` are left out.
+template <class Real, int R, int C>
+__device__ inline void multiply_add_rows(Square (&sum)[R][C], const uint32_t (&a)[R][4], const Real* smem, int offset,
+                                         int begin = 0) {
+  for (int c = 0; c < C; c++) {
+    uint32_t b[4];
+    ldmatrix_x4_trans(b, smem + (offset ^ (16 * c)));
+    for (int r = begin; r < R; r++) multiply<Real>(sum[r][c], a[r], b);
+  }
+}
 // sum (16 R, HS) += p (16 R, 16 N) @ rows (16 N, HS), where the rows begin at `row` of shared memory. p is the result
-// of another product, rounded here to Real. It is already spread over the lanes as a left operand has to be. The lanes
-// point ldmatrix to the rows as in load_a. It transposes: b[0] and b[1] are the first chunk's channels, b[2] and b[3]
-// the next chunk's.
+// of another product, rounded here to Real. It is already spread over the lanes as a left operand has to be.
 template <class Real, int HS, bool ON_DIAGONAL = false, int R, int N>
 __device__ inline void multiply_add(Square (&sum)[R][HS / 16], const Square (&p)[R][N], const Real* smem, int row) {
   const int offset = chunk_offset<HS>(row + lane() % 16, lane() / 16);
 #pragma unroll
   for (int n = 0; n < N; n++) {
     uint32_t a[R][4];
-    for (int r = 0; r < R; r++)
-      for (int i = 0; i < 4; i++) a[r][i] = pack2<Real>(p[r][n][2 * i], p[r][n][2 * i + 1]);
-    for (int c = 0; c < HS / 16; c++) {
-      uint32_t b[4];
-      ldmatrix_x4_trans(b, smem + n * 16 * HS + (offset ^ (16 * c)));
-      for (int r = 0; r < R; r++)
-        if (!left_out<ON_DIAGONAL>(r, n)) multiply<Real>(sum[r][c], a[r], b);
-    }
+    for (int r = 0; r < R; r++) pack_square<Real>(a[r], p[r][n]);
+    multiply_add_rows(sum, a, smem + n * 16 * HS, offset, ON_DIAGONAL ? n : 0);
   }
 }
 
@@ -229,6 +242,15 @@ __device__ inline void hide_later_keys(Square (&s)[R][N], int first_row, int fir
 __device__ inline void hide_above_diagonal(Square& s) {
   for (int i = 0; i < 8; i++)
     if (column_of(i) > row_of(i)) s[i] = -INFINITY;
+}
+
+// x (8) . y (8): a lane's share of D
+template <class Real>
+__device__ inline float dot8(const Real* x, const Real* y) {
+  const Float8 a = load8(x), b = load8(y);
+  float dot = 0;
+  for (int j = 0; j < 8; j++) dot += a[j] * b[j];
+  return dot;
 }
 
 // One step of the running softmax, for a warp's 16 queries and the keys of the first `squares` of N squares. Arrays of
@@ -407,12 +429,8 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
   // 2. Meanwhile D of the warp's queries, from global memory: HS / 8 lanes share a row, eight channels each.
   for (int i = lane(); i < 16 * chunks; i += 32) {
     const int query = first + i / chunks;
-    float dot = 0;
-    if (query < T) {
-      const Float8 x = load8(dO + query * out_row + i % chunks * 8), y = load8(O + query * out_row + i % chunks * 8);
-      for (int j = 0; j < 8; j++) dot += x[j] * y[j];
-    }
-    dot = lane_sum<chunks>(dot);
+    const size_t at = min(query, T - 1) * out_row + i % chunks * 8;
+    const float dot = lane_sum<chunks>(dot8(dO + at, O + at));
     if (query < T && i % chunks == 0) D[head.bh * T + query] = dot;
   }
   // 3. Our queries and dout: shared -> registers; lse and D of the lane's rows g and g + 8.
@@ -543,11 +561,13 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 }
 
 #include "attention_forward_head.cuh"  // version 2 of forward, made of the building blocks above
-#include "attention_tf32.cuh"  // version 2 for floats, made of the building blocks above
+#include "attention_tf32.cuh"          // version 2 for floats, made of the building blocks above
 
 // ---------------------------------------------------------------------------------------------------------------------
 // These functions launch the kernels: the ones above, or for floats the ones in attention_float.cuh or
 // attention_tf32.cuh.
+
+#include "attention_backward_once.cuh"  // version 2 of the backward pass, made of the building blocks above
 
 namespace attention {
 
@@ -582,6 +602,13 @@ constexpr size_t smem_bytes(int more = 0) {
   return bytes + more;
 }
 
+// Whether backward takes version 2: it is chosen, and the type, the sizes and the card's shared memory allow it.
+template <class Real>
+bool takes_once(int HS, int T) {
+  static const size_t smem = current_card().sharedMemPerBlockOptin;
+  return choices().attention_backward == 2 && sizeof(Real) == 2 && once::fits(HS, T, smem);
+}
+
 }  // namespace attention
 
 // out and lse = attention of qkv, with the shapes that stand above the kernels. lse may be null.
@@ -611,7 +638,8 @@ void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropo
   });
 }
 
-// dqkv = the gradient of qkv, with the shapes that stand above the kernels. D is scratch memory.
+// dqkv = the gradient of qkv, with the shapes that stand above the kernels. D is scratch memory, which version 2 leaves
+// alone.
 template <class Real>
 void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                         const DeviceDropout& drop, int B, int T, int C, int NH, cudaStream_t stream,
@@ -626,6 +654,9 @@ void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv,
       const LaunchConfig config = {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream};
       launch(attention_backward_queries_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, out, lse, drop, T, NH);
       launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, T, NH);
+    } else if (takes_once<Real>(HS, T)) {
+      if constexpr (HS == once::HS)
+        attention_backward_once<Real, dropout>(dqkv, dout, qkv, out, lse, drop, B, T, NH, stream);
     } else {
       const dim3 grid(NH, B, ceil_div(T, warps * 16));
       launch(attention_backward_queries_kernel<Real, HS, dropout>,

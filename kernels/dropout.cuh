@@ -27,18 +27,14 @@ __device__ inline void dropout8(Float8& x, const DeviceDropout& drop, uint64_t c
 
 // keep[i] = whether dropout keeps element i of this lane's part of a block of weights, whose first query is q and first
 // key kv. The draws are numbered for blocks with queries as rows. If TRANSPOSED, the block has keys as rows and queries
-// as columns, so each 8 x 8 quarter of the mask is transposed across the warp, and the quarters off the diagonal swap.
+// as columns, so each 8 x 8 quarter of the draws is transposed across the warp, and the quarters off the diagonal swap.
 // bh: the head's number in the whole batch, row and head
 template <bool TRANSPOSED>
 __device__ inline void attention_mask(bool (&keep)[8], const Dropout& drop, uint64_t bh, int q, int kv, int T) {
-  const Philox4 draws = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + threadIdx.x % 32);
+  Philox4 draws = random4(drop.seed, drop.step, drop.site, attention_counter(bh, q, kv, T) + threadIdx.x % 32);
   if constexpr (TRANSPOSED) {
-    uint32_t quarter[4];
-    for (int w = 0; w < 4; w++)
-      quarter[w] = transpose_8x8((draw_of(draws, 2 * w) < drop.threshold ? 0xffffu : 0u) |
-                                 (draw_of(draws, 2 * w + 1) < drop.threshold ? 0xffff0000u : 0u));
-    for (int i = 0; i < 8; i++) keep[i] = quarter[i / 2 % 2 * 2 + i / 4] >> 16 * (i % 2) & 1;
-  } else {
-    for (int i = 0; i < 8; i++) keep[i] = draw_of(draws, i) < drop.threshold;
+    const Philox4 quarters = draws;
+    for (int w = 0; w < 4; w++) draws.word[w] = transpose_8x8(quarters.word[w % 2 * 2 + w / 2]);
   }
+  for (int i = 0; i < 8; i++) keep[i] = draw_of(draws, i) < drop.threshold;
 }

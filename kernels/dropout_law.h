@@ -41,7 +41,7 @@ HOST_DEVICE inline uint32_t draw_of(const Philox4& r, int i) { return r.word[i /
 constexpr int draw_block = 16;
 HOST_DEVICE inline uint64_t attention_counter(uint64_t bh, int q, int kv, int T) {  // the first of the block's 32
   const uint64_t blocks = uint64_t(T + draw_block - 1) / draw_block;
-  return ((bh * blocks + q / draw_block) * blocks + kv / draw_block) * 32;
+  return ((bh * blocks + uint32_t(q) / draw_block) * blocks + uint32_t(kv) / draw_block) * 32;
 }
 HOST_DEVICE inline uint32_t attention_draw(const Dropout& drop, uint64_t bh, int q, int kv, int T) {
   const int lane = q % 8 * 4 + kv % 8 / 2;

@@ -32,6 +32,18 @@ FloatKernels every_float_version() {
   else
     return FloatKernels::simple;
 }
+// Lets attention_backward take this version until the end of the scope.
+struct BackwardVersion {
+  const int before = choices().attention_backward;
+  explicit BackwardVersion(int version) { choices().attention_backward = version; }
+  ~BackwardVersion() { choices().attention_backward = before; }
+};
+// The versions that there are for these sizes, if the card has the shared memory.
+template <class Real>
+std::vector<int> backward_versions(const Shape& s) {
+  const BackwardVersion second(2);
+  return attention::takes_once<Real>(s.HS, s.T) ? std::vector{1, 2} : std::vector{1};
+}
 
 // The kernels' outputs.
 template <class Real>
@@ -187,16 +199,20 @@ void check_against_reference(const Shape& s, const Dropout& drop, double scale =
   const Results<Real> f = forward<Real>(s, qkv, drop);
   check_within(f.out, out, budget.out);
   check_close(f.lse, lse, 4 * std::sqrt(double(std::max(s.T, s.HS))) * 0x1p-24 + (tf32 ? 2 * of_operands : 0));
-  check_within(backward<Real>(s, qkv, dout, out32, lse32, drop).dqkv, dqkv, budget.dqkv);
+  for (const int version : backward_versions<Real>(s)) {
+    CAPTURE(version);
+    const BackwardVersion chosen(version);
+    check_within(backward<Real>(s, qkv, dout, out32, lse32, drop).dqkv, dqkv, budget.dqkv);
+  }
 }
 
 }  // namespace
 
 TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float, bf16, fp16) {
-  const FloatVersion chosen(every_float_version<TestType>());
+  const FloatVersion float_kernels(every_float_version<TestType>());
   const bool plain = std::is_same_v<TestType, float> &&
                      choices().attention_float == 1;  // its kernels are slow here, and only whole warps of T matter
-  for (const int T : plain ? std::vector{1, 31, 33, 65} : std::vector{1, 15, 16, 17, 31, 33, 64, 65, 100, 130}) {
+  for (const int T : plain ? std::vector{1, 31, 33, 65} : std::vector{1, 15, 16, 17, 31, 33, 64, 65, 100, 130, 195}) {
     check_against_reference<TestType>({2, T, 1, 64}, dropout(0.2, 3));
     check_against_reference<TestType>({1, T, 2, 64}, dropout(0));
   }
@@ -205,9 +221,31 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's numbers", "[cuda]", float
       check_against_reference<TestType>({1, T, 2, HS}, dropout(T % 2 ? 0.2 : 0, 1));
 }
 
+// Version 2 of backward at the largest size that it takes, and version 1 beyond it. Only version 1 writes D, which
+// shows who has worked.
+TEMPLATE_TEST_CASE("attention on the device: backward in one kernel, if a head fits", "[cuda]", bf16, fp16) {
+  check_against_reference<TestType>({1, 256, 1, 64}, dropout(0.2, 3));
+  CHECK(attention::once::fits(64, 256, 163 << 10));       // A100
+  CHECK_FALSE(attention::once::fits(64, 256, 99 << 10));  // GeForce
+  CHECK_FALSE(attention::once::fits(64, 257, 227 << 10));
+  CHECK_FALSE(attention::once::fits(32, 256, 227 << 10));
+  const BackwardVersion second(2);
+  for (const Shape& s : {Shape{1, 1, 1, 64}, Shape{1, 257, 1, 64}, Shape{1, 20, 1, 32}, Shape{1, 20, 1, 128}}) {
+    CAPTURE(s.T, s.HS);
+    const std::vector<TestType> out(s.rows() * s.C());
+    const std::vector<float> lse(s.weights(), 3);
+    const Results<TestType> b = backward<TestType>(s, random_qkv(s), random_dout(s), out, lse, {});
+    CHECK(std::isnan(b.D[0]) == attention::takes_once<TestType>(s.HS, s.T));
+    const BackwardVersion first(1);
+    const Results<TestType> a = backward<TestType>(s, random_qkv(s), random_dout(s), out, lse, {});
+    CHECK_FALSE(std::isnan(a.D[0]));
+    if (!attention::takes_once<TestType>(s.HS, s.T)) check_same_bits(a.dqkv.data(), b.dqkv.data(), a.dqkv.size());
+  }
+}
+
 // Scores so large that small weights underflow, and that later keys raise the running softmax's maximum.
 TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf16, fp16) {
-  const FloatVersion chosen(every_float_version<TestType>());
+  const FloatVersion float_kernels(every_float_version<TestType>());
   for (const int HS : {64, 128}) check_against_reference<TestType>({1, 70, 1, HS}, dropout(0.2), 5, 100);
 }
 
@@ -215,7 +253,7 @@ TEMPLATE_TEST_CASE("attention on the device: scores of 80", "[cuda]", float, bf1
 // dout, dv (kv, c) is the weight of query first_query + c. With D = 0, dout . v = 1 and one-hot keys and queries, dq
 // and dk show dS the same way. They must be exactly zero where the CPU drops a weight, and nowhere else.
 TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, bf16, fp16) {
-  const FloatVersion chosen(every_float_version<TestType>());
+  const FloatVersion float_kernels(every_float_version<TestType>());
   const bool plain = std::is_same_v<TestType, float> && choices().attention_float == 1;
   const Shape s{plain ? 1 : 2, plain ? 70 : 130, 1, 64};
   const Dropout drop = dropout(0.3, 5);
@@ -251,15 +289,18 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, 
       one_hot(qkv, 0, 3, first_query);
       one_hot(qkv, 1, 3, first_key);
       for (size_t row = 0; row < s.rows(); row++) std::fill_n(qkv.begin() + (row * 3 + 2) * s.HS, s.HS, 1.0f);
-      const std::vector<TestType> dqkv = backward<TestType>(s, qkv, dout, none, lse, drop).dqkv;
-      for (int b = 0; b < s.B; b++)
-        for (int q = first_query; q < std::min(first_query + s.HS, s.T); q++)
-          for (int kv = first_key; kv < std::min(first_key + s.HS, s.T); kv++) {
-            const bool keep = kept(b, q, kv);
-            wrong += at(dqkv, b, q, 0, 3, kv - first_key) != keep;
-            wrong += at(dqkv, b, kv, 1, 3, q - first_query) != keep;
-            wrong += at(dqkv, b, kv, 2, 3, q - first_query) != keep;
-          }
+      for (const int version : backward_versions<TestType>(s)) {
+        const BackwardVersion chosen(version);
+        const std::vector<TestType> dqkv = backward<TestType>(s, qkv, dout, none, lse, drop).dqkv;
+        for (int b = 0; b < s.B; b++)
+          for (int q = first_query; q < std::min(first_query + s.HS, s.T); q++)
+            for (int kv = first_key; kv < std::min(first_key + s.HS, s.T); kv++) {
+              const bool keep = kept(b, q, kv);
+              wrong += at(dqkv, b, q, 0, 3, kv - first_key) != keep;
+              wrong += at(dqkv, b, kv, 1, 3, q - first_query) != keep;
+              wrong += at(dqkv, b, kv, 2, 3, q - first_query) != keep;
+            }
+      }
     }
   }
   CHECK(wrong == 0);
@@ -268,30 +309,38 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, 
 
 // Two runs give the same bits, and a batch row does not depend on its neighbours.
 TEMPLATE_TEST_CASE("attention on the device: the same bits", "[cuda]", float, bf16, fp16) {
-  const FloatVersion chosen(every_float_version<TestType>());
-  const Shape all{3, 66, 2, 32}, one{1, 66, 2, 32};
-  const std::vector<float> qkv = random_qkv(all), dout = random_dout(all);
-  const auto row = [&](const std::vector<float>& x) {
-    return std::vector<float>(x.begin() + x.size() / 3, x.begin() + 2 * x.size() / 3);
-  };
-  const auto run = [](const Shape& s, const std::vector<float>& in, const std::vector<float>& d, int first_row) {
-    const Results<TestType> f = forward<TestType>(s, in, dropout(0.2, first_row));
-    const Results<TestType> b = backward<TestType>(s, in, d, f.out, f.lse, dropout(0.2, first_row));
-    return Results<TestType>{f.out, b.dqkv, f.lse, b.D};
-  };
-  const Results<TestType> a = run(all, qkv, dout, 4), b = run(all, qkv, dout, 4), c = run(one, row(qkv), row(dout), 5);
-  check_same_bits(a.out.data(), b.out.data(), a.out.size());
-  check_same_bits(a.lse.data(), b.lse.data(), a.lse.size());
-  check_same_bits(a.dqkv.data(), b.dqkv.data(), a.dqkv.size());
-  check_same_bits(a.D.data(), b.D.data(), a.D.size());
-  check_same_bits(a.out.data() + c.out.size(), c.out.data(), c.out.size());
-  check_same_bits(a.lse.data() + c.lse.size(), c.lse.data(), c.lse.size());
-  check_same_bits(a.dqkv.data() + c.dqkv.size(), c.dqkv.data(), c.dqkv.size());
+  const FloatVersion float_kernels(every_float_version<TestType>());
+  const bool plain = std::is_same_v<TestType, float>;
+  for (const int HS : plain ? std::vector{32} : std::vector{32, 64}) {
+    const Shape all{3, 66, 2, HS}, one{1, 66, 2, HS};
+    const std::vector<float> qkv = random_qkv(all), dout = random_dout(all);
+    const auto row = [&](const std::vector<float>& x) {
+      return std::vector<float>(x.begin() + x.size() / 3, x.begin() + 2 * x.size() / 3);
+    };
+    const auto run = [](const Shape& s, const std::vector<float>& in, const std::vector<float>& d, int first_row) {
+      const Results<TestType> f = forward<TestType>(s, in, dropout(0.2, first_row));
+      const Results<TestType> b = backward<TestType>(s, in, d, f.out, f.lse, dropout(0.2, first_row));
+      return Results<TestType>{f.out, b.dqkv, f.lse, b.D};
+    };
+    for (const int version : backward_versions<TestType>(all)) {
+      CAPTURE(version);
+      const BackwardVersion chosen(version);
+      const Results<TestType> a = run(all, qkv, dout, 4), b = run(all, qkv, dout, 4);
+      const Results<TestType> c = run(one, row(qkv), row(dout), 5);
+      check_same_bits(a.out.data(), b.out.data(), a.out.size());
+      check_same_bits(a.lse.data(), b.lse.data(), a.lse.size());
+      check_same_bits(a.dqkv.data(), b.dqkv.data(), a.dqkv.size());
+      check_same_bits(a.D.data(), b.D.data(), a.D.size());
+      check_same_bits(a.out.data() + c.out.size(), c.out.data(), c.out.size());
+      check_same_bits(a.lse.data() + c.lse.size(), c.lse.data(), c.lse.size());
+      check_same_bits(a.dqkv.data() + c.dqkv.size(), c.dqkv.data(), c.dqkv.size());
+    }
+  }
 }
 
 TEMPLATE_TEST_CASE("attention on the device: evaluation needs no lse, and sees no later query", "[cuda]", float, bf16,
                    fp16) {
-  const FloatVersion chosen(every_float_version<TestType>());
+  const FloatVersion float_kernels(every_float_version<TestType>());
   const Shape s{1, 70, 1, 64}, shorter{1, 33, 1, 64};
   const std::vector<float> qkv = random_qkv(s);
   const DeviceArray<TestType> in(qkv), out(s.rows() * s.C());

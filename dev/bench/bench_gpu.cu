@@ -680,6 +680,18 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
     }
     choices().attention_float = chosen;
   }
+  if (sizeof(Real) == 2 && attention::once::fits(m.shape.HS(), T, current_card().sharedMemPerBlockOptin)) {
+    const int chosen = choices().attention_backward;
+    for (const int version : {1, 2}) {
+      choices().attention_backward = version;
+      table.row(version == 1 ? "attention_backward, two kernels" : "attention_backward, one kernel", 0, 2.5 * attention,
+                8 * A + 2 * lse, [&](int l) {
+                  attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l],
+                                     drop.at(site::attention_dropout, l), B, T, C, NH, st);
+                });
+    }
+    choices().attention_backward = chosen;
+  }
 
   const DeviceBuffer<double> norm_partials(gradient_norm_partials, "the gradient's norm");
   table.row_of_one("prepare_update", 0, 0, 4 * count, [&](int) {

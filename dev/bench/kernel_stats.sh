@@ -11,6 +11,8 @@ cd "$(dirname "$0")/../.."
 allowed=(
   '75 attention_backward_keys_kernel<fp16, 128, (true|false)>'
   '8 and 24 bytes; a warp has 16 keys of 128 channels, and no card has more than 255 registers for a thread'
+  '75 attention_backward_once_kernel<fp16, (true|false)>'
+  'it never runs there: Turing has too little shared memory for it'
   '80 residual_layernorm_forward_kernel<RowShape<128, 2>, true, bf16>'
   '4 bytes, in the variant for more than 1024 channels'
   '75 residual_layernorm_forward_kernel<RowShape<16, 3>, true, fp16>'

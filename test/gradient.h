@@ -5,7 +5,7 @@
 #include <functional>
 #include <vector>
 
-#include "compare.h"
+#include "test.h"
 
 // Compares grad (count) with central differences of f at each element of x (count), or at about a hundred of a large x.
 // With h = 1e-5 the truncation error is about 1e-10 and the rounding error 1e-16 / h = 1e-11, relative to f.

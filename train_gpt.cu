@@ -38,9 +38,8 @@
 #include "kernels/sampler.cuh"
 
 // ---------------------------------------------------------------------------------------------------------------------
-// The tensors. The learned ones, Params, are in host/tensors.h: both trainers and all files share them. Gradients and
-// AdamW's m and v are buffers of the same layout, and so is the working copy: the parameters, rounded to Real, as the
-// products read them.
+// The tensors. The learned ones, Params, are in host/tensors.h: trainers and files share them. Gradients, AdamW's m and v
+// and the working copy (the parameters, rounded to Real, as the products read them) are buffers of the same layout.
 
 // What forward leaves behind for backward. L: a slice for each layer; or, without backward, one that all layers share.
 template <class Real>

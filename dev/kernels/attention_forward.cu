@@ -12,6 +12,9 @@
 //                                    multiply.
 //   3  the shipped kernel            A block has 128 queries, and each tile of keys and values that comes to shared
 //                                    memory serves them all. The tensor cores multiply.
+//   4  the other shipped kernel      A block has a whole head, of 256 tokens at most: warps need not wait for each
+//                                    other at every tile, and all have the same work. kernels/choices.cuh says which
+//                                    card takes it.
 #include "../../kernels/attention.cuh"
 #include "../../kernels/attention.h"
 #include "../../kernels/choices.cuh"
@@ -117,7 +120,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   if (lab.checks()) {
     std::vector<double> want(count), sums(queries);
     reference::attention_forward(want.data(), sums.data(), qkv.values().data(), drop, B, T, C, NH);
-    // Rounding the output is one part. In version 3 weights are rounded, too, but each of a sum by an error of its own.
+    // Rounding the output is one part. The tensor cores' weights are rounded, too, but each by an error of its own.
     out.expect(want, 3 * rounding_of<bf16>);
     lse.expect(sums, 4 * std::sqrt(std::max(T, HS)) * 0x1p-24);
   }
@@ -150,6 +153,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     });
   };
   shipped({3, "shipped: tiles of keys, tensor cores", 37, 1});
+  shipped({4, "shipped: a block has a whole head", 28, 2});
 }
 const lab::Listed listed({"attention_forward", describe, {{2, 31, 48, 3}, {1, 1, 64, 1}, {1, 70, 128, 2}}});
 

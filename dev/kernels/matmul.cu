@@ -112,8 +112,8 @@ using Sums = float[4][4][4];  // 16 rows, 8 columns, and the lane's four numbers
 // to (128, 32) = rows first ... of x (count, C), from column c on; zeros where x ends
 template <bool ASYNC>
 __device__ inline void fetch(bf16 (&to)[tile][depth + 8], const bf16* x, int first, int count, int c, int C) {
-  for (int i = threadIdx.x; i < tile * depth / 8; i += 256) {
-    const int row = i / (depth / 8), k = i % (depth / 8) * 8;
+  for (int turn = 0; turn < tile * depth / 8 / 256; turn++) {  // a number of turns that the compiler knows: it unrolls
+    const int i = turn * 256 + threadIdx.x, row = i / (depth / 8), k = i % (depth / 8) * 8;
     const bf16* const from = x + size_t(first + row) * C + c + k;
     const bool inside = first + row < count && c + k < C;
     if constexpr (ASYNC)

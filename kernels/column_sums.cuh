@@ -119,7 +119,7 @@ struct SumsList {
 
 // Launched with 256 threads a block, and for each job and layer as many blocks as it has 32 columns. A block adds up 32
 // columns of a layer's partials: eight groups of 32 threads take turns at the rows of partials.
-static __global__ void __launch_bounds__(adding_columns* adding_groups)
+[[maybe_unused]] static __global__ void __launch_bounds__(adding_columns* adding_groups)
     add_partials_kernel(SumsList list, bool accumulate) {
   __shared__ float group_partials[adding_groups][adding_columns];
   // 1. Which job is it, which layer of it, which column?

@@ -3,6 +3,7 @@
 //   bench_gpu products [DTYPE ...]  every matrix product of a step with all that can be fused to it, and its kernels
 //   bench_gpu kernels [DTYPE]       every kernel and matrix product of a step beside the least time it could take
 //   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
+//   bench_gpu start [DTYPE ...]     what happens before the first step, stage by stage
 //   bench_gpu sample [DTYPE ...]    characters a second: one text, as a graph and kernel by kernel, and several together
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
 //   bench_gpu names [DTYPE]         the names of a step's kernels, in order
@@ -18,6 +19,7 @@
 
 #include <chrono>
 #include <filesystem>
+#include <memory>
 #if __has_include(<cuda_profiler_api.h>) && !defined(CUDA_ON_CPU)
 #include <cuda_profiler_api.h>
 #else
@@ -367,6 +369,17 @@ Data random_data(const std::string& folder) {
   return open_data(folder);
 }
 
+// body(zero), a zero of the type that products have with --dtype.
+template <class Body>
+void with_real(const std::string& dtype, Body body) {
+  if (dtype == "bfloat16")
+    body(bf16());
+  else if (dtype == "float16")
+    body(fp16());
+  else
+    body(0.0f);
+}
+
 // body(model) with the model that --dtype asks for, a few steps after its start.
 template <class Body>
 void with_model(Config config, const std::string& dtype, Body body) {
@@ -374,7 +387,7 @@ void with_model(Config config, const std::string& dtype, Body body) {
   const Data data = random_data(folder.path());
   if (!config.given.count("out_dir")) config.out_dir = folder.path();
   config.dtype = dtype;
-  const auto run = [&](auto zero) {
+  with_real(dtype, [&](auto zero) {
     using Model = GpuModel<decltype(zero)>;
     const ModelShape shape = model_shape(config, V);
     Model::plan(config, shape, &data, true).require(Model::memory());
@@ -384,13 +397,7 @@ void with_model(Config config, const std::string& dtype, Body body) {
     model.restore(params.data(), zeros.data(), zeros.data());
     model.train_steps(0, 3);
     body(model);
-  };
-  if (dtype == "bfloat16")
-    run(bf16());
-  else if (dtype == "float16")
-    run(fp16());
-  else
-    run(0.0f);
+  });
 }
 
 void print_times(const std::string& what, const Times& t, double tokens, double flops_per_token, double peak) {
@@ -439,6 +446,58 @@ void step(const Config& config, const std::vector<std::string>& dtypes) {
         if (i >= 0) seconds.push_back(taken.count() / steps);
       }
       print_times("evaluate " + dtype, of(seconds), double(config.batch_size) * config.block_size, flops / 3, peak);
+    });
+}
+
+// The first stage has passed when this program calls its command.
+double seconds_of_the_first_call = 0;
+
+// Prints how long body() takes by the host's clock.
+template <class Body>
+void timed(const std::string& stage, Body body) {
+  const auto begin = std::chrono::steady_clock::now();
+  body();
+  CUDA_CHECK(cudaDeviceSynchronize());
+  const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - begin;
+  std::printf("%-58s %7.0f ms\n", stage.c_str(), taken.count() * 1e3);
+  std::fflush(stdout);
+}
+
+void start(const Config& given, const std::vector<std::string>& dtypes) {
+  std::printf("%-58s %7.0f ms\n", "CUDA's first call: driver, context, kernels loaded",
+              seconds_of_the_first_call * 1e3);
+  timed("cuBLASLt loaded, a first product", [] {
+    const Stream stream;
+    Matmul matmul(false, stream);
+    const DeviceBuffer<float> x(64, "a product");
+    matmul.forward(x.data(), x.data(), x.data(), nullptr, 8, 8, 8, 8);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+  });
+  for (const std::string& dtype : dtypes)
+    with_real(dtype, [&](auto zero) {
+      using Real = decltype(zero);
+      const Folder folder;
+      Config config = given;
+      config.out_dir = folder.path();  // where the algorithms of the products are kept
+      config.dtype = dtype;
+      const Data data = random_data(folder.path());
+      const ModelShape shape = model_shape(config, V);
+      const Layout layout = parameter_layout(shape);
+      std::vector<float> params(layout.size()), zeros(params.size());
+      timed("the first weights drawn", [&] { init_parameters(params.data(), layout, config.seed); });
+      timed(dtype + ": the peak, by large products", [] {
+        const Stream stream;
+        Matmul(false, stream).measure_peak<Real>();
+      });
+      for (const char* algorithms : {"raced", "on file"}) {
+        std::unique_ptr<GpuModel<Real>> model;
+        timed(text(dtype, ": the model made, the peak, products' algorithms ", algorithms),
+              [&] { model = std::make_unique<GpuModel<Real>>(config, shape, &data, true); });
+        timed(dtype + ": weights copied, one step", [&] {
+          model->restore(params.data(), zeros.data(), zeros.data());
+          model->train_steps(0, 1);
+        });
+      }
     });
 }
 
@@ -727,13 +786,13 @@ void kernels(const Config& config, const std::vector<std::string>& dtypes) {
 
 int run(int argc, char** argv) {
   using Command = void (*)(const Config&, const std::vector<std::string>&);
-  const std::map<std::string, Command> commands = {{"ceilings", ceilings}, {"products", products}, {"kernels", kernels},
-                                                   {"step", step},         {"sample", sample},     {"profile", profile},
-                                                   {"names", names},       {"planted", planted}};
+  const std::map<std::string, Command> commands = {
+      {"ceilings", ceilings}, {"products", products}, {"kernels", kernels}, {"step", step},      {"start", start},
+      {"sample", sample},     {"profile", profile},   {"names", names},     {"planted", planted}};
   const auto command = commands.find(argc > 1 ? argv[1] : "");
   if (command == commands.end())
     fail("usage: bench_gpu ceilings | products [DTYPE ...] | kernels [DTYPE] | step [DTYPE ...] | ",
-         "sample [DTYPE ...] | profile [DTYPE] | names [DTYPE] | planted, then flags of train_gpt");
+         "start [DTYPE ...] | sample [DTYPE ...] | profile [DTYPE] | names [DTYPE] | planted, then flags of train_gpt");
   std::vector<std::string> dtypes;
   std::map<std::string, int> wanted;
   int first = 2;  // argument that is a flag
@@ -749,7 +808,9 @@ int run(int argc, char** argv) {
   Config config = parse_command_line(argc - first + 1, argv + first - 1);
   apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
 
+  const auto begin = std::chrono::steady_clock::now();
   if (const std::string why = no_gpu(); !why.empty()) fail(why);
+  seconds_of_the_first_call = std::chrono::duration<double>(std::chrono::steady_clock::now() - begin).count();
   for (const auto& [operation, version] : wanted) choose(operation, version);
   const bool ampere = current_card().major >= 8;
   if (dtypes.empty()) {

@@ -163,6 +163,7 @@ stage_step() {
       # shellcheck disable=SC2086
       start "$bench_gpu" step $dtype || status=$failed
     done
+    [ $((seconds - SECONDS)) -le 12 ] || start "$bench_gpu" start bfloat16 || status=$failed
     [ $((seconds - SECONDS)) -le 8 ] || start "$bench_gpu" sample bfloat16 || status=$failed
     exit "$status"
   } | tee "$work/step.log"

@@ -34,8 +34,8 @@ template <int HS>
 constexpr int tile_rows = HS <= 64 ? 32 : 16;
 
 // How many squares of 16 queries a warp owns in forward (R). In backward it owns one.
-template <int HS>
-constexpr int query_squares = HS <= 64 ? 2 : 1;
+template <int HS, int PRODUCTS>
+constexpr int query_squares = HS <= 64 && PRODUCTS == 1 ? 2 : 1;
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Operands
@@ -230,10 +230,10 @@ __device__ inline void store_rows(float* to, int stride, int rows, const Sums<HS
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
 //   qkv  (B, T, 3, NH, HS)
 template <int HS, bool DROPOUT, int PRODUCTS>
-__global__ void __launch_bounds__(attention::threads, 2)
+__global__ void __launch_bounds__(attention::threads, HS <= 64 && PRODUCTS == 3 ? 3 : 2)
     attention_forward_tf32_kernel(float* out, float* lse, const float* qkv, DeviceDropout drop, int T, int NH) {
   using namespace attention_tf32;
-  constexpr int R = query_squares<HS>, N = tile_rows<HS> / 16, rows = warps * 16 * R;
+  constexpr int R = query_squares<HS, PRODUCTS>, N = tile_rows<HS> / 16, rows = warps * 16 * R;
   if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
   const int out_row = NH * HS, row = 3 * out_row, warp = attention::warp_index();
@@ -464,11 +464,12 @@ constexpr size_t smem_bytes_tf32 = (OWN_ROWS + 4 * attention_tf32::tile_rows<HS>
 template <int HS, bool DROPOUT>
 void forward_by_tf32(float* out, float* lse, const float* qkv, const DeviceDropout& drop, int B, int T, int NH,
                      cudaStream_t stream, bool tf32) {
-  constexpr int rows = warps * 16 * attention_tf32::query_squares<HS>;
-  const auto kernel =
-      tf32 ? attention_forward_tf32_kernel<HS, DROPOUT, 1> : attention_forward_tf32_kernel<HS, DROPOUT, 3>;
-  launch(kernel, {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes_tf32<HS, rows>, stream}, out, lse, qkv, drop, T,
-         NH);
+  const auto run = [&](auto products) {
+    constexpr int rows = warps * 16 * attention_tf32::query_squares<HS, products>;
+    launch(attention_forward_tf32_kernel<HS, DROPOUT, products>,
+           {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes_tf32<HS, rows>, stream}, out, lse, qkv, drop, T, NH);
+  };
+  tf32 ? run(std::integral_constant<int, 1>()) : run(std::integral_constant<int, 3>());
 }
 
 template <int HS, bool DROPOUT>
@@ -478,12 +479,13 @@ void backward_by_tf32(float* dqkv, float* D, const float* dout, const float* qkv
   constexpr size_t smem = smem_bytes_tf32<HS, warps * 32>;
   constexpr size_t lse_and_D = 2 * attention_tf32::tile_rows<HS> * sizeof(float2);
   static_assert(smem + lse_and_D <= 99 << 10, "on a card of capability 8.6 or 8.9 a block has no more");
-  const auto queries_kernel = tf32 ? attention_backward_queries_tf32_kernel<HS, DROPOUT, 1>
-                                   : attention_backward_queries_tf32_kernel<HS, DROPOUT, 3>;
-  const auto keys_kernel =
-      tf32 ? attention_backward_keys_tf32_kernel<HS, DROPOUT, 1> : attention_backward_keys_tf32_kernel<HS, DROPOUT, 3>;
-  launch(queries_kernel, {grid, threads, smem, stream}, dqkv, D, dout, qkv, out, lse, drop, T, NH);
-  launch(keys_kernel, {grid, threads, smem + lse_and_D, stream}, dqkv, D, dout, qkv, lse, drop, T, NH);
+  const auto run = [&](auto products) {
+    launch(attention_backward_queries_tf32_kernel<HS, DROPOUT, products>, {grid, threads, smem, stream}, dqkv, D, dout,
+           qkv, out, lse, drop, T, NH);
+    launch(attention_backward_keys_tf32_kernel<HS, DROPOUT, products>, {grid, threads, smem + lse_and_D, stream}, dqkv,
+           D, dout, qkv, lse, drop, T, NH);
+  };
+  tf32 ? run(std::integral_constant<int, 1>()) : run(std::integral_constant<int, 3>());
 }
 
 }  // namespace attention

@@ -146,6 +146,30 @@ TEST_CASE("The GPU trainer takes the CPU trainer's steps, dropout on", "[cuda]")
   CHECK_THROWS_WITH(on_gpu->train_steps(102, on_gpu->chunk() + 1), ContainsSubstring("51 at once"));
 }
 
+// With float32 three products of tensor cores, and close to the CPU; with tf32 one, and less close, going forward and
+// backward.
+TEST_CASE("The GPU trainer with attention's second version for floats", "[cuda]") {
+  if (current_card().major < 8) return;  // a card without TF32
+  const int before = choices().attention_float;
+  choices().attention_float = 2;
+  std::vector<float> losses[2], grads[2];
+  for (const bool tf32 : {false, true}) {
+    Config config = tiny_config();
+    config.dtype = tf32 ? "tf32" : "float32";
+    const auto on_gpu = gpu_model<float>(config);
+    losses[tf32] = on_gpu->train_steps(0, 2);
+    grads[tf32] = tensors_of(gradients(*on_gpu), on_gpu->layout());
+  }
+  choices().attention_float = before;
+  const std::vector<float> want = cpu_model(tiny_config())->train_steps(0, 2);
+  for (int i = 0; i < 2; i++) {
+    CHECK(std::fabs(losses[false][i] - want[i]) < 1e-5);
+    CHECK(std::fabs(losses[true][i] - want[i]) < 1e-2);
+    CHECK(losses[true][i] != losses[false][i]);
+  }
+  CHECK(compare(grads[true].data(), grads[false].data(), grads[true].size(), 1).share > 1e-4);
+}
+
 TEST_CASE("The GPU trainer takes steps of more batches than a graph holds", "[cuda]") {
   Config config = tiny_config();
   config.n_layer = 1;

@@ -21,6 +21,10 @@ allowed=(
   'up to 16 bytes, for which a third block fits on every multiprocessor'
   '(100|120) attention_forward_head_kernel<(bf16|fp16), 64, (true|false)>'
   'up to 60 bytes, in a version that none of these cards takes yet'
+  '[0-9]+ attention_(forward|backward_queries|backward_keys)_tf32_kernel<64, (true|false), 3>'
+  'up to 36 bytes, for which a third block (a second one in backward_keys) fits on every multiprocessor'
+  '100 attention_backward_keys_tf32_kernel<128, false, 3>'
+  '4 bytes; a warp has sums of 16 keys and values of 128 channels'
   '100 embedding_backward_kernel<float>'
   '8 bytes, in float32 only'
 )

@@ -227,6 +227,7 @@ TEMPLATE_TEST_CASE("attention on the device: backward in one kernel, if a head f
   check_against_reference<TestType>({1, 256, 1, 64}, dropout(0.2, 3));
   CHECK(attention::once::fits(64, 256, 163 << 10));       // A100
   CHECK_FALSE(attention::once::fits(64, 256, 99 << 10));  // GeForce
+  CHECK(attention::once::fits(64, 256, attention::once::smem_bytes));
   CHECK_FALSE(attention::once::fits(64, 257, 227 << 10));
   CHECK_FALSE(attention::once::fits(32, 256, 227 << 10));
   const BackwardVersion second(2);

@@ -403,14 +403,14 @@ TEMPLATE_TEST_CASE("CUDA on the CPU: products of tensor cores are exactly the pl
 }
 
 TEST_CASE("CUDA on the CPU: products of floats take ten bits of their mantissas", "[cuda_on_cpu]") {
-  // Small integers, so that every sum is exact, and to some of them we add what is lost: up to seven eighths of a unit
-  // by the tensor cores, less than half a unit by rounding before. One half and more rounds up, away from zero.
+  // Small integers, so that every sum is exact, and to some of them we add what is lost: up to six sevenths of a unit in
+  // the tensor cores, up to three by rounding before. (Halves would depend on the card.)
   std::vector<float> a(128), b(64), d(128), rounds_up(128), exact_b(64);
   const auto integer = [](int i) { return float(1024 + i * 29 % 31) * (i % 3 ? 1 : -1); };  // eleven bits
-  const auto lost = [](int i) { return float(i * 5 % 8) / 8 * (i % 3 ? 1 : -1); };
+  const auto lost = [](int i) { return float(i * 5 % 7) / 7 * (i % 3 ? 1 : -1); };
   for (int i = 0; i < 128; i++) {
     a[i] = integer(i) + lost(i);
-    rounds_up[i] = integer(i) + (i * 5 % 8 >= 4 ? (i % 3 ? 1.0f : -1.0f) : 0.0f);
+    rounds_up[i] = integer(i) + (i * 5 % 7 >= 4 ? (i % 3 ? 1.0f : -1.0f) : 0.0f);
     d[i] = float(i * i % 53);
   }
   for (int i = 0; i < 64; i++) exact_b[i] = float(i * 23 % 37 - 18), b[i] = exact_b[i] + exact_b[i] * 0x1p-12f;
@@ -431,14 +431,27 @@ TEST_CASE("CUDA on the CPU: products of floats take ten bits of their mantissas"
     CHECK((rounded.read() == product(rounds_up)));
   });
   const float tiny = 0x1p-149f, unit = 0x1p-10f, inf = INFINITY;
-  const std::vector<float> x = {1, 1 + unit / 2, -1 - unit / 2, 1 + unit / 2 - unit / 4096, 0, -0.0f, inf, -inf, tiny};
-  const std::vector<float> want = {1, 1 + unit, -1 - unit, 1, 0, -0.0f, inf, -inf, 0};
+  const float more = 0.5f + 0x1p-13f, less = 0.5f - 0x1p-13f;
+  const std::vector<float> x = {1,   1 + more * unit, -1 - more * unit, 1 + less * unit, -1 - less * unit, 0, inf, -inf,
+                                tiny};
+  const std::vector<float> want = {1, 1 + unit, -1 - unit, 1, -1, 0, inf, -inf, 0};
   const DeviceArray<float> in(x), out(x.size());
   launch(on_cpu::round_to_tf32_kernel, {1, unsigned(x.size())}, out.data(), in.data());
   CHECK((out.read() == want));
   const DeviceArray<float> nan(std::vector<float>{NAN, std::bit_cast<float>(0x7fffffffu)}), still(2);
   launch(on_cpu::round_to_tf32_kernel, {1, 2}, still.data(), nan.data());
   for (const float y : still.read()) CHECK(std::isnan(y));
+#ifdef CUDA_ON_CPU
+  // A sum is rounded towards zero. Row 0: 1 + 3 / 4 of a unit, row 1: -1 - 3 / 4, row 2: 1 + 1 1 / 4, row 3: infinity.
+  const float ulp = 0x1p-23f;
+  std::vector<float> left(128), right(64), sums(128);
+  left[0] = 0.75f * ulp, left[8] = -0.75f * ulp, left[16] = 1.25f * ulp, left[24] = 0x1p127f, right[0] = 1;
+  sums[0] = 1, sums[8] = -1, sums[16] = 1, sums[24] = 0x1p127f;
+  const DeviceArray<float> dl(left), dr(right), ds(sums);
+  launch(on_cpu::mma_tf32_kernel<true>, {1, 32}, ds.data(), dl.data(), dr.data());
+  sums[16] += ulp, sums[24] = INFINITY;
+  CHECK((ds.read() == sums));
+#endif
 }
 
 TEST_CASE("CUDA on the CPU: an 8 x 8 matrix, transposed", "[cuda_on_cpu]") {

@@ -16,11 +16,13 @@ include dev/setup/compilers.mk
 # -fno-math-errno, -fno-trapping-math: sqrt sets no errno and comparisons raise no traps, so that loops with them
 #   become vector code. Neither changes a result.
 # CUDA on the CPU: kernels read memory as vectors, hence no strict aliasing; -Wa: the assembler dislikes the sections of
-#   shared memory.
+#   shared memory. The instruction set is that of the CPU's kernels, which such objects call as well: functions of the
+#   same name whose vectors differ in length must not meet in a program. No fused multiply-adds: as if the kernels' source
+#   were computed line by line.
 HOST_FLAGS   := -O2 $(OPENMP)
 KERNEL_FLAGS := -O3 $(ARCH_FLAG) -fno-math-errno -fno-trapping-math $(OPENMP)
 TEST_FLAGS   := -O0 -U_FORTIFY_SOURCE $(OPENMP)
-CUDA_ON_CPU  := -Idev/cuda_on_cpu -O2 -fno-strict-aliasing -Wno-unknown-pragmas -Wa,--no-warn $(OPENMP) -x c++
+CUDA_ON_CPU  := -Idev/cuda_on_cpu -O2 $(ARCH_FLAG) -ffp-contract=off -fno-strict-aliasing -Wno-unknown-pragmas -Wa,--no-warn $(OPENMP) -x c++
 
 # One folder for each kind of build: `make SANITIZE=address,undefined test` does not touch the program's objects.
 KIND  := $(if $(filter-out native,$(MARCH)),-$(MARCH))$(if $(SANITIZE),-$(subst $(comma),-,$(SANITIZE)))

@@ -51,7 +51,8 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   const lab::Array<bf16> logits = lab.updated(before);
   if (lab.checks()) {
     std::vector<double> want(size);
-    ::matmul_forward(want.data(), inp.values().data(), headw.values().data(), headb.values().data(), rows, C, Vp);
+    ::reference::matmul_forward(want.data(), inp.values().data(), headw.values().data(), headb.values().data(), rows, C,
+                                Vp);
     // Versions that add the bias in a pass of its own round twice; and a float sum of C terms.
     logits.expect(want, 2 * rounding_of<bf16> + 4 * std::sqrt(C) * 0x1p-24);
   }

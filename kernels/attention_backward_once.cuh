@@ -1,8 +1,7 @@
 // Version 2 of attention's backward pass (kernels/choices.cuh): one kernel writes dq, dk and dv, and so computes the
 // weights once, not twice: five products instead of seven. It runs where a whole head fits into shared memory, which is
 // 146 KB of it: head size 64, up to 256 rows, 16-bit types, on cards like A100, H100 and B200. attention.cuh has the
-// building blocks, the two kernels for everything else, and the choice. Read it first; it includes this file behind
-// them.
+// two kernels for everything else, and the choice; read it first. attention_squares.cuh has what all are made of.
 //
 // Who has what. A thread block has one head of one batch row: 8 warps, one block on a multiprocessor. A warp owns two
 // squares of 16 keys, w and 15 - w, and keeps their dk and dv in registers from the beginning to the end. Queries come
@@ -35,6 +34,8 @@
 // through the keys in order, and writes dq once. No atomics, and no sum depends on timing.
 // defines: attention::once, attention_backward_once_kernel, attention_backward_once
 #pragma once
+#include "attention_squares.cuh"
+#include "launch.cuh"
 
 namespace attention::once {
 

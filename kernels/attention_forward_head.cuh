@@ -1,5 +1,5 @@
-// Attention's forward pass, version 2: a thread block has a whole head. attention.cuh includes this file, and has the
-// building blocks and version 1, which you should read first. The results are the same, bit for bit: each query meets
+// Attention's forward pass, version 2: a thread block has a whole head. attention.cuh has version 1, which you should
+// read first, and attention_squares.cuh what both are made of. The results are the same, bit for bit: each query meets
 // the same keys in the same order.
 //
 // The keys and values of the whole head, 256 at most, lie in shared memory. Nothing there is overwritten: once all have
@@ -16,8 +16,8 @@
 //
 // defines: attention::whole_head_fits, attention_forward_head_kernel
 #pragma once
-#include "attention.cuh"
-#include "choices.cuh"
+#include "attention_squares.cuh"
+#include "launch.cuh"
 
 namespace attention {
 

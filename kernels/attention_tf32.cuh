@@ -15,10 +15,12 @@
 // - There is no ldmatrix for 32-bit numbers. A lane reads its part of an operand by plain loads of 16 bytes.
 // - A product's sum over k may take k in any order, the same for both operands. multiply_transposed and multiply_add
 //   choose orders in which a lane's numbers are neighbours.
-// attention.cuh includes this file below what the two share.
 // defines: attention_forward_tf32_kernel, attention_backward_queries_tf32_kernel, attention_backward_keys_tf32_kernel,
 //          attention::has_tf32_kernels, forward_by_tf32, backward_by_tf32
 #pragma once
+#include "attention_squares.cuh"
+#include "choices.cuh"
+#include "launch.cuh"
 
 namespace attention_tf32 {
 

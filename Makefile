@@ -146,7 +146,7 @@ TESTS       := $(patsubst test/%.cpp,%.o,$(filter-out test/faults.cpp,$(wildcard
 CUDA_TESTS  := $(patsubst %.cu,%.o,$(notdir $(wildcard test/*.cu dev/cuda_on_cpu/*.cu)))
 TEST_HOST   := $(HOST:$(BUILD)/%=$(BUILD)/test/%)
 TEST_LADDER := $(addprefix $(BUILD)/test/dev/ladder/,rung.o charts.o)
-LAB         := $(filter-out %/main.o,$(patsubst %.cu,%.o,$(wildcard dev/kernels/*.cu)))
+LAB         := $(if $(CUDA_TESTS),$(filter-out %/main.o,$(patsubst %.cu,%.o,$(wildcard dev/kernels/*.cu))))
 CATCH2_LIBS  = $$(pkg-config --libs catch2 2>/dev/null)
 
 # TEST=test_layers runs the tests of that file alone, and builds no more than they need.

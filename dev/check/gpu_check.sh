@@ -15,8 +15,8 @@
 set -u -o pipefail
 cd "$(dirname "$0")/../.." || exit 1
 all_stages=(build tests step lab kernels ceilings run sanitizer ncu peer)
-declare -A limit=([build]=10 [tests]=40 [step]=65 [lab]=70 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=66 [ncu]=36
-  [peer]=85 [products]=42)
+declare -A limit=([build]=10 [tests]=40 [step]=72 [lab]=90 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=60 [ncu]=30
+  [peer]=70 [products]=42)
 [ -n "${PREBUILT:-}" ] || limit[build]=600
 
 # The choices (kernels/choices.cuh) that a step is measured with: first the card's own, then each one to compare.
@@ -125,7 +125,7 @@ counts() { grep -E '^[0-9]+ passed, [0-9]+ failed' "$1" | tail -n 1; }
 
 stage_tests() {
   need_programs "$run_tests"
-  start "$run_tests" '[cuda]' 2>&1 | tee "$work/tests.log"
+  start "$run_tests" '-#' '[cuda]~[#test_lab]' 2>&1 | tee "$work/tests.log"  # the lab has a stage of its own
   local status=${PIPESTATUS[0]}
   note "$(counts "$work/tests.log" | grep . || say "no counts, exit code $status")"
   case $(counts "$work/tests.log") in '' | 0*) exit "$failed" ;; esac
@@ -156,15 +156,15 @@ stage_step() {
       # shellcheck disable=SC2086
       start "$bench_gpu" step bfloat16 $variant || status=$failed
     done
-    local -A takes=([tf32 attention_float=2]=20 [float32 attention_float=2]=26 [float16]=20 [tf32]=33 [float32]=48)
+    [ $((seconds - SECONDS)) -le 12 ] || start "$bench_gpu" start bfloat16 || status=$failed
+    [ $((seconds - SECONDS)) -le 8 ] || start "$bench_gpu" sample bfloat16 || status=$failed
+    local -A takes=([tf32 attention_float=2]=20 [float32 attention_float=2]=20 [float16]=20 [tf32]=22 [float32]=24)
     for dtype in 'tf32 attention_float=2' 'float32 attention_float=2' float16 tf32 float32; do
       [ $((seconds - SECONDS)) -gt "${takes[$dtype]}" ] || { say "left out, the time is up: $dtype"; continue; }
       say "--- step $dtype"
       # shellcheck disable=SC2086
       start "$bench_gpu" step $dtype || status=$failed
     done
-    [ $((seconds - SECONDS)) -le 12 ] || start "$bench_gpu" start bfloat16 || status=$failed
-    [ $((seconds - SECONDS)) -le 8 ] || start "$bench_gpu" sample bfloat16 || status=$failed
     exit "$status"
   } | tee "$work/step.log"
   status=${PIPESTATUS[0]}
@@ -303,7 +303,7 @@ stage_sanitizer() {
     look planted "$tool" "$bench_gpu" planted
     look products "$tool" "$run_tests" '-#' '[matmul]'
     look step "$tool" "$bench_gpu" profile bfloat16 --batch_size 2
-    [ "$tool" = racecheck ] || look tests "$tool" "$run_tests" '-#' '[cuda]~[matmul]~[#test_cuda_model]'
+    [ "$tool" = racecheck ] || look tests "$tool" "$run_tests" '-#' '[cuda]~[matmul]~[#test_cuda_model]~[#test_lab]'
   done
   for part in "${parts[@]}"; do look "$part" racecheck "$run_tests" '-#' "[cuda][#test_cuda_$part]"; done
   wait

@@ -17,6 +17,12 @@ std::vector<Operation>& listed() {
 
 constexpr int timed_sets = 6;  // as many as the lecture's model has layers
 
+#ifdef CUDA_ON_CPU
+constexpr bool timed_on_cpu = true;
+#else
+constexpr bool timed_on_cpu = false;
+#endif
+
 // In-place: every number is read and written back, so that the second-level cache has what it would have if the kernel
 // before had just written it.
 __global__ void __launch_bounds__(256) touch_kernel(uint4* x, size_t count) {
@@ -78,23 +84,22 @@ std::shared_ptr<Copies> Lab::add(bool output, bool in_cache, std::vector<unsigne
   return arrays_.back();
 }
 
-// Sees to it that each array has so many copies.
-void Lab::prepare(size_t sets) {
-  for (const auto& array : arrays_)
-    while (array->memory.size() < sets) array->memory.emplace_back(array->initial.size() + 2 * Copies::guard);
-  restore(stream_);
+// Gives every copy of an array what it holds before a run, and its guards their ones.
+void Lab::fill(const Copies& array) {
+  std::vector<unsigned char> bytes(array.initial.size() + 2 * Copies::guard, 0xff);
+  std::copy(array.initial.begin(), array.initial.end(), bytes.begin() + Copies::guard);
+  for (const DeviceMemory& memory : array.memory)
+    copy_to_device(memory.as<unsigned char>(), bytes.data(), bytes.size());
 }
 
-// Gives every copy what it holds before a run, and its guards their ones.
-void Lab::restore(cudaStream_t stream) {
-  std::vector<unsigned char> bytes;
+// Sees to it that each array has so many copies. The arrays are large, and most are what they were: without `all`, only
+// those are filled again that are new, or that a version has updated.
+void Lab::prepare(size_t sets, bool all) {
   for (const auto& array : arrays_) {
-    bytes.assign(array->initial.size() + 2 * Copies::guard, 0xff);
-    std::copy(array->initial.begin(), array->initial.end(), bytes.begin() + Copies::guard);
-    for (const DeviceMemory& memory : array->memory)
-      copy_to_device(memory.as<unsigned char>(), bytes.data(), bytes.size());
+    const bool fresh = array->memory.size() < sets;
+    while (array->memory.size() < sets) array->memory.emplace_back(array->initial.size() + 2 * Copies::guard);
+    if (all || fresh || array->updated) fill(*array);
   }
-  CUDA_CHECK(cudaStreamSynchronize(stream));
 }
 
 void Lab::version(const Version& version, const Launch& launch) {
@@ -115,13 +120,12 @@ void Lab::version(const Version& version, const Launch& launch) {
 // Runs a version twice on fresh arrays. It must leave what is expected, the same bits both times, and nothing outside
 // of the arrays.
 void Lab::check(Result& result, const Launch& launch) {
-  prepare(1);
   std::vector<std::vector<unsigned char>> first;
   const auto wrong = [&](const std::string& what) {
     if (result.wrong.empty()) result.wrong = what;
   };
   for (int run = 0; run < 2; run++) {
-    restore(stream_);
+    prepare(1, true);
     launch(0, stream_);
     CUDA_CHECK(cudaStreamSynchronize(stream_));
     for (size_t i = 0; i < arrays_.size(); i++) {
@@ -148,13 +152,14 @@ void Lab::check(Result& result, const Launch& launch) {
 // Times a version in three ways, each as a graph of some launches, the median of nine. Cold: on six sets of arrays in
 // turn, so that a set has left the cache before its turn comes again. Hot: the same, but just before each launch, the
 // inputs that a step's kernel finds in the cache are put there; that time is measured alone and taken off. Alone: on
-// one set, again and again.
+// one set, again and again. A version that takes milliseconds is timed cold only, and less often: no cache helps it.
 void Lab::time(Result& result, const Launch& launch) {
-  prepare(timed_sets);
+  prepare(timed_sets, false);
   launch(0, stream_);  // a library chooses its algorithm here, which it could not do while a graph is captured
   read_registers(result, stream_, [&] { launch(0, stream_); });
   const double once = device_seconds(stream_, [&] { launch(0, stream_); });
-  const int count = once > 1e-3 ? timed_sets : 4 * timed_sets, runs = once > 1e-3 ? 3 : 9;
+  const bool slow = once > 2e-3 && !timed_on_cpu;
+  const int count = slow ? timed_sets : 4 * timed_sets, runs = slow ? 3 : 9;
   const auto microseconds = [&](auto body) { return in_graph(stream_, count, runs, body); };
   const auto touch = [&](int i) {
     for (const auto& array : arrays_)
@@ -164,13 +169,14 @@ void Lab::time(Result& result, const Launch& launch) {
       }
   };
   const Times cold = microseconds([&](int i) { launch(i % timed_sets, stream_); });
+  result.cold = cold.median * 1e6, result.cold_min = cold.min * 1e6, result.cold_max = cold.max * 1e6;
+  if (slow) return;
   const Times touching = microseconds(touch);
   const Times hot = microseconds([&](int i) {
     touch(i);
     launch(i % timed_sets, stream_);
   });
   const Times alone = microseconds([&](int) { launch(0, stream_); });
-  result.cold = cold.median * 1e6, result.cold_min = cold.min * 1e6, result.cold_max = cold.max * 1e6;
   result.hot = (hot.median - touching.median) * 1e6;
   result.alone = alone.median * 1e6;
 }

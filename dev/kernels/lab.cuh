@@ -41,7 +41,8 @@ constexpr Sizes lecture = {64, 256, 384, 6, 65};
 // cache when its turn comes again.
 struct Copies {
   bool output;                         // all bits are one before a run: NaN, or -1
-  bool in_cache;                       // an input that the kernel before it, in a step, has just written
+  bool updated = false;                // an output that is read as well
+  bool in_cache = false;               // an input that the kernel before it, in a step, has just written
   std::vector<unsigned char> initial;  // what it holds before a run
   std::vector<DeviceMemory> memory;    // a copy, with a guard of 512 bytes before and behind it
   std::function<double(const std::vector<unsigned char>&)> error;  // the largest error of a result; NaN: none expected
@@ -151,13 +152,13 @@ class Lab {
   template <class Real>
   Array<Real> updated(size_t count, uint32_t which, double scale = 1, bool in_cache = false) {
     const Array<Real> out = noise<Real>(count, which, scale, in_cache);
-    arrays_.back()->output = true;
+    arrays_.back()->output = arrays_.back()->updated = true;
     return out;
   }
   template <class Real>
   Array<Real> updated(const std::vector<Real>& values) {
     const Array<Real> out = input(values);
-    arrays_.back()->output = true;
+    arrays_.back()->output = arrays_.back()->updated = true;
     return out;
   }
 
@@ -168,8 +169,8 @@ class Lab {
 
  private:
   std::shared_ptr<Copies> add(bool output, bool in_cache, std::vector<unsigned char> initial);
-  void prepare(size_t sets);
-  void restore(cudaStream_t stream);
+  static void fill(const Copies& array);
+  void prepare(size_t sets, bool all);
   void check(Result& result, const Launch& launch);
   void time(Result& result, const Launch& launch);
 

@@ -33,12 +33,14 @@ using lab::Result;
 struct Ceilings {
   double bandwidth = 0, flops = 0;  // bytes and operations a second
 };
-Ceilings ceilings([[maybe_unused]] bool products) {
+Ceilings ceilings([[maybe_unused]] bool products, [[maybe_unused]] bool floats) {
   Ceilings out;
   const Stream stream;
   out.bandwidth = copy_bandwidth(stream).best();
 #ifndef CUDA_ON_CPU
-  if (products) out.flops = Matmul(false, stream).measure_peak<bf16>() * 1e12;
+  if (products)
+    out.flops = 1e12 * (floats ? Matmul(true, stream).measure_peak<float>()  // TF32
+                               : Matmul(false, stream).measure_peak<bf16>());
 #endif
   return out;
 }
@@ -120,7 +122,7 @@ int run_one(const Operation& op) {
   }
   print_card();
   print_clocks();
-  const Ceilings limit = ceilings(results.front().flops > 0);
+  const Ceilings limit = ceilings(results.front().flops > 0, op.name == "attention_float");
   std::printf("%d x %d, %d channels; copy %.0f GB/s, products %.0f TFLOP/s\n", sizes.B, sizes.T, sizes.C,
               limit.bandwidth / 1e9, limit.flops / 1e12);
   std::printf("%3s  %-46s %8s %18s %8s %8s %7s %8s %6s %5s %6s %7s %9s\n", "", "", "cold us", "(min .. max)", "hot",

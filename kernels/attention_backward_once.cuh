@@ -1,11 +1,11 @@
-// Version 2 of attention's backward pass (kernels/choices.cuh): one kernel writes dq, dk and dv, and so computes the
-// weights once, not twice: five products instead of seven. It runs where a whole head fits into shared memory, which is
-// 146 KB of it: head size 64, up to 256 rows, 16-bit types, on cards like A100, H100 and B200. attention.cuh has the
+// Attention's backward pass, version 2 in choices.cuh (the lab's version 4): one kernel writes dq, dk and dv, and so
+// computes the weights once, not twice: five products instead of seven. It runs where 146 KB of shared memory can hold
+// a whole head: 64 channels, up to 256 tokens, 16-bit types, on cards like A100, H100 and B200. attention.cuh has the
 // two kernels for everything else, and the choice; read it first. attention_squares.cuh has what all are made of.
 //
-// Who has what. A thread block has one head of one batch row: 8 warps, one block on a multiprocessor. A warp owns two
-// squares of 16 keys, w and 15 - w, and keeps their dk and dv in registers from the beginning to the end. Queries come
-// in four tiles of 64, and a warp takes them in steps of 32:
+// Who has what. A thread block has one head of one batch row: 8 warps, one block on a multiprocessor. Warp w owns two
+// squares of 16 keys, numbers w and 15 - w, and keeps their dk and dv in registers from the beginning to the end.
+// Queries come in four tiles of 64, and a warp takes them in steps of 32:
 //
 //   keys       warp     queries 0    64    128   192         # a step: 16 keys, 32 queries
 //     0 -  15    0              d #   # #   # #   # #         d a step on the diagonal, where keys are hidden
@@ -26,12 +26,12 @@
 //   240 - 255    0                                  d
 //                       tile     0     1     2     3
 //
-// The tiles come in pairs, first 2 and 1, then 3 and 0, with a barrier behind each. Every warp has nine steps, four or
-// five of them in each pair, so the warps come to the barriers at about the same time.
+// The tiles come in pairs, first 2 and 1, then 3 and 0, with a barrier after each pair. Every warp has nine steps, four
+// or five of them in each pair, so the warps come to the barriers at about the same time.
 //
-// dq is a sum over keys, which different warps own. So each warp puts its dS into shared memory. Behind the barrier the
-// block multiplies all of it by the keys: of either tile, a warp takes 16 queries and half of their channels, goes
-// through the keys in order, and writes dq once. No atomics, and no sum depends on timing.
+// dq is a sum over keys, which different warps own. So each warp puts its dS into shared memory. After the barrier the
+// block multiplies all of it by the keys: from each tile of the pair, a warp takes 16 queries and half of their
+// channels, goes through the keys in order, and writes dq once. There are no atomics, and no sum depends on timing.
 // defines: attention::once, attention_backward_once_kernel, attention_backward_once
 #pragma once
 #include "attention_squares.cuh"
@@ -44,21 +44,21 @@ constexpr int tile = 64, step = 32;  // queries
 constexpr int max_T = 4 * tile, squares_of_keys = max_T / 16;
 static_assert(squares_of_keys == 2 * warps, "a warp owns two");
 
-// Shared memory is rows of 64 elements, 128 bytes, each in the order of chunk_offset. On the left, the row at which a
-// part begins:
+// Shared memory is rows of 64 elements, 128 bytes, with their chunks in the order of chunk_offset. The number on the
+// left is the row at which a part begins:
 //
 //      0 +----------------------------------------+
 //        | keys, 256                              |  for the scores, and for dq at the end of each pair
 //    256 +----------------------------------------+
 //        | values, 256                            |  for dP. At the very end: dv, on its way to memory
 //    512 +-------------------+--------------------+
-//        | queries: late, 64 | early, 64          |  of the pair in work. At the very end: dk, on its way to memory,
-//    640 +-------------------+--------------------+  through the rows of both queries and dout
+//        | queries: late, 64 | early, 64          |  of the current pair. At the very end: dk, on its way to memory,
+//    640 +-------------------+--------------------+  in the rows of queries and dout together
 //        | dout:    late, 64 | early, 64          |
 //    768 +-------------------+------+-------------+
 //        | dS^T, late: 192 or 256   | early: 128  |  a row for each key that the tile sees, a column for each of its
 //   1088 +--------------------------+-- or 64 ----+  64 queries
-//        | dq, 8 x 16 half rows     |                of 16 queries for each warp, on its way to memory
+//        | dq, 8 x 16 half rows     |                for each warp 16 queries' dq, on its way to memory
 //   1152 +--------------------------+
 //        | lse and D of 256 queries |                as pairs of floats, 2 KB
 //        +--------------------------+
@@ -73,17 +73,17 @@ struct Pair {
   __device__ int first_dS_row(int i) const { return dS_row + (i == 0 ? 0 : (late + 1) * tile); }
 };
 
-// Whether the kernel can do it: `smem` is what the card gives to a block, in bytes.
+// Whether the kernel can run. smem: the bytes of shared memory that the card gives to a block
 inline bool fits(int head_size, int T, size_t smem) { return head_size == HS && T <= max_T && smem_bytes <= smem; }
 
 // s = k @ q^T and dP = v @ dout^T, both (16, 32), for 16 keys and 32 queries. key and query are the rows where k and q
-// begin in shared memory; v and dout are as far behind them as all values are behind all keys, and all dout behind all
-// queries. Both products go through the channels together. So neither k nor v needs more than four registers at a time,
-// and the tensor cores have eight sums to work on that do not wait for each other.
+// begin in shared memory; v begins value_row - key_row rows after k, dout dout_row - query_row rows after q. Both
+// products go through the channels together. So neither k nor v needs more than four registers at a time, and the
+// tensor cores have eight sums to work on that do not wait for each other.
 template <class Real>
 __device__ inline void scores_and_dP(Square (&s)[1][step / 16], Square (&dP)[1][step / 16], const Real* smem, int key,
                                      int query) {
-  // As load_a and multiply_transposed have it: the left operand's 16 rows, and the right operand's.
+  // Where this lane's rows are, in the left operand as in load_a, in the right one as in multiply_transposed.
   const int left = chunk_offset<HS>(key + lane() % 16, lane() / 16);
   const int right = chunk_offset<HS>(query + lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
   for (int n = 0; n < step / 16; n++) s[0][n] = dP[0][n] = {};
@@ -138,9 +138,9 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
     copy_async_commit();
   };
   copy({2});
-  // 2. Meanwhile lse and D = rowsum(dout * out) of all queries, from global memory: eight lanes share a row, so that a
-  //    warp reads four whole rows at once. Queries from T on get weights of exp(-infinity) = 0. dS is left without its
-  //    factor keep_scale, which comes with the other one at the end; so D is divided by it.
+  // 2. Meanwhile get lse and D = rowsum(dout * out) of all queries from global memory: eight lanes share a row, so that
+  //    a warp reads four whole rows at once. Queries from T on get weights of exp(-infinity) = 0. We leave the factor
+  //    keep_scale out of dS and multiply the sums by it at the end, so here D is divided by it.
   const int thread = threadIdx.x;
   static_assert(once::threads == once::max_T, "a thread has the lse of one query");
   lse_and_D[thread].x = thread < T ? lse[head.bh * T + thread] * log2_e : INFINITY;
@@ -156,12 +156,13 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
     if (thread % chunks == 0) lse_and_D[i * at_once + thread / chunks].y = sum * unscale;
   }
 
-  // What stays in registers: dk and dv of the warp's two squares of keys, (2, 16, 64) each. That is 128 registers of a
-  // lane, half of all that it can have, so keys and values stay in shared memory and are read again in each step.
+  // What stays in registers: dk and dv of the warp's two squares of keys, (2, 16, 64) each. That takes 128 registers of
+  // each lane, half of all that it can have, so keys and values stay in shared memory and every step reads them again.
   const float scale = softmax_scale<HS>() * log2_e, dS_factor = softmax_scale<HS>() * drop.keep_scale;
   Square dk[2][1][HS / 16] = {}, dv[2][1][HS / 16] = {};
   for (once::Pair pair = {2}; pair.late <= 3; pair.late++) {
-    // 3. We wait. Then all copies have arrived, and lse and D, and nobody needs dS of the pair before any more.
+    // 3. Wait. After the barrier all copies are there, lse and D too, and no warp needs the previous pair's dS any
+    //    more.
     copy_async_wait<0>();
     __syncthreads();
 #pragma unroll
@@ -169,11 +170,11 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
       const int key = 16 * (own == 0 ? warp : once::squares_of_keys - 1 - warp);  // the square's first key
 #pragma unroll 1
       for (int i = 0; i < 2 * tile; i += step) {  // the pair's queries: the late tile's, then the early tile's
-        // 4. A step of 32 queries, if there are such queries and they see the square's keys.
+        // 4. A step of 32 queries, if these exist and see the square's keys.
         const int query = pair.first_query(i / tile) + i % tile;
         if (query >= T || query + step <= key) continue;
-        // 5. scores^T = k @ q^T, dP^T = v @ dout^T: two squares of each. Their rows are keys, so a lane has keys g and
-        //    g + 8, and of the 32 queries it has eight. On the diagonal, some are hidden.
+        // 5. scores^T = k @ q^T, dP^T = v @ dout^T: two squares of each. Their rows are keys, so a lane has two keys, g
+        //    and g + 8, and eight of the 32 queries. On the diagonal, some keys are hidden.
         Square p[1][step / 16], ds[1][step / 16];  // scores and dP now, weights and dS after backward_weight
         once::scores_and_dP(p, ds, smem, once::key_row + key, once::query_row + i);
         hide_later_keys<true>(p, key, query);
@@ -187,26 +188,26 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
             backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], 1);
           }
         }
-        // 7. dS^T goes to shared memory, for dq: the warp's 16 keys are rows of it that no other warp writes.
+        // 7. dS^T goes to shared memory, for dq. No other warp writes the rows of our 16 keys.
         const int offset = chunk_offset<HS>(pair.first_dS_row(i / tile) + key + lane() / 4, i % tile / 8);
         for (int n = 0; n < step / 16; n++) {
           uint32_t pairs[4];
           pack_square<Real>(pairs, ds[0][n]);
           put_square<HS>(smem, offset ^ (n * 16), pairs);
         }
-        // 8. dv += weights^T @ dout, dk += dS^T @ q. What a lane holds of weights^T and dS^T is what it must hold of a
-        //    left operand.
+        // 8. dv += weights^T @ dout, dk += dS^T @ q. The lanes already hold weights^T and dS^T as a left operand needs
+        //    it.
         multiply_add<Real, HS>(dv[own], p, smem, once::dout_row + i);
         multiply_add<Real, HS>(dk[own], ds, smem, once::query_row + i);
       }
     }
-    // 9. We wait. Then the pair's dS is complete, and nobody needs its queries and dout any more: the next pair's come
-    //    while we make dq.
+    // 9. Wait. After the barrier the pair's dS is complete, and no warp needs its queries and dout any more: the next
+    //    pair's come while we compute dq.
     __syncthreads();
     if (pair.late == 2) copy({3});
-    // 10. dq = dS @ k. The warp has 16 queries of the late tile, and then 16 of the early one: the last if those were
-    //     the first, so that each warp goes through 17 squares of keys for a pair. Four warps have channels 0 ... 31,
-    //     four have channels 32 ... 63.
+    // 10. dq = dS @ k. A tile has four squares of 16 queries. The warp has square warp % 4 of the late tile, then
+    //     square 3 - warp % 4 of the early one. Together these see 17 squares of keys, the same number for every warp.
+    //     Warps 0 ... 3 have channels 0 ... 31, the others channels 32 ... 63.
     const int channel = warp / 4 * (HS / 2);
 #pragma unroll 1
     for (int i = 0; i < 2; i++) {
@@ -214,8 +215,8 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
       const int first = pair.first_query(i) + square * 16;  // the first of our queries
       if (first >= T) continue;
       Square dq[1][HS / 32] = {};
-      // dS is the left operand, and lies in memory transposed, with a row for each key. So ldmatrix transposes it. Each
-      // eight lanes point to: keys 0-7 of queries 0-7; the same keys of queries 8-15; keys 8-15 of both.
+      // The left operand is dS, but memory has dS^T, with a row for each key, so ldmatrix transposes it. Lanes 0-7
+      // point to keys 0-7 of queries 0-7, lanes 8-15 to keys 0-7 of queries 8-15, lanes 16-31 likewise to keys 8-15.
       const int left =
           chunk_offset<HS>(pair.first_dS_row(i) + lane() % 8 + lane() / 16 * 8, 2 * square + lane() / 8 % 2);
       const int right = chunk_offset<HS>(once::key_row + lane() % 16, channel / 8 + lane() / 16);
@@ -224,14 +225,14 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
         ldmatrix_x4_trans(of_dS[0], smem + k * HS + left);
         multiply_add_rows(dq, of_dS, smem + k * HS, right);
       }
-      __syncwarp();  // no lane still reads the rows of the square before
+      __syncwarp();  // no lane still reads the rows of our square before
       store_rows<HS / 2>(dQ + first * row + channel, row, T - first, smem + once::dq_row * HS, warp * 16, dq[0],
                          {dS_factor, dS_factor});
     }
   }
 
-  // 11. Write dk and dv, with the factors that they lack: registers -> shared -> global. No other warp uses the rows of
-  //     shared memory through which they go.
+  // 11. Write dk and dv, with the factors that we left out: registers -> shared -> global. No other warp uses the rows
+  //     of shared memory through which they go.
 #pragma unroll
   for (int own = 0; own < 2; own++) {
     const int key = 16 * (own == 0 ? warp : once::squares_of_keys - 1 - warp);

@@ -1,18 +1,18 @@
-// Attention's forward pass, version 2: a thread block has a whole head. attention.cuh has version 1, which you should
-// read first, and attention_squares.cuh what both are made of. The results are the same, bit for bit: each query meets
-// the same keys in the same order.
+// Attention's forward pass, version 2 in choices.cuh (the lab's version 4): a thread block has a whole head.
+// attention.cuh has version 1: read it first. attention_squares.cuh has what both are made of. The results are the
+// same, bit for bit: each query meets the same keys in the same order.
 //
-// The keys and values of the whole head, 256 at most, lie in shared memory. Nothing there is overwritten: once all have
+// Shared memory has all keys and values of the head, up to 256 of each. Nothing there is overwritten: once all have
 // arrived, no warp waits for another. We count queries and keys in tiles of 32, of which there are eight. Tile i of the
-// queries sees tiles 0 ... i of the keys. Each of the four warps has two tiles of queries, a short one and a long one,
-// which together make nine steps:
+// queries sees tiles 0 ... i of the keys. Each of the four warps has two tiles of queries, a short one, which sees few
+// keys, and a long one, which sees many. Together they make nine steps:
 //
 //   step      0   1   2   3   4   5   6   7   8
-//   warp 0    0|  0   1   2   3   4   5   6   7|      numbers: the tile of keys
-//   warp 1    0   1|  0   1   2   3   4   5   6|      |: on the diagonal, where some keys are hidden. Then the tile of
-//   warp 2    0   1   2|  0   1   2   3   4   5|      queries is done, and written.
+//   warp 0    0|  0   1   2   3   4   5   6   7|      a number: the tile of keys in this step
+//   warp 1    0   1|  0   1   2   3   4   5   6|      |: this tile is on the diagonal, where some keys are hidden.
+//   warp 2    0   1   2|  0   1   2   3   4   5|         After it the tile of queries is done, and is written
 //   warp 3    0   1   2   3|  0   1   2   3   4|
-//             ^   ^   ^           ^                   all wait here for tiles 0; 1; 2 and 3; 4 to 7
+//             ^   ^   ^           ^                   before these steps all wait, for tiles 0; 1; 2 and 3; 4 to 7
 //
 // defines: attention::whole_head_fits, attention_forward_head_kernel
 #pragma once
@@ -23,8 +23,8 @@ namespace attention {
 
 constexpr int head_tile = 32, head_tiles = 2 * warps, head_rows = head_tile * head_tiles;
 
-// Shared memory is rows of HS elements of 16 bits: the keys, the values, and 16 of each warp's own, through which its
-// output passes. With 64 channels that is 72 KB: three blocks fit on a multiprocessor of 228 KB.
+// Shared memory is rows of HS elements of 16 bits: 256 for the keys, 256 for the values, and 16 for each warp, through
+// which its output passes. With 64 channels that is 72 KB: three blocks fit on a multiprocessor of 228 KB.
 constexpr int head_values = head_rows, head_own = 2 * head_rows;
 constexpr size_t head_smem(int HS) { return size_t(head_own + warps * 16) * HS * 2; }
 
@@ -38,7 +38,8 @@ inline bool whole_head_fits(int HS, int T) {
   return head_has_size(HS) && T <= head_rows && head_smem(HS) <= smem_of_card;
 }
 
-// Begins to copy the keys and values BEGIN ... END - 1, those of them that there are, as one group of copies.
+// Begins to copy keys and values BEGIN ... END - 1, as one group of copies, which is empty if T <= BEGIN. Rows from T
+// on become zeros.
 // K, V (T, HS): `row` elements from row to row
 template <int BEGIN, int END, int HS, class Real>
 __device__ inline void copy_keys_and_values(Real* smem, const Real* K, const Real* V, int row, int T) {
@@ -67,8 +68,8 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
   Real* smem = dynamic_smem<Real>();
 
-  // A tile of queries, from global memory to registers, as left operands: a lane loads pairs of channels. There is no
-  // room for them in shared memory. From T on, the last query stands in: nobody writes its results.
+  // Loads a tile of queries from global memory straight to registers, as left operands: a lane loads pairs of channels.
+  // Shared memory has no room for them. For queries from T on we load the last one again; nobody writes their results.
   Queries queries;
   const auto load_queries = [&](int first) {
     for (int r = 0; r < Queries::R; r++)
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
       }
   };
 
-  // 1. All copies begin, in the order in which they will be needed. Our first queries come with the first of them.
+  // 1. Begin all copies, in the order in which we will need them. Load our first queries after the first group.
   copy_keys_and_values<0, 32, HS>(smem, K, V, row, T);
   load_queries(warp * head_tile);
   __syncwarp();  // or the compiler would load the queries after all copies, and they would arrive last
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
     const int first = (turn == 0 ? warp : head_tiles - 1 - warp) * head_tile;
     queries.begin();
     for (int k0 = 0; k0 <= first; k0 += head_tile, step++) {
-      // 2. At the arrows above: wait for our part of the next group of copies, and for the other warps' parts.
+      // 2. Before the steps with an arrow (see above), wait for the next group of copies: ours, then the other warps'.
       if (step <= 2 || step == 5) {
         if (step == 0) copy_async_wait<3>();
         if (step == 1) copy_async_wait<2>();
@@ -100,8 +101,9 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
         if (step == 5) copy_async_wait<0>();
         __syncthreads();
       }
-      // 3. The step. A warp that has no such queries only helps to copy. Off the diagonal no key is hidden. That step
-      //    looks all the same, which is one branch: without it, the compiler mixes both sides of it, and spills.
+      // 3. The step. A warp whose queries do not exist only helps to copy. Off the diagonal no key is hidden, but
+      //    step<false> checks that all the same. The check is one branch. Without it the compiler mixes the code of
+      //    both steps, and spills registers.
       if (first >= T) continue;
       if (k0 < first)
         queries.template step<false>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, T);
@@ -109,12 +111,12 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
         queries.template step<true>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, T);
     }
 
-    // 4. The tile is done: registers -> shared -> global. The long tile's queries are on their way meanwhile.
+    // 4. Write the finished tile: registers -> shared -> global. Meanwhile the long tile's queries are on their way.
     if (turn == 0) load_queries((head_tiles - 1 - warp) * head_tile);
     const int own = computed_here(head_own + warp * 16);
 #pragma unroll
     for (int r = 0; r < Queries::R; r++) {
-      __syncwarp();  // no lane still reads what was in these rows before
+      __syncwarp();  // no lane still reads from these rows what was in them before
       queries.write(r, out, out_row, lse, head, smem, own, first + r * 16, drop.keep_scale, T);
     }
   }

@@ -1,15 +1,15 @@
-// AdamW: m and v follow the gradient and its square, and move the parameter; a copy of it, rounded to bf16, is for the
-// matrix products. The equations stand in adamw.h.
+// AdamW: m and v are running means of the gradient g and of its square, and move the parameter p. The matrix products
+// read a copy of p, rounded to bf16. The equations are in adamw.h.
 //
-// There are 10.8 million elements, and each moves 30 bytes: p, m, v and g are read, p, m, v and the copy written. These
-// 324 MB take 108 us, and the arithmetic is little, so the versions differ only in how they ask for the bytes. Expect
-// small differences: every version has enough threads to keep the memory busy.
+// There are 10.8 million parameters, and each moves 30 bytes: p, m, v and g are read; p, m, v and the copy are written.
+// These 324 MB take 108 us. There is little arithmetic, so the versions differ only in how they ask for the bytes.
+// Expect small differences: every version has enough threads to keep the memory busy.
 //
 //   1  a thread has an element       It has four loads of 4 bytes under way, and then waits.
 //   2  a thread has four             All 16 loads come before the first number is used: four times as many are under
 //                                    way in each thread. A warp still reads 128 bytes a load.
-//   3  the shipped kernel            The four are neighbours, so a load has 16 bytes: the same bytes with a quarter of
-//                                    the instructions.
+//   3  the shipped kernel            A thread's four elements are neighbours, so a load has 16 bytes: the same bytes
+//                                    with a quarter of the instructions.
 #include "../../kernels/adamw.cuh"
 #include "../../kernels/adamw.h"
 #include "lab.cuh"
@@ -26,7 +26,8 @@ __device__ inline void update(float& p, float& m, float& v, float grad, const Ad
 }
 
 // Launched with ceil(count / 256) blocks of 256 threads.
-//   params, m, v (count): updated;  working (count) =;  grads (count);  ring (ring_size);  state (1)
+//   params, m, v (count): updated;  working (count) = the copy;  grads (count)
+//   ring (ring_size): numbers that depend on the iteration;  state (1): which iteration it is, adamw.cuh
 __global__ void __launch_bounds__(256)
     adamw_1(float* params, float* m, float* v, bf16* working, const float* grads, size_t count, AdamWConstants c,
             const AdamWStep* ring, int ring_size, const TrainState* state) {
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(256)
 }
 
 // Launched with ceil(count / 1024) blocks of 256 threads. A thread has elements i, i + 256, i + 512, i + 768, so that
-// neighbouring threads still have neighbours. The shapes are version 1's.
+// neighbouring threads still read neighbouring elements. The shapes are version 1's.
 __global__ void __launch_bounds__(256)
     adamw_2(float* params, float* m, float* v, bf16* working, const float* grads, size_t count, AdamWConstants c,
             const AdamWStep* ring, int ring_size, const TrainState* state) {
@@ -64,16 +65,16 @@ __global__ void __launch_bounds__(256)
   }
 }
 
-// Large values, so that an update is about as large as the parameter and every term of it shows.
+// Larger than in training, so that an update is about as large as the parameter, and an error in any term shows.
 constexpr double beta1 = 0.9, beta2 = 0.99, eps = 1e-2, weight_decay = 0.3, learning_rate = 0.5;
 constexpr int layers = 6, iteration = 3, ring_size = 8;
 
 void describe(lab::Lab& lab, const lab::Sizes& s) {
-  // The elements of the model's parameters, without the gaps between tensors: a multiple of 4, and of nothing else.
+  // The number of the model's parameters, without the gaps between tensors, rounded up to a multiple of 4.
   const size_t count = ceil_div(parameter_layout({s.V, s.T, s.C, layers, s.NH}).count(), 4) * 4;
   std::vector<float> squares = noise(count, 3);
   for (float& v : squares) v = std::fabs(v);
-  std::vector<AdamWStep> steps(ring_size);  // the rows of other iterations are zeros
+  std::vector<AdamWStep> steps(ring_size);  // other iterations' rows are zeros
   steps[iteration % ring_size] = adamw_step(learning_rate, beta1, beta2, weight_decay, iteration + 1);
   const lab::Array<float> params = lab.updated<float>(count, 1), m = lab.updated<float>(count, 2),
                           v = lab.updated(squares), grads = lab.noise<float>(count, 4);

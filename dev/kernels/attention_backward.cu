@@ -1,22 +1,26 @@
-// Causal attention with dropout, backward, in bf16: from dout, the gradient of attention's output, that of its queries,
-// keys and values. With P the weights, made again from forward's lse, m the mask (0 or its scale), and D = dout . out:
+// Causal attention with dropout, backward, in bf16: the gradient of queries, keys and values from dout, the gradient of
+// the output. P are the weights, computed again from forward's lse (the logarithm of the softmax's denominator); m is
+// the mask, 0 or dropout's scale; D = dout . out of each query:
 //
 //   dP = dout @ v^T      dS = P (m dP - D) / sqrt(HS)      dq = dS @ k      dk = dS^T @ q      dv = (m P)^T @ dout
 //
 // It reads and writes 101 MB, which an H100 copies in 34 us, and computes 8.1 GFLOP, 10 us of its tensor cores. Two (T,
-// T) matrices for each head would be 201 MB of floats. A query's dq is a sum over keys, a key's dk and dv are sums over
-// queries; no version adds with atomics, so that runs repeat bit for bit.
+// T) matrices for each head would be 201 MB of floats, of which queries see one half. A query's dq is a sum over keys,
+// a key's dk and dv are sums over queries; no version adds with atomics, so that runs repeat bit for bit.
 //
-//   1  three kernels, weights stored  D; then m P and dS of each pair, which go to memory; then the products with them.
-//                                     Neighbouring threads read rows that lie far apart.
+//   1  three kernels, weights stored  The first computes D; the second, m P and dS of each pair of a query and a key,
+//                                     which go to memory; the third, the gradients from them. In the second,
+//                                     neighbouring threads read rows that lie far apart.
 //   2  nothing stored                 A warp has a query and goes through its keys for dq. In a second kernel, a warp
 //                                     has a key and goes through its queries for dk and dv. Both compute the weights.
-//                                     But each warp loads its rows of the other kind anew, and float units multiply.
+//                                     But each warp loads all the rows that it needs for itself, and float units
+//                                     multiply.
 //   3  the shipped kernels            The same two, but a block has 64 queries, or 64 keys: a tile that comes to shared
 //                                     memory serves them all. The tensor cores multiply.
-//   4  the other shipped kernel       A block has a whole head, of 256 tokens at most, and computes the weights once:
-//                                     dS goes to shared memory, where the sums for dq find it. kernels/choices.cuh says
-//                                     which card takes it.
+//   4  the other shipped kernel       A block has a whole head, of 64 channels and at most 256 tokens, and computes the
+//                                     weights once: dS goes to shared memory, from where the block sums dq. With other
+//                                     heads version 3 runs instead. No card takes it yet: it is choice 2 in
+//                                     kernels/choices.cuh, version 3 is choice 1.
 #include "../../kernels/attention.cuh"
 #include "../../kernels/attention.h"
 #include "../../kernels/choices.cuh"
@@ -37,7 +41,7 @@ __global__ void D_1(float* D, const bf16* dout, const bf16* out, int T, int NH, 
   D[size_t(bh) * T + q] = dot;
 }
 // Second kernel. Launched with (ceil(T / 128), T, B * NH) blocks of 128 threads: a thread has one query and one key.
-//   weights, dS (B, NH, T, T) =, keys up to the query, m P and dS
+//   weights, dS (B, NH, T, T) = m P and dS, only for keys up to the query
 //   dout (B, T, NH, HS), qkv (B, T, 3, NH, HS), lse, D (B, NH, T)
 __global__ void weights_1(float* weights, float* dS, const bf16* dout, const bf16* qkv, const float* lse,
                           const float* D, DeviceDropout drop, int T, int NH, int HS) {
@@ -56,8 +60,8 @@ __global__ void weights_1(float* weights, float* dS, const bf16* dout, const bf1
   weights[at] = m * P;
   dS[at] = P * (m * dP - D[size_t(bh) * T + q]) * scale;
 }
-// Third kernel. Launched with (ceil(C / 128), B * T) blocks of 128 threads: a thread has one channel of one token, of
-// which it makes dq, dk and dv.
+// Third kernel. Launched with (ceil(C / 128), B * T) blocks of 128 threads: a thread has one channel of one token, and
+// computes its dq, dk and dv.
 //   dqkv (B, T, 3, NH, HS) =;  weights, dS (B, NH, T, T), dout (B, T, NH, HS), qkv (B, T, 3, NH, HS)
 __global__ void gradients_1(bf16* dqkv, const float* weights, const float* dS, const bf16* dout, const bf16* qkv, int T,
                             int NH, int HS) {
@@ -76,9 +80,9 @@ __global__ void gradients_1(bf16* dqkv, const float* weights, const float* dS, c
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Version 2: two kernels, each launched with (NH, B, ceil(T / 4)) blocks of 128 threads. Of pairs of a query and a key,
-// lane i has the one with row first + i of the other kind. Of sums, and of the rows that it adds to them, it has
-// channels i, i + 32, ...; of 16 channels, half of the lanes have none.
+// Version 2: two kernels, each launched with (NH, B, ceil(T / 4)) blocks of 128 threads. A warp has one query (or key)
+// and takes 32 keys (or queries) at a time. Lane i computes weight and dS for number i of the 32. Of the sums it has
+// channels i, i + 32, ...; with HS = 16, half of the lanes have none.
 template <int HS>
 constexpr int each = (HS + 31) / 32;
 
@@ -92,8 +96,8 @@ __device__ inline float dot_product(const bf16* x, const bf16* y) {
   }
   return sum;
 }
-// sum (HS) += weight_0 * row 0 + weight_1 * row 1 + ..., where lane i has weight_i. rows (count, HS): `stride` elements
-// apart
+// sum (HS) += weight_0 * row 0 + weight_1 * row 1 + ..., where lane i has weight_i. rows (count, HS) are `stride`
+// elements apart
 template <int HS>
 __device__ inline void add_rows(float (&sum)[each<HS>], float weight, const bf16* rows, size_t stride, int count) {
   for (int k = 0; k < count; k++) {
@@ -118,16 +122,16 @@ __global__ void __launch_bounds__(128) queries_2(bf16* dqkv, float* D, const bf1
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int q = blockIdx.z * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (q >= T) return;  // the whole warp
+  if (q >= T) return;  // the whole warp returns
   const bf16 *const Q = qkv + head.qkv + q * row, *const K = qkv + head.qkv + out_row, *const V = K + out_row;
   const bf16 *const dO = dout + head.out + q * out_row, *const O = out + head.out + q * out_row;
-  // 1. D of the query
+  // 1. D of the query.
   const float D_of_q = lane_sum(lane < HS / 8 ? dot_product<8>(dO + lane * 8, O + lane * 8) : 0);
   const float lse_of_q = lse[head.bh * T + q] * attention::log2_e;
   if (lane == 0) D[head.bh * T + q] = D_of_q;
   float dq[each<HS>] = {};
   for (int k0 = 0; k0 <= q; k0 += 32) {
-    // 2. The lane's key: q . k and dout . v become the weight, which is not needed here, and dS.
+    // 2. The lane's key: backward_weight makes the weight, which is not needed here, and dS of q . k and dout . v.
     const int kv = k0 + lane, count = min(32, q + 1 - k0);
     float weight = 0, ds = 0;
     if (kv <= q) {
@@ -139,7 +143,7 @@ __global__ void __launch_bounds__(128) queries_2(bf16* dqkv, float* D, const bf1
     // 3. dq += dS @ k
     add_rows<HS>(dq, ds, K + k0 * row, row, count);
   }
-  store<HS>(dqkv + head.qkv + q * row, dq, attention::softmax_scale<HS>());  // the factor that dS lacks
+  store<HS>(dqkv + head.qkv + q * row, dq, attention::softmax_scale<HS>());  // the factor that backward_weight left out
 }
 
 // Second kernel, after the first: a warp has one key, its dk and its dv.
@@ -157,7 +161,7 @@ __global__ void __launch_bounds__(128) keys_2(bf16* dqkv, const float* D, const 
   const bf16* const dO = dout + head.out;
   float dk[each<HS>] = {}, dv[each<HS>] = {};
   for (int q0 = kv; q0 < T; q0 += 32) {
-    // 1. The lane's query: q . k and dout . v become the weight after dropout and dS.
+    // 1. The lane's query: backward_weight makes the weight after dropout and dS of q . k and dout . v.
     const int q = q0 + lane, count = min(32, T - q0);
     float weight = 0, ds = 0;
     if (q < T) {
@@ -182,7 +186,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   const size_t count = size_t(s.rows()) * C, queries = size_t(B) * NH * T;
   const Dropout drop = {5, 6, site::attention_dropout + 2, dropout_threshold(0.2), 3};
   const lab::Array<bf16> qkv = lab.noise<bf16>(3 * count, 1), dout = lab.noise<bf16>(count, 2, 1, true);
-  // What forward has left. Where nothing is checked any numbers will do: the time does not depend on them.
+  // What forward leaves. Where nothing is checked any numbers will do: the time does not depend on them.
   std::vector<double> want_out(lab.checks() ? count : 0), want_lse(lab.checks() ? queries : 0);
   if (lab.checks())
     reference::attention_forward(want_out.data(), want_lse.data(), qkv.values().data(), drop, B, T, C, NH);
@@ -199,12 +203,12 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     std::vector<double> want(3 * count);
     reference::attention_backward(want.data(), dout.values().data(), qkv.values().data(), out.values().data(),
                                   lse.values().data(), drop, B, T, C, NH);
-    // Rounding the gradient is one part. The tensor cores' weights and dS are rounded, too, but each by an error of its
-    // own: together, 2.7 at these sizes.
+    // One part is for rounding the gradient. The tensor cores' weights and dS are rounded, too, but their errors are
+    // independent. Together they come to 2.7 parts at these sizes.
     dqkv.expect(want, 4 * rounding_of<bf16>);
   }
   lab.needs(8.0 * sizeof(bf16) * double(count) + 4.0 * double(queries), 5.0 * B * T * (T + 1) * C);
-  // A step is a graph whose arguments never change: kernels take the step's number from the device.
+  // A step is a graph whose arguments never change, so kernels read the step's number from the device: 6, not 12345.
   Dropout without_step = drop;
   without_step.step = 12345;
   const auto dropout = [=](int set) { return DeviceDropout(without_step, step[set]); };
@@ -228,7 +232,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     else
       run(queries_2<64>, keys_2<64>);
   });
-  // The shipped kernels: a version for each choice of choices.cuh.
+  // The shipped kernels: one version for each choice in choices.cuh.
   const auto shipped = [&](const lab::Version& version) {
     lab.version(version, [=](int set, cudaStream_t stream) {
       const lab::Chosen chosen(choices().attention_backward, version.choice);

@@ -1,14 +1,19 @@
 // Causal attention with dropout, forward and then backward, in float32: what a layer's attention costs in a step with
 // --dtype float32 or tf32. kernels/attention.h has the equations.
 //
-// Together they move 302 MB, which an H100 copies in 101 us. The products of a layer are 11 GFLOP, 0.22 ms of the float
-// units, which do everything else as well.
+// Together they move 302 MB, which an H100 copies in 101 us. The products of a layer are 11 GFLOP, which take the float
+// units 0.22 ms; they do everything else as well.
+//
+// The kernels are all in the trainer (kernels/attention_float.cuh, attention_tf32.cuh). No card takes versions 2 and 3
+// yet: they are choice 2 in kernels/choices.cuh, version 1 is choice 1.
 //
 //   1  without tensor cores          A warp has one query, or one key, and the float units multiply. Every dot product
 //                                    ends with a sum over lanes.
-//   2  three products of TF32        The tensor cores take 11 bits of a float. Written as the sum of two such numbers, a
-//                                    product of floats is three of theirs, and nearly as exact.
-//   3  one product of TF32           Enough for --dtype tf32, whose other products are rounded so as well.
+//   2  three products of TF32        The tensor cores take TF32 numbers, which have 11 of a float's 24 bits. We write
+//                                    each float as high + low, both TF32, and a product of floats as high high + high
+//                                    low + low high. That is nearly as exact.
+//   3  one product of TF32           Only high high. It is enough for --dtype tf32, which rounds its other products in
+//                                    the same way.
 #include "../../kernels/attention.cuh"
 #include "../../kernels/attention.h"
 #include "lab.cuh"
@@ -34,7 +39,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     dqkv.expect(gradient, tolerance);
   };
   lab.needs(12.0 * sizeof(float) * double(count) + 12.0 * double(queries), 7.0 * B * T * (T + 1) * C);
-  // A step is a graph whose arguments never change: kernels take the step's number from the device.
+  // A step is a graph whose arguments never change, so kernels read the step's number from the device: 6, not 12345.
   Dropout without_step = drop;
   without_step.step = 12345;
   const auto version = [&](const lab::Version& which, int kernels, bool tf32) {
@@ -46,12 +51,13 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
                          tf32);
     });
   };
-  // Sums of up to 128 floats, of which exp makes a relative error, then another such sum.
+  // A score is a sum of up to 128 floats. exp turns its error into a relative error of the weight, and a second sum
+  // follows.
   expect(32 * rounding_of<float>);
   version({1, "without tensor cores", 3500, 1}, 1, false);
   version({2, "tensor cores, three products of TF32", 670, 2}, 2, false);
-  // The kernels round q, k, v and dout by up to 2^-11 of each number, too, which the reference does not see. A gradient
-  // has the errors of all four and of two products one behind the other: up to eight such units were seen.
+  // The kernels also round q, k, v and dout by up to 2^-11 of each number; the reference does not. A gradient has the
+  // errors of all four, in two products one after the other: we have seen up to eight such units.
   expect(12 * 0x1p-11);
   version({3, "tensor cores, one product of TF32", 270}, 2, true);
 }

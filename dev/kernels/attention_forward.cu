@@ -2,19 +2,20 @@
 // the keys up to its own. kernels/attention.h has the equations, doc/attention.md explains the shipped kernel.
 //
 // It reads and writes 51 MB, which an H100 copies in 17 us, and computes 3.2 GFLOP, 4 us of its tensor cores. A (T, T)
-// matrix for each head would be 25 million numbers, 101 MB of floats.
+// matrix for each head would be 25 million numbers, 101 MB of floats, of which queries see one half.
 //
-//   1  three kernels, scores stored  Each does one step of the equation and leaves its result in memory. The scores go
-//                                    there and back twice, and in the products neighbouring threads read rows of keys
-//                                    that lie far apart.
-//   2  a warp has a query            Nothing is stored: the warp goes through the keys 32 at a time, with a running
-//                                    softmax. But each query loads all its keys and values anew, and the float units
-//                                    multiply.
+//   1  three kernels, scores stored  Each does one step of the equation and leaves its result in memory. The scores, 50
+//                                    MB, go there and back twice. In the first two kernels neighbouring threads read
+//                                    rows, of keys or of scores, that lie far apart.
+//   2  a warp has a query            No scores are stored: the warp goes through the keys 32 at a time, with a running
+//                                    softmax. But each query loads all its keys and values for itself, and the float
+//                                    units multiply.
 //   3  the shipped kernel            A block has 128 queries, and each tile of keys and values that comes to shared
 //                                    memory serves them all. The tensor cores multiply.
 //   4  the other shipped kernel      A block has a whole head, of 256 tokens at most: warps need not wait for each
-//                                    other at every tile, and all have the same work. kernels/choices.cuh says which
-//                                    card takes it.
+//                                    other at every tile, and all have the same work. With heads of 16 or 128 channels
+//                                    version 3 runs instead. No card takes it yet: it is choice 2 in
+//                                    kernels/choices.cuh, version 3 is choice 1.
 #include "../../kernels/attention.cuh"
 #include "../../kernels/attention.h"
 #include "../../kernels/choices.cuh"
@@ -25,7 +26,7 @@ namespace {
 using attention::Head;
 
 // Version 1, first kernel. Launched with (ceil(T / 128), T, B * NH) blocks of 128 threads: a thread has one score.
-//   scores (B, NH, T, T) =, keys up to the query;  qkv (B, T, 3, NH, HS)
+//   scores (B, NH, T, T) =, only for keys up to the query;  qkv (B, T, 3, NH, HS)
 __global__ void scores_1(float* scores, const bf16* qkv, int T, int NH, int HS) {
   const int kv = blockIdx.x * 128 + threadIdx.x, q = blockIdx.y, bh = blockIdx.z;
   if (kv > q) return;
@@ -65,7 +66,7 @@ __global__ void out_1(bf16* out, const float* weights, const bf16* qkv, int T, i
 
 // Version 2. Launched with (NH, B, ceil(T / 4)) blocks of 128 threads: a warp has one query.
 //   out (B, T, NH, HS) =, lse (B, NH, T) =;  qkv (B, T, 3, NH, HS)
-// Of scores and weights, lane i has the one of key k0 + i. Of the output it has channels i, i + 32, ...
+// Lane i has the score and the weight of key k0 + i, and channels i, i + 32, ... of the output.
 template <int HS>
 __global__ void __launch_bounds__(128)
     attention_forward_2(bf16* out, float* lse, const bf16* qkv, DeviceDropout drop, int T, int NH) {
@@ -73,9 +74,9 @@ __global__ void __launch_bounds__(128)
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int q = blockIdx.z * 4 + threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (q >= T) return;  // the whole warp
+  if (q >= T) return;  // the whole warp returns
   const bf16 *const Q = qkv + head.qkv + q * row, *const K = qkv + head.qkv + out_row, *const V = K + out_row;
-  constexpr int each = (HS + 31) / 32;  // of the lane's channels; with HS = 16, half of the lanes have none
+  constexpr int each = (HS + 31) / 32;  // channels of a lane; with HS = 16, half of the lanes have none
   float max = -INFINITY, sum = 0, o[each] = {};
   for (int k0 = 0; k0 <= q; k0 += 32) {
     // 1. The lane's score. Keys after the query have no weight.
@@ -89,7 +90,7 @@ __global__ void __launch_bounds__(128)
       }
       score = dot * attention::softmax_scale<HS>();
     }
-    // 2. Running softmax: where the maximum has grown, all that was summed before shrinks.
+    // 2. Running softmax: where the maximum has grown, the sums so far shrink.
     const float before = max;
     max = fmaxf(max, lane_max(score));
     const float shrink = expf(before - max);
@@ -120,12 +121,13 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   if (lab.checks()) {
     std::vector<double> want(count), sums(queries);
     reference::attention_forward(want.data(), sums.data(), qkv.values().data(), drop, B, T, C, NH);
-    // Rounding the output is one part. The tensor cores' weights are rounded, too, but each by an error of its own.
+    // One part is for rounding the output. The tensor cores' weights are rounded, too, but their errors are independent
+    // and average out.
     out.expect(want, 3 * rounding_of<bf16>);
     lse.expect(sums, 4 * std::sqrt(std::max(T, HS)) * 0x1p-24);
   }
   lab.needs(4.0 * sizeof(bf16) * double(count) + 4.0 * double(queries), 2.0 * B * T * (T + 1) * C);
-  // A step is a graph whose arguments never change: kernels take the step's number from the device.
+  // A step is a graph whose arguments never change, so kernels read the step's number from the device: 6, not 12345.
   Dropout without_step = drop;
   without_step.step = 12345;
   const auto dropout = [=](int set) { return DeviceDropout(without_step, step[set]); };
@@ -145,7 +147,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     else
       run(attention_forward_2<64>);
   });
-  // The shipped kernels: a version for each choice of choices.cuh.
+  // The shipped kernels: one version for each choice in choices.cuh.
   const auto shipped = [&](const lab::Version& version) {
     lab.version(version, [=](int set, cudaStream_t stream) {
       const lab::Chosen chosen(choices().attention_forward, version.choice);

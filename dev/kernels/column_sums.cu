@@ -1,16 +1,16 @@
 // The sums of a matrix's columns: sums[c] = the sum of x[r][c] over all rows r. In the model it is the gradient of the
-// head's bias: 16384 rows of V = 65 columns, in rows of 72 elements whose last seven hold no numbers.
+// head's bias: 16384 rows of V = 65 columns. A row is 72 elements long; the last seven are padding.
 //
-// It reads 2.4 MB, which the kernel before has just written and the cache still has, so bytes do not limit it. What
-// does is the number of loads that are under way at once. All versions have a fixed order of sums: no atomics.
+// It reads 2.4 MB. The kernel before has just written them, and the cache still has them, so bytes are not the limit.
+// The limit is how many loads are under way at once. All versions add in a fixed order, without atomics.
 //
 //   1  a thread has a column         65 threads, on a card with room for 270 000, and each goes down 16384 rows.
 //   2  a block has 32 columns        32 warps share the rows. Their sums meet in shared memory. Now 3 blocks work, and
 //                                    129 of the 132 multiprocessors have nothing to do.
 //   3  two steps                     A block has 64 rows of 32 columns and writes its sums to memory: 768 blocks.
-//                                    A second kernel adds up these partials. Its 65 threads are version 1 again, but
-//                                    each has 256 numbers to add and not 16384.
-//   4  the second step by groups     Eight threads share a column of partials: add_partials, as shipped.
+//                                    A second kernel adds up these partial sums, called partials. It is version 1
+//                                    again, but each of its 65 threads has 256 numbers to add, not 16384.
+//   4  the second step by groups     Eight threads share a column of partials: add_partials, the shipped second step.
 //   5  the shipped kernel            A lane has eight columns, 16 bytes at a time, and loads four rows before it adds.
 #include "../../kernels/column_sums.cuh"
 
@@ -30,7 +30,8 @@ __global__ void __launch_bounds__(128) column_sums_1(float* sums, const bf16* x,
   sums[c] = sum;
 }
 
-// The sum of `own` over the block's warps, given to each thread of the first warp: lane l gets the sum of the lanes l.
+// The sum of `own` over the block's warps, lane by lane: lane l of the first warp gets the sum over the lanes l of all
+// warps. The other warps get 0.
 template <int WARPS>
 __device__ inline float sum_of_warps(float own) {
   __shared__ float warp_sums[WARPS][32];
@@ -50,7 +51,7 @@ __global__ void __launch_bounds__(1024) column_sums_2(float* sums, const bf16* x
   float own = 0;
   if (c < OC)
     for (int r = threadIdx.x / 32; r < rows; r += 32) own += float(x[size_t(r) * ld + c]);
-  const float total = sum_of_warps<32>(own);  // all threads, also those without a column
+  const float total = sum_of_warps<32>(own);  // threads without a column call it, too: it has a barrier
   if (threadIdx.x < 32 && c < OC) sums[c] = total;
 }
 
@@ -79,7 +80,7 @@ __global__ void __launch_bounds__(128) column_sums_3_add(float* sums, const floa
 
 void describe(lab::Lab& lab, const lab::Sizes& s) {
   const int rows = s.rows(), OC = s.V, ld = ceil_div(OC, 8) * 8;
-  // NaN behind a row's OC elements: whoever adds them to a sum is found out.
+  // The padding is NaN: a version that adds it to a sum gets NaN.
   std::vector<bf16> padded(size_t(rows) * ld, bf16(std::numeric_limits<float>::quiet_NaN()));
   const std::vector<float> numbers = noise(size_t(rows) * OC, 1);
   for (size_t i = 0; i < numbers.size(); i++) padded[i / OC * ld + i % OC] = bf16(numbers[i]);
@@ -89,7 +90,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     const std::vector<double> values = rounded<bf16>(numbers);
     std::vector<double> want(OC);
     for (size_t i = 0; i < values.size(); i++) want[i % OC] += values[i];
-    sums.expect(want, 4 * std::sqrt(rows) * 0x1p-24);  // what float sums of that many terms may be off
+    sums.expect(want, 4 * std::sqrt(rows) * 0x1p-24);  // how far float sums of that many terms may be off
   }
   lab.needs(double(rows) * ld * sizeof(bf16) + 4.0 * OC, 0);
 
@@ -113,7 +114,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     add_partials({sums_of(sums[set], partials[set], rows, OC)}, false, stream);
   });
 }
-// One row; the last block of rows not full; columns for several strips, the last one not full.
+// Sizes: one row; a last block of rows that is not full; columns for several strips of 32, the last not full.
 const lab::Listed listed({"column_sums", describe, {{1, 1, 8}, {5, 31, 8}, {2, 33, 8, 1, 264}, {5, 13, 8, 1, 8}}});
 
 }  // namespace

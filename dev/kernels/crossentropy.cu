@@ -1,10 +1,10 @@
 // Softmax and cross-entropy with its gradient: loss = log(sum_v exp(logits_v)) - logits_target and dlogits = (softmax -
 // onehot) * dloss * loss_scale, for each row of V logits.
 //
-// A row has Vp elements, V = 65 rounded up to 72, so that each row begins on a multiple of 16 bytes. What the padding
-// holds is never used (here it is NaN, so that a version which uses it is wrong), and its gradient is 0. The kernel
-// reads 2.4 MB and writes 2.4 MB, less than 2 us for the memory: what it takes is mostly waiting, for the first load
-// and then from each step of a sum to the next.
+// A row has Vp elements, V = 65 rounded up to 72, so that each row begins on a multiple of 16 bytes. No version may use
+// the padding (here it is NaN, so that we notice), and its gradient is 0. The kernel reads 2.4 MB and writes 2.4 MB,
+// which takes the memory less than 2 us. Most of its time is waiting: for the first load, then for each shuffle of a
+// sum.
 //
 //   1  a thread has a row            Three passes over it: the maximum, the sum, the gradient. The 32 threads of a warp
 //                                    read 32 addresses that are a row apart, so one load touches 32 lines of memory.
@@ -12,7 +12,8 @@
 //   2  a warp has a row              The threads of a warp read neighbouring columns, and there are 32 times as many
 //                                    warps. Maximum and sum go through shuffles.
 //   3  a running softmax             One pass finds both maximum and sum: the sum so far is relative to the largest
-//                                    logit so far, and shrinks when a larger one comes.
+//                                    logit so far, and shrinks when a larger one comes. A second pass writes the
+//                                    gradient.
 //   4  the shipped kernel            A lane has eight columns, 16 bytes, at a time, and half a warp has a row: all
 //                                    loads of a row are under way at once, and a sum takes four shuffles, not five.
 #include "../../kernels/crossentropy.cuh"
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(128)
     crossentropy_2(float* losses, bf16* dlogits, const bf16* logits, const int* targets, float dloss,
                    const float* loss_scale, int rows, int V, int Vp) {
   const int lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
-  if (row >= rows) return;  // the whole warp
+  if (row >= rows) return;  // the whole warp returns
   const bf16* const x = logits + size_t(row) * Vp;
   const int target = targets[row];
   float max = -FLT_MAX, sum = 0;
@@ -78,7 +79,7 @@ __global__ void __launch_bounds__(128)
     sum = sum * expf(max - larger) + expf(logit - larger);
     max = larger;
   }
-  // 2. The lanes' sums, made relative to the row's maximum and added.
+  // 2. Make the lanes' sums relative to the row's maximum, and add them.
   const float row_max = lane_max(max);
   sum = lane_sum(sum * expf(max - row_max));
   // 3. The gradient.
@@ -110,8 +111,8 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     ::crossentropy_backward(d.data(), probs.data(), y.data(), double(dloss) * loss_scale, rows, V);
     for (int r = 0; r < rows; r++)
       for (int v = 0; v < V; v++) padded[size_t(r) * Vp + v] = d[size_t(r) * V + v];
-    // A logit's distance from the largest, up to about 10, is rounded once: its exponential is off by 8 * 2^-24 of
-    // itself. A float sum of V exponentials adds about sqrt(V) * 2^-24.
+    // A logit's distance from the largest is up to about 10, and is rounded once. Its exponential is then off by up to
+    // 8 * 2^-24 of itself. A float sum of V exponentials adds an error of about sqrt(V) * 2^-24.
     const double sums = (8 + 2 * std::sqrt(V)) * 0x1p-24;
     losses.expect(want, sums);
     dlogits.expect(padded, rounding_of<bf16> + sums);

@@ -1,21 +1,22 @@
-// The embedding's gradient: dwte (V, C) = the sum of all rows of dout (B, T, C) where the token stands, for each token,
-// and dwpe (T, C) = dout summed over B.
+// The embedding's gradient. Row v of dwte (V, C) is the sum of the rows of dout (B, T, C) at which token v stands. dwpe
+// (T, C) is dout summed over B.
 //
-// It reads 12.6 MB, 4 us for the memory. But a text's tokens are uneven: every eighth is the most frequent one here, so
-// one row of dwte is a sum of 2000 rows and another of 100. No version adds with atomics: their order, and with it the
-// rounding, changes from run to run, and two runs of the trainer must be equal bit for bit.
+// It reads 12.6 MB, 4 us for the memory. But some tokens are more frequent than others. Here every eighth token is the
+// same one, so one row of dwte is a sum of 2000 rows, and another is a sum of 100. No version adds with atomics: their
+// order, and with it the rounding, changes from run to run, and two runs of the trainer must be equal bit for bit.
 //
-//   1  a thread has a channel        It goes through all rows, as the CPU does, and adds to memory. 384 threads are
-//                                    busy, and each waits for one load after the other: a store to dwte could change
-//                                    dout, for all the compiler knows, so no load may start before it.
+//   1  a thread has a channel        It goes through all rows, as the CPU does, and adds to memory. Only 384 threads
+//                                    work, and each waits for one load after the other: the compiler cannot load the
+//                                    next row before the sum is stored, because for all it knows the store changes
+//                                    that row.
 //   2  a thread has a channel of     320 times as many threads, and a sum stays in a register, so that loads can start
 //      one token or position         early. But a token's threads look at all 16384 tokens, and most are not theirs.
 //   3  a block has a token           A block looks at 512 tokens together, each warp at 32 of them at once, and lists
 //                                    the rows to add. Its threads then load only those.
-//   4  16 bytes at a time            48 threads share a row, so a block of 256 adds five rows at once and has 20 of
-//                                    them under way. This is the shipped kernel, with all rows in one segment.
-//   5  the shipped kernels           Everyone waited for the block of the most frequent token. Now a block has a token
-//                                    in one segment of 512 rows, and a second kernel adds up the segments.
+//   4  16 bytes at a time            48 threads share a row, so a block of 256 adds five rows at once, each with four
+//                                    loads under way. This is the shipped kernel, with all rows in one segment.
+//   5  the shipped kernels           In version 4 all wait for the block of the most frequent token. Now a block has a
+//                                    token in one segment of 512 rows, and a second kernel adds up the segments.
 #include "../../kernels/embedding.cuh"
 #include "../../kernels/embedding.h"
 #include "lab.cuh"
@@ -23,7 +24,7 @@
 namespace {
 
 // Launched with ceil(C / 128) blocks of 128 threads.
-//   dwte (V, C) =, dwpe (T, C) =;  dout (B, T, C), x (B, T) the tokens
+//   dwte (V, C) =, dwpe (T, C) =;  dout (B, T, C), x (B, T): the tokens
 __global__ void __launch_bounds__(128)
     embedding_backward_1(float* dwte, float* dwpe, const bf16* dout, const int* x, int B, int T, int C, int V) {
   const int c = blockIdx.x * 128 + threadIdx.x;
@@ -54,7 +55,7 @@ __global__ void __launch_bounds__(128)
   }
 }
 
-// Launched with (ceil(C / 256), T + V) blocks of 256 threads, as rows_of_token wants them. Else as version 2.
+// Launched with (ceil(C / 256), T + V) blocks of 256 threads, which rows_of_token needs. The rest is as in version 2.
 __global__ void __launch_bounds__(embedding_threads)
     embedding_backward_3(float* dwte, float* dwpe, const bf16* dout, const int* x, int B, int T, int C) {
   __shared__ int list[embedding_piece];
@@ -72,7 +73,7 @@ __global__ void __launch_bounds__(embedding_threads)
   if (c < C) dwte[size_t(token) * C + c] = sum;
 }
 
-// (rows) tokens as uneven as those of a text: the share of the first k is sqrt(k / V).
+// (rows) tokens, of which some are as frequent as in a text: the first k tokens together have the share sqrt(k / V).
 std::vector<int> uneven_tokens(int rows, int V) {
   std::vector<int> x(rows);
   for (int r = 0; r < rows; r++) {
@@ -93,7 +94,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   if (lab.checks()) {
     std::vector<double> want_dwte(size_t(V) * C, 0), want_dwpe(size_t(T) * C, 0);
     ::embedding_backward(want_dwte.data(), want_dwpe.data(), dout.values().data(), tokens.data(), B, T, C);
-    const double tolerance = 4 * 0x1p-24;  // a bf16 has 8 bits, so float sums of a thousand are hardly rounded
+    const double tolerance = 4 * 0x1p-24;  // a bf16 has 8 bits, so float sums of thousands are hardly rounded
     dwte.expect(want_dwte, tolerance);
     dwpe.expect(want_dwpe, tolerance);
   }
@@ -112,7 +113,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
            dwpe[set], dout[set], x[set], B, T, C);
   });
   lab.version({4, "16 bytes at a time", 65}, [=](int set, cudaStream_t stream) {
-    const int all_rows = ceil_div(s.rows(), embedding_piece) * embedding_piece;  // with one segment, partials are sums
+    const int all_rows = ceil_div(s.rows(), embedding_piece) * embedding_piece;  // one segment: its partials are sums
     launch(embedding_backward_kernel<bf16>, {unsigned(T + V), embedding_threads, 0, stream}, dwpe[set], dwte[set],
            dout[set], x[set], false, all_rows, B, T, C, V);
   });

@@ -1,17 +1,19 @@
 // The head: logits (rows, V) = inp (rows, C) @ headw (V, C)^T + headb (V), a matrix product with V = 65 columns. A row
 // of logits has Vp = 72 elements, and headw and headb have 72 rows, of which the last seven are zeros.
 //
-// It reads 12.6 MB, writes 2.4 and does 0.8 GFLOP. With tensor cores the bytes decide, 5 us; without them the
-// arithmetic, which would take 16 us at the card's best in float.
+// It reads 12.6 MB, writes 2.4 MB and does 0.8 GFLOP. With tensor cores the bytes are the limit, 5 us. Without them it
+// is the arithmetic, which takes the card's float units at least 16 us.
 //
-//   1  a thread has a logit          The warp's threads read 32 rows of headw, which are C apart, so each load touches
-//                                    32 lines of memory. For each multiplication there are two loads.
-//   2  tiles in shared memory        A block loads 16 x 16 numbers of each operand once and uses each 16 times. (It is
-//                                    the kernel that stands in where cuBLASLt has none; the bias is a pass of its own.)
+//   1  a thread has a logit          A warp's threads read 32 rows of headw, so each load touches 32 lines of memory.
+//                                    There are two loads for each multiplication.
+//   2  tiles in shared memory        A block loads 16 x 16 numbers of each operand at a time and uses each number 16
+//                                    times. (The trainer uses this kernel where cuBLASLt has none. A second kernel adds
+//                                    the bias.)
 //   3  cuBLASLt, 65 columns          Tensor cores. But for 65 columns the library takes an old kernel, which loads one
-//                                    number at a time (align1 in its name), although all rows begin on 16 bytes.
-//   4  shipped: cuBLASLt, 72         Seven columns of zeros more, 11 % more work, and the library takes a new kernel,
-//      columns                       whose tiles have exactly 72 columns.
+//                                    number at a time (align1 in its name), although all rows begin at multiples of 16
+//                                    bytes.
+//   4  shipped: cuBLASLt, 72         The product includes the seven rows of zeros: 11 % more work. For 72 columns the
+//      columns                       library takes a new kernel, whose tiles have exactly 72 columns.
 #include <memory>
 #include <optional>
 
@@ -32,7 +34,7 @@ __global__ void __launch_bounds__(256)
   logits[size_t(row) * Vp + v] = bf16(sum);
 }
 
-// x, and zeros behind it up to `count`.
+// x, filled up with zeros to `count` numbers.
 std::vector<bf16> padded(const std::vector<float>& x, size_t count) {
   std::vector<bf16> out(x.begin(), x.end());
   out.resize(count, bf16(0.f));
@@ -45,7 +47,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   const lab::Array<bf16> inp = lab.noise<bf16>(size_t(rows) * C, 1, 1, true);
   const lab::Array<bf16> headw = lab.input(padded(noise(size_t(V) * C, 2), size_t(Vp) * C)),
                          headb = lab.input(padded(noise(V, 3), Vp));
-  // Only the last version writes the padding, zeros. So zeros are there from the beginning, and NaN elsewhere.
+  // Only the last version writes the padding, with zeros. So the padding begins as zeros, and the rest as NaN.
   std::vector<bf16> before(size);
   for (size_t i = 0; i < size; i++) before[i] = bf16(int(i % Vp) < V ? NAN : 0.f);
   const lab::Array<bf16> logits = lab.updated(before);
@@ -53,7 +55,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     std::vector<double> want(size);
     ::reference::matmul_forward(want.data(), inp.values().data(), headw.values().data(), headb.values().data(), rows, C,
                                 Vp);
-    // Versions that add the bias in a pass of its own round twice; and a float sum of C terms.
+    // Two roundings, for versions that add the bias in a second pass, and the error of a float sum of C terms.
     logits.expect(want, 2 * rounding_of<bf16> + 4 * std::sqrt(C) * 0x1p-24);
   }
   lab.needs(2.0 * (double(rows) * C + double(V) * C + double(size)), 2.0 * rows * C * V);
@@ -67,7 +69,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     simple_product(product, {.d = logits[set], .a = headw[set], .b = inp[set]}, stream);
     bias_forward(logits[set], headb[set], rows, V, Vp, stream);
   });
-  // The library is opened by the first version that runs, not by a list of versions.
+  // The first version that runs opens the library. To list the versions we do not need it.
   const auto matmul = std::make_shared<std::optional<Matmul>>();
   const auto by_library = [=](int set, int columns, cudaStream_t stream) {
     if (!*matmul) matmul->emplace(false, stream);

@@ -1,21 +1,21 @@
-// The kernel lab: each operation of the GPU trainer in several versions, from naive to shipped. They are checked against
-// the CPU's layer in double and then timed. An operation is a function in a file of this folder. It makes its arrays,
-// says what the CPU computes, and lists its versions:
+// The kernel lab: operations of the GPU trainer in several versions each, from naive to shipped. It checks them against
+// the CPU's layer in double and then times them. An operation is a function in a file of this folder. It makes its
+// arrays, says what the CPU computes, and lists its versions:
 //
 //   void relu_backward(Lab& lab, const Sizes& s) {
 //     const size_t count = size_t(s.rows()) * 4 * s.C;
-//     const Array<bf16> out = lab.noise<bf16>(count, 1), dx = lab.output<bf16>(count), ...;
+//     const Array<bf16> out = lab.input(...), dx = lab.updated<bf16>(count, 2), ...;
 //     if (lab.checks()) dx.expect(..., tolerance);
 //     lab.needs(bytes, operations);
-//     lab.version({1, "a thread has an element", 95}, [=](int set, cudaStream_t stream) {
-//       launch(relu_backward_1, {...}, dx[set], out[set], ...);
+//     lab.version({1, "a thread has a column", 11000}, [=](int set, cudaStream_t stream) {
+//       launch(relu_backward_1, {...}, dx[set], dbias[set], out[set], ...);
 //     });
 //     ...
 //   }
-//   const Listed listed({"relu_backward", relu_backward, {{2, 31, 48}, {1, 1, 8}}});
+//   const Listed listed({"relu_backward", relu_backward, {{1, 1, 8}, {3, 31, 48}}});
 //
-// The function is called once for each of the sizes that are checked, once for the sizes that are timed, and once to
-// list the versions; the lab decides what `version` does. The numbers are the same in every call.
+// The lab calls this function once to list the versions, once for each of the sizes that it checks, and once to time;
+// `version` lists, checks or times accordingly. In each call `noise` gives the same numbers.
 // defines: Sizes, lecture, Array, Version, Result, Chosen, Lab, Operation, Listed, operations, list, check, time
 #pragma once
 #include <functional>
@@ -38,14 +38,19 @@ struct Sizes {
 constexpr Sizes lecture = {64, 256, 384, 6, 65};
 
 // An array on the device, in as many copies as the lab needs: timing takes several in turn, so that each has left the
-// cache when its turn comes again.
+// cache when its turn comes again, unless it is small.
 struct Copies {
+<<<<<<< HEAD
   bool output;                         // all bits are one before a run: NaN, or -1
   bool updated = false;                // an output that is read as well
   bool in_cache = false;               // an input that the kernel before it, in a step, has just written
+=======
+  bool output;                         // a version may write it
+  bool in_cache;                       // in a step, the kernel before has just written it
+>>>>>>> 90cfdf715c7169ba5bb374bed62465d3f2e831a7
   std::vector<unsigned char> initial;  // what it holds before a run
   std::vector<DeviceMemory> memory;    // a copy, with a guard of 512 bytes before and behind it
-  std::function<double(const std::vector<unsigned char>&)> error;  // the largest error of a result; NaN: none expected
+  std::function<double(const std::vector<unsigned char>&)> error;  // the largest error; empty without `expect`
   double tolerance = 0;
   static constexpr size_t guard = 512;
 };
@@ -68,8 +73,8 @@ class Array {
     }
     return out;
   }
-  // What a version must leave here. tolerance as in test/compare.h: relative to the element and to the array's root
-  // mean square.
+  // Says what a version must leave here. tolerance is relative to the element plus the array's root mean square
+  // (test/compare.h).
   void expect(std::vector<double> want, double tolerance) const {
     copies_->tolerance = tolerance;
     copies_->error = [want = std::move(want)](const std::vector<unsigned char>& bytes) {
@@ -90,24 +95,24 @@ class Array {
 struct Version {
   int number;
   const char* idea;    // what is new in it
-  double expected_us;  // on an H100 or H200, written down before it was measured; 0: nobody said
-  int choice = 0;      // its number in kernels/choices.cuh, where it can be chosen
+  double expected_us;  // on an H100 or H200, written down before the lab timed it; 0: nobody said
+  int choice = 0;      // its number in kernels/choices.cuh, if the trainer can choose it; else 0
 };
 
 // Puts one run of a version onto the stream, on the copies number `set` of the arrays.
 using Launch = std::function<void(int set, cudaStream_t stream)>;
 
-// What is known of a version. Times in microseconds; NaN where it was not timed.
+// What the lab found about a version. Times in microseconds; NaN where it was not timed.
 struct Result {
   Version version{};
   std::string wrong;  // what the checks found, or ""
-  double error = -1;  // the largest of all outputs, as a share of what is tolerated; -1: nothing was compared
+  double error = -1;  // the largest in all outputs, as a share of the tolerance; -1: nothing was compared
   double cold = NAN, cold_min = NAN, cold_max = NAN, hot = NAN, alone = NAN;
   double bytes = 0, flops = 0;
   int registers = 0, local_bytes = 0;  // of the kernel that needs the most registers; local: stack and spills
 };
 
-// Takes a version of kernels/choices.cuh until the end of the scope: const Chosen one(choices().attention_forward, 2);
+// Until the end of the scope, the trainer takes this choice: const Chosen one(choices().attention_forward, 2);
 class Chosen {
  public:
   Chosen(int& choice, int version) : choice_(choice), before_(std::exchange(choice, version)) {}
@@ -141,14 +146,14 @@ class Lab {
     if (!values.empty()) std::memcpy(bytes.data(), values.data(), bytes.size());
     return Array<Real>(add(false, in_cache, std::move(bytes)));
   }
-  // An output (count), which every version writes.
+  // An output (count). Before a checked run all its bits are one: NaN, or -1. Without `expect` it is scratch memory.
   template <class Real>
   Array<Real> output(size_t count) {
     return Array<Real>(
         add(true, false, std::vector<unsigned char>(task_ == Task::list ? 0 : count * sizeof(Real), 0xff)));
   }
-  // Memory (count) that a version may use as it likes, and an array that versions read and write: `expect` applies to
-  // what they leave there.
+  // An array (count) that versions read and write. Before each checked run it has the same numbers; `expect` applies to
+  // what a version leaves there.
   template <class Real>
   Array<Real> updated(size_t count, uint32_t which, double scale = 1, bool in_cache = false) {
     const Array<Real> out = noise<Real>(count, which, scale, in_cache);
@@ -185,7 +190,7 @@ class Lab {
 struct Operation {
   std::string name;
   void (*describe)(Lab&, const Sizes&);
-  std::vector<Sizes> checked;  // the sizes that are checked: ragged ones
+  std::vector<Sizes> checked;  // small sizes, many of which do not fill the last block
 };
 // A file's operation enters the list with a constant of this type.
 struct Listed {
@@ -193,8 +198,8 @@ struct Listed {
 };
 std::vector<Operation> operations();  // all of them, by name
 
-std::vector<Result> list(const Operation& operation);   // its versions, and nothing else
-std::vector<Result> check(const Operation& operation);  // with what the checks found
+std::vector<Result> list(const Operation& operation);   // its versions, neither checked nor timed
+std::vector<Result> check(const Operation& operation);  // its versions, with what the checks found
 // Adds times to what `check` returned, and calls timed(result) after each version.
 void time(const Operation& operation, const Sizes& sizes, std::vector<Result>& results,
           const std::function<void(const Result&)>& timed);

@@ -3,21 +3,23 @@
 //   dstream += (g - mean(g) - n * mean(g * n)) * rstd         sums along a row
 //   dweight  = sum of dnorm * n,   dbias = sum of dnorm       sums down the columns, over all 16384 rows
 //
-// The sums in two directions are what makes it hard. It reads 37.7 MB and writes 12.6 MB, and computes next to nothing:
-// the floor is the copy of these bytes, 17 us. The model's kernel does the branch's dropout on the way, too, which is
-// left out here (residual_layernorm_forward.cu has it).
+// It is hard because the sums go in two directions. It reads 37.7 MB and writes 12.6 MB, and computes next to nothing:
+// the floor is the copy of these bytes, 17 us. The model's kernel also makes the branch's gradient, with dropout; we
+// leave that out here.
 //
-//   1  a thread has a row, or a      Neighbouring threads read addresses that are a whole row apart. And a thread for
-//      channel                       each channel goes down all rows: 384 threads, where the card has room for 270 000.
+//   1  a thread has a row, or a      Two kernels. In the first, neighbouring threads read addresses a whole row apart.
+//      channel                       In the second, a thread for each channel goes down all rows: 384 threads, on a
+//                                    card with room for 270 000.
 //   2  partial sums                  A block adds up the columns of 64 rows only, and writes its sums to memory.
 //                                    add_partials adds these up (column_sums.cu). Now the rows' kernel is the slow one.
 //   3  a warp has a row              Neighbouring lanes read neighbouring chunks of 16 bytes, and keep them in
 //                                    registers from the sums to the result. inp and dnorm are still read twice, by
 //                                    two kernels.
-//   4  one kernel                    A warp takes 16 of the block's 64 rows in turn, and its lanes keep their channels'
-//                                    sums in registers meanwhile. Each byte moves once. But while a warp works on a
-//                                    row, none of its loads is under way, and 256 blocks are only eight warps for a
-//                                    multiprocessor, which cannot hide that.
+//   4  one kernel                    for rows and columns; add_partials is still behind it. A warp takes 16 of the
+//                                    block's 64 rows in turn, and its lanes keep their channels' sums in registers
+//                                    meanwhile. Each byte moves once. But while a warp works on a row, none of its
+//                                    loads is under way, and 256 blocks are only eight warps for a multiprocessor, too
+//                                    few to hide that.
 //   5  the shipped kernel            Half a warp has a row, and the next row is on its way to shared memory while this
 //                                    one is in use.
 #include "../../kernels/layernorm.cuh"
@@ -68,8 +70,8 @@ __global__ void __launch_bounds__(128)
   sums[(size_t(blockIdx.y) * 2 + 1) * C + c] = dbias;
 }
 
-// A lane's part of a row: chunks lane, lane + 32, ... of eight channels, at most EACH of them. A chunk behind the end
-// of the row is 0, and then it adds nothing to any sum.
+// A lane's part of a row: chunks lane, lane + 32, ... of eight channels, at most EACH of them. Chunks behind the end of
+// the row are 0, so they add nothing to any sum.
 template <int EACH>
 struct RowPart {
   Float8 x[EACH], d[EACH], dx[EACH];  // of inp, dnorm, dstream
@@ -83,7 +85,8 @@ struct RowPart {
       dx[j] = c < C ? load8(dstream + at + c) : Float8{};
     }
   }
-  // x becomes n. dx += the gradient through the normalisation; stored. All lanes of the warp must call together.
+  // Turns x into n, adds the gradient through the normalisation to dx, and stores dx. All lanes of the warp must call
+  // together.
   __device__ void finish(bf16* dstream, size_t at, float m, float s, const float* weight, int C) {
     float sum_g = 0, sum_gn = 0;
     Float8 g[EACH];
@@ -117,7 +120,7 @@ __global__ void __launch_bounds__(128)
     layernorm_backward_3(bf16* dstream, const bf16* dnorm, const bf16* inp, const float* mean, const float* rstd,
                          const float* weight, int rows, int C) {
   const int row = blockIdx.x * 4 + threadIdx.x / 32;
-  if (row >= rows) return;  // the whole warp
+  if (row >= rows) return;  // the whole warp returns
   RowPart<EACH> part;
   part.load(inp, dnorm, dstream, size_t(row) * C, C);
   part.finish(dstream, size_t(row) * C, mean[row], rstd[row], weight, C);
@@ -132,7 +135,7 @@ __global__ void __launch_bounds__(128)
                          const float* rstd, const float* weight, int rows, int C) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int first = blockIdx.x * sums_block_rows, end = min(rows, first + sums_block_rows);
-  // 1. The warp's rows. The lane keeps its channels' sums.
+  // 1. Go through the warp's rows. The lane keeps its channels' sums.
   Float8 dweight[EACH] = {}, dbias[EACH] = {};
   for (int row = first + warp; row < end; row += 4) {
     RowPart<EACH> part;
@@ -146,7 +149,7 @@ __global__ void __launch_bounds__(128)
         dbias[j][i] += part.d[j][i];
       }
   }
-  // 2. The warps' sums go through shared memory and are added in order: a thread has channels threadIdx.x, + 128, ...
+  // 2. Add the warps' sums, in order, by way of shared memory: a thread has channels threadIdx.x, + 128, ...
   __shared__ __align__(16) float warp_sums[4][2][EACH * 256];
 #pragma unroll
   for (int j = 0; j < EACH; j++) {
@@ -169,7 +172,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
                          dstream = lab.updated<bf16>(count, 3);
   const lab::Array<float> weight = lab.noise<float>(C, 4), partials = lab.output<float>(layernorm_partials(rows, C)),
                           gradients = lab.output<float>(2 * size_t(C));  // (2, C): dweight, dbias
-  std::vector<float> means, rstds;                                       // forward's, which timing does not depend on
+  std::vector<float> means, rstds;                                       // forward's; times do not depend on them
   if (lab.checks()) {
     const std::vector<double> x = inp.values(), w = weight.values();
     std::vector<double> norm(count), m(rows), r(rows), want = dstream.values(), sums(2 * size_t(C));
@@ -232,7 +235,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     add_partials({layernorm_sums(gradients[set], gradients[set] + C, nullptr, partials[set], rows, C)}, false, stream);
   });
 }
-// One row; the last block of rows not full; rows of one chunk, of six, and of more than a warp has lanes for.
+// Sizes: one row; a last block of rows that is not full; rows of one chunk, of six, and of more chunks than lanes.
 const lab::Listed listed({"layernorm_backward", describe, {{1, 1, 384}, {3, 31, 48}, {2, 33, 384}, {5, 7, 8}}});
 
 }  // namespace

@@ -1,22 +1,25 @@
-// LayerNorm, forward: norm = (inp - mean) / sqrt(variance + 1e-5) * weight + bias, for each row of C channels.
+// LayerNorm, forward: norm = (inp - mean) * rstd * weight + bias, for each row of C channels, with rstd = 1 /
+// sqrt(variance + 1e-5). mean and rstd are kept for backward.
 //
 // It reads 12.6 MB and writes 12.6 MB, and computes next to nothing: the floor is the copy of these bytes. All versions
 // do the same arithmetic; they differ in who reads what, and how often.
 //
-//   1  a thread has a row            Neighbouring threads read addresses that are a whole row apart, so of each 32
-//                                    bytes that come from memory a thread uses two at a time, and it goes through the
-//                                    row three times.
+//   1  a thread has a row            Neighbouring threads read addresses that are a whole row apart. Memory delivers 32
+//                                    bytes at a time, of which the thread uses two. And it goes through its row three
+//                                    times.
 //   2  a block has a row             Neighbouring threads read neighbouring channels. Sums go through shared memory.
 //   3  a warp has a row              Sums go through shuffles: no barrier, no shared memory.
-//   4  16 bytes at a time, once      A lane keeps its channels in registers, so the row is read once.
-//   5  the shipped kernel            Half a warp has a row: fewer steps in a sum, more loads under way.
+//   4  16 bytes at a time, once      A lane loads a chunk of eight channels at a time and keeps its chunks in
+//                                    registers, so the row is read once.
+//   5  the shipped kernel            Half a warp has a row: a sum takes four shuffles, not five, and each lane has
+//                                    three of the row's 48 chunks, where version 4's lanes have one or two.
 #include "../../kernels/layernorm.cuh"
 #include "../../kernels/layernorm.h"
 #include "lab.cuh"
 
 namespace {
 
-// Launched with ceil(rows / 128) blocks of 128 threads.
+// Launched with ceil(rows / 128) blocks of 128 threads. Arrays with = are written, the others are read.
 //   norm (rows, C) =, mean, rstd (rows) =;  inp (rows, C), weight, bias (C)
 __global__ void layernorm_forward_1(bf16* norm, float* mean, float* rstd, const bf16* inp, const float* weight,
                                     const float* bias, int rows, int C) {
@@ -52,7 +55,7 @@ __global__ void __launch_bounds__(128) layernorm_forward_2(bf16* norm, float* me
 __global__ void __launch_bounds__(128) layernorm_forward_3(bf16* norm, float* mean, float* rstd, const bf16* inp,
                                                            const float* weight, const float* bias, int rows, int C) {
   const int lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
-  if (row >= rows) return;  // the whole warp
+  if (row >= rows) return;  // the whole warp returns, as lane_sum needs all its lanes
   const bf16* const x = inp + size_t(row) * C;
   float sum = 0, squares = 0;
   for (int c = lane; c < C; c += 32) sum += float(x[c]);
@@ -70,7 +73,7 @@ __global__ void __launch_bounds__(128) layernorm_forward_4(bf16* norm, float* me
   const int lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
   if (row >= rows) return;
   const size_t at = size_t(row) * C;
-  // 1. The only reading of the row: all loads before anything depends on them.
+  // 1. Read the row, once. All loads come before anything depends on them.
   Float8 x[EACH];
 #pragma unroll
   for (int j = 0; j < EACH; j++) x[j] = (lane + j * 32) * 8 < C ? load8(inp + at + (lane + j * 32) * 8) : Float8{};
@@ -109,7 +112,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     std::vector<double> want(count), m(rows), r(rows);
     ::layernorm_forward(want.data(), m.data(), r.data(), inp.values().data(), weight.values().data(),
                         bias.values().data(), rows, C);
-    const double sums = 4 * std::sqrt(C) * 0x1p-24;  // what float sums of C terms may be off
+    const double sums = 4 * std::sqrt(C) * 0x1p-24;  // how far float sums of C terms may be off
     norm.expect(want, rounding_of<bf16> + sums);
     mean.expect(m, sums);
     rstd.expect(r, sums);

@@ -1,8 +1,8 @@
 // The lab's program.
 //   lab                        lists all operations and their versions
 //   lab OPERATION ...          checks every version against the CPU's layer and, on a GPU, times it
-//   lab all [SECONDS]          all operations, each in a process of its own with a time limit (60): what an illegal
-//                              address or a kernel that never ends spoils is one operation
+//   lab all [SECONDS]          all operations, each in a process of its own with a time limit (60): an illegal address
+//                              or a kernel that never ends then spoils only its own operation
 //   lab choose CARD.csv ...    prints kernels/choices_table.h: for each card in these results, the fastest versions
 // Results go to the file that LAB_CSV names (lab.csv), a line for each version as soon as it is timed.
 #include <sys/wait.h>

@@ -2,18 +2,22 @@
 // float. It is timed at the shape of the feed-forward layer's first product, OC = 4 C.
 //
 // It reads and writes 64 MB, which an H100 copies in 21 us, and computes 19.3 GFLOP, for which the tensor cores need 24
-// us. All versions add up the same products; they differ in how often a number is loaded before it is used up.
+// us. All versions add up the same products; they differ in how often they load each number.
 //
 //   1  a thread has an element       It loads two numbers for each product that it adds. Neighbouring threads read
 //                                    weights that lie a whole row apart: of 32 bytes, a thread uses two at a time.
-//   2  tiles in shared memory        16 x 16 threads load a tile of each operand together, neighbours read neighbours,
-//                                    and each number serves 16 threads. But still two loads for a product.
-//   3  a thread has 8 x 8 elements   In registers: 16 loads from shared memory serve 64 products. Now the float units
-//                                    are the limit.
-//   4  tensor cores                  One instruction of a warp adds 16 x 8 x 16 products. Now memory is the limit: a
-//                                    block computes nothing while it waits for its tiles.
+//   2  tiles in shared memory        16 x 16 threads load a tile of each operand together. Neighbours load neighbouring
+//                                    numbers, and each number serves 16 threads. But there are still two loads, from
+//                                    shared memory, for each product.
+//   3  a thread has 8 x 8 elements   Its sums are in registers, so 16 numbers from shared memory serve 64 products. Now
+//                                    the float units are the limit.
+//   4  tensor cores                  They multiply small matrices. The 32 lanes of a warp together pass a 16 x 16 and a
+//                                    16 x 8 matrix to one instruction, which adds up 2048 products. Now waiting is the
+//                                    limit: a block computes nothing until its tiles have come.
 //   5  loads in the background       The next tiles arrive, by cp.async, while these are in use.
-//   6  the shipped product           cuBLASLt, with its algorithm chosen by a race.
+//   6  the shipped product           cuBLASLt. The trainer times several of its algorithms and takes the fastest.
+//
+// device.cuh has the instructions that versions 4 and 5 use: mma_16x8x16, ldmatrix_x4, copy_async_16.
 #include "../../kernels/matmul.cuh"
 #include "../../kernels/matmul.h"
 
@@ -38,16 +42,16 @@ __global__ void __launch_bounds__(256)
 __global__ void __launch_bounds__(256)
     matmul_2(bf16* out, const bf16* inp, const bf16* weight, int rows, int C, int OC) {
   constexpr int tile = 16;
-  __shared__ float a[tile][tile], b[tile][tile + 1];  // of inp, of weight; + 1: a column of b lies in 16 banks
+  __shared__ float a[tile][tile], b[tile][tile + 1];  // of inp, of weight; + 1: so a column of b lies in 16 banks
   const int first_row = blockIdx.y * tile, first_o = blockIdx.x * tile;
   const int i = threadIdx.x / tile, j = threadIdx.x % tile;
   float sum = 0;
   for (int c = 0; c < C; c += tile) {
-    // 1. A thread loads one number of each tile; there are zeros where inp and weight end.
+    // 1. A thread loads one number of each tile, or zero where inp or weight ends.
     a[i][j] = first_row + i < rows && c + j < C ? float(inp[size_t(first_row + i) * C + c + j]) : 0;
     b[i][j] = first_o + i < OC && c + j < C ? float(weight[size_t(first_o + i) * C + c + j]) : 0;
     __syncthreads();
-    // 2. It adds up row i of a and row j of b.
+    // 2. It adds the products of row i of a and row j of b.
     for (int k = 0; k < tile; k++) sum += a[i][k] * b[j][k];
     __syncthreads();  // before anyone overwrites the tiles
   }
@@ -56,7 +60,7 @@ __global__ void __launch_bounds__(256)
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Versions 3, 4 and 5 are launched with (ceil(OC / 128), ceil(rows / 128)) blocks of 256 threads: a block has a tile of
-// 128 x 128 elements of out. C is a multiple of 8, so a chunk of eight numbers of a row lies within it or behind it.
+// 128 x 128 elements of out. C is a multiple of 8, so a chunk lies within its row or behind it, never half.
 
 constexpr int tile = 128;
 dim3 tiles_of(int rows, int OC) { return dim3(ceil_div(OC, tile), ceil_div(rows, tile)); }
@@ -100,19 +104,21 @@ __global__ void __launch_bounds__(256)
     }
 }
 
-// In versions 4 and 5, each of the block's eight warps has 64 rows and 32 columns of its tile: 4 x 4 results of the
-// tensor cores' 16 x 8. device.cuh shows which numbers of them a lane holds.
+// In versions 4 and 5, each of the block's eight warps has 64 rows and 32 columns of the tile: 4 x 4 matrices of 16 x
+// 8, as the tensor cores make them. device.cuh shows which of their numbers a lane holds.
 constexpr int depth = 32;
 struct alignas(16) Tiles {
-  // Rows lie 80 bytes apart. ldmatrix reads 16 bytes of eight rows at once, and so each row has four banks of its own.
+  // Rows lie 80 bytes apart. ldmatrix reads 16 bytes of eight rows at once; at this distance each row has four banks of
+  // its own.
   bf16 a[tile][depth + 8], b[tile][depth + 8];  // columns c ... c + 31 of inp and weight
 };
 using Sums = float[4][4][4];  // 16 rows, 8 columns, and the lane's four numbers
 
-// to (128, 32) = rows first ... of x (count, C), from column c on; zeros where x ends
+// to (128, 32) = rows first ... first + 127 and columns c ... c + 31 of x (count, C); zeros where x ends. ASYNC: the
+// copy goes on in the background
 template <bool ASYNC>
 __device__ inline void fetch(bf16 (&to)[tile][depth + 8], const bf16* x, int first, int count, int c, int C) {
-  for (int turn = 0; turn < tile * depth / 8 / 256; turn++) {  // a number of turns that the compiler knows: it unrolls
+  for (int turn = 0; turn < tile * depth / 8 / 256; turn++) {  // the compiler knows the number of turns and unrolls
     const int i = turn * 256 + threadIdx.x, row = i / (depth / 8), k = i % (depth / 8) * 8;
     const bf16* const from = x + size_t(first + row) * C + c + k;
     const bool inside = first + row < count && c + k < C;
@@ -128,13 +134,14 @@ __device__ inline void multiply(Sums& sums, const Tiles& tiles, int i, int j) {
   const int lane = threadIdx.x % 32;
 #pragma unroll
   for (int k = 0; k < depth; k += 16) {
-    // 1. The operands: shared -> registers. A lane points ldmatrix to eight numbers of a row. In a: rows 0-15, then the
-    //    same rows' next eight. In b: rows 0-7, the same rows' next eight, rows 8-15, their next eight.
+    // 1. The operands: shared -> registers. Each lane gives ldmatrix the address of eight numbers of a row. For a:
+    //    lanes 0-15 rows 0-15, lanes 16-31 the same rows' next eight numbers. For b: lanes 0-7 rows 0-7, lanes 8-15 the
+    //    same rows' next eight numbers; lanes 16-23 rows 8-15, lanes 24-31 their next eight numbers.
     uint32_t a[4][4], b[2][4];
     for (int m = 0; m < 4; m++) ldmatrix_x4(a[m], &tiles.a[i + m * 16 + lane % 16][k + lane / 16 * 8]);
     for (int n = 0; n < 2; n++)
       ldmatrix_x4(b[n], &tiles.b[j + n * 16 + lane % 8 + lane / 16 * 8][k + lane / 8 % 2 * 8]);
-      // 2. Six loads serve 16 products.
+      // 2. Six loads serve 16 instructions of the tensor cores.
 #pragma unroll
     for (int m = 0; m < 4; m++)
 #pragma unroll
@@ -142,7 +149,7 @@ __device__ inline void multiply(Sums& sums, const Tiles& tiles, int i, int j) {
   }
 }
 
-// Rounds sums (64, 32) and stores them from (row, o) of out on.
+// Rounds sums (64, 32) and stores them in out, from row `row` and column o on.
 __device__ inline void store(bf16* out, const Sums& sums, int row, int o, int rows, int OC) {
   const int lane = threadIdx.x % 32;
   for (int m = 0; m < 4; m++)
@@ -184,10 +191,11 @@ __global__ void __launch_bounds__(256)
   Sums sums = {};
   begin_to_fetch(stages[0], 0);
   for (int c = 0; c < C; c += depth) {
-    // 1. Wait for this step's tiles. Behind the barrier they are there for all, and no warp uses the step before's.
+    // 1. Wait for this step's tiles. After the barrier all threads' copies are there, and no warp uses the tiles of the
+    //    step before any more.
     copy_async_wait<0>();
     __syncthreads();
-    // 2. Over those the next tiles are copied, while we multiply.
+    // 2. Copy the next tiles over those of the step before, while we multiply.
     const int stage = c / depth % 2;
     if (c + depth < C) begin_to_fetch(stages[1 - stage], c + depth);
     multiply(sums, stages[stage], i, j);
@@ -202,7 +210,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   if (lab.checks()) {
     std::vector<double> want(size_t(rows) * OC);
     ::reference::matmul_forward<double>(want.data(), inp.values().data(), weight.values().data(), nullptr, rows, C, OC);
-    out.expect(want, rounding_of<bf16> + 4 * std::sqrt(C) * 0x1p-24);  // its own rounding, and that of sums of C floats
+    out.expect(want, rounding_of<bf16> + 4 * std::sqrt(C) * 0x1p-24);  // out's rounding, and that of sums of C floats
   }
   lab.needs(2.0 * (double(rows) * C + double(OC) * C + double(rows) * OC), 2.0 * rows * C * OC);
 
@@ -216,7 +224,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   version({3, "a thread has 8 x 8 elements", 500}, matmul_3, tiles_of(rows, OC));
   version({4, "tensor cores", 120}, matmul_4, tiles_of(rows, OC));
   version({5, "loads in the background", 75}, matmul_5, tiles_of(rows, OC));
-  // Matmul belongs to a stream, and chooses its algorithm in the first launch.
+  // A Matmul belongs to a stream, and chooses its algorithm in the first launch.
   const auto library = std::make_shared<std::optional<Matmul>>();
   lab.version({6, "shipped: cuBLASLt", 34}, [=](int set, cudaStream_t stream) {
     if (!*library) library->emplace(false, stream);

@@ -1,17 +1,17 @@
-// Random draws, as dropout needs them: number i of the array is one of the eight 16-bit draws that the generator's call
-// i / 8 gives (draw_of in dropout_law.h). Every version must leave exactly the CPU's numbers.
+// Random draws, as dropout needs them, from the generator Philox. A call of it gives eight draws of 16 bits. Number i
+// of the array is a draw of call i / 8 (draw_of in dropout_law.h). Every version must leave exactly the CPU's numbers.
 //
 // 6.3 million draws, for one (B * T, C) tensor, are 12.6 MB to write, 4 us. A call has ten rounds of two products of 32
-// by 32 bits, of which both halves are used. The trainer's kernels never store a draw: they make it where they need it,
-// in the middle of a LayerNorm, so what a call costs comes on top of other work.
+// by 32 bits, and uses the high and the low half of each product. No kernel of the trainer stores draws: each makes
+// them where it needs them, in the middle of a LayerNorm for example, so a call's time comes on top of other work.
 //
 //   1  a call for each number        Seven of eight draws are thrown away, and all the time goes into calls. The high
 //                                    half of a product is the 64-bit product, shifted. nvcc 13 multiplies a second time
 //                                    for the low half: 39 multiplications a call.
-//   2  __umulhi                      host/random.h asks for the high half by its name, and nvcc 13 makes one
-//                                    instruction that leaves both halves: 20 multiplications, 63 instructions, not 85.
-//   3  shipped: all eight draws      A thread makes one call and stores 16 bytes. dropout8 in dropout.cuh takes all
-//                                    eight, too.
+//   2  __umulhi                      host/random.h gets the high half by __umulhi, and nvcc 13 makes one instruction
+//                                    that gives both halves: 20 multiplications, and 63 instructions instead of 85.
+//   3  as shipped: all eight draws   A thread makes one call and stores 16 bytes. The trainer has no such kernel, but
+//                                    dropout8 in dropout.cuh takes all eight draws of a call in this way.
 #include "../../kernels/dropout_law.h"
 #include "lab.cuh"
 
@@ -20,7 +20,7 @@ namespace {
 constexpr uint64_t seed = 0x123456789abcdef0;
 constexpr uint32_t step = 4711, place = site::fc_dropout + 5;
 
-// random4, but the high halves of a round are shifts.
+// random4, but it gets the high halves by shifts.
 __device__ inline Philox4 random4_by_shift(uint64_t index) {
   uint32_t c0 = uint32_t(index), c1 = uint32_t(index >> 32), c2 = step, c3 = place;
   uint32_t key0 = uint32_t(seed), key1 = uint32_t(seed >> 32);
@@ -37,8 +37,8 @@ __device__ inline Philox4 random4_by_shift(uint64_t index) {
   return {{c0, c1, c2, c3}};
 }
 
-// draw_of for an i that only the running thread knows. The words are asked for one by one: an array that is indexed so
-// would lie in memory.
+// draw_of for an i that the compiler does not know. An array that is indexed by such an i must lie in memory, so we
+// choose among the words by conditions: then they stay in registers.
 __device__ inline uint16_t one_draw_of(const Philox4& r, int i) {
   const uint32_t low = i & 2 ? r.word[1] : r.word[0], high = i & 2 ? r.word[3] : r.word[2], word = i & 4 ? high : low;
   return uint16_t(word >> 16 * (i & 1));
@@ -72,7 +72,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   if (lab.checks()) {
     std::vector<double> want(count);
     for (size_t i = 0; i < count; i++) want[i] = draw_of(random4(seed, step, place, i / 8), int(i % 8));
-    draws.expect(want, 1e-6);  // exactly: a draw is at most 65535, so one that is off by 1 is more than 7 times too far
+    draws.expect(want, 1e-6);  // exactly: a draw is at most 65535, so an error of 1 is more than 7 times the tolerance
   }
   lab.needs(double(count) * sizeof(uint16_t), 0);
 
@@ -83,7 +83,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   };
   version({1, "a call for each number, by a shift", 25}, philox_1, 256);
   version({2, "a call for each number, by __umulhi", 18}, philox_2, 256);
-  version({3, "shipped: all eight draws of a call", 6}, philox_3, 2048);
+  version({3, "as shipped: all eight draws of a call", 6}, philox_3, 2048);
 }
 const lab::Listed listed({"philox", describe, {{3, 31, 48}, {1, 1, 8}, {1, 31, 72}}});
 

@@ -1,18 +1,20 @@
-// ReLU, backward, with the gradient of the bias before it: dx becomes 0 where forward's result is 0, and dbias[c] is
-// the sum of the new dx[r][c] over all rows r. In the model, dx is the hidden layer's gradient: 16384 rows of 4 C =
-// 1536.
+// ReLU, backward, and the gradient of the bias that was added before it: dx becomes 0 where forward's result is 0, and
+// dbias[c] is the sum of the new dx[r][c] over all rows r. In the model, dx is the hidden layer's gradient: 16384 rows
+// of 4 C = 1536.
 //
 // It reads 100.7 MB, writes 50.3 MB and computes next to nothing: the floor is the copy of these bytes, 50 us. A part
-// of dx is still in the cache, from the product that wrote it.
+// of dx is still in the cache, because the product before has just written it.
 //
 //   1  a thread has a column         1536 threads, on a card with room for 270 000. Each goes down 16384 rows, and at
-//                                    every row it waits for memory.
-//   2  two passes                    One for dx, in which a thread has eight neighbouring elements, 16 bytes: enough
-//                                    threads. Then column_sums.cu's last version. It reads dx again, a third more
-//                                    bytes.
-//   3  one pass                      A thread has eight columns of 64 rows: it adds up what it has in registers, and
-//                                    each byte moves once. But we are back at 49 000 threads, each with one row under
-//                                    way: too few loads to keep memory busy.
+//                                    every row it waits for memory: the compiler cannot load the next row before this
+//                                    one is stored, because for all it knows the store changes that row.
+//   2  two passes                    In the first, for dx, a thread has eight neighbouring elements, 16 bytes, and
+//                                    there are enough threads. The second is column_sums.cu's last version. It reads
+//                                    dx again: a third more bytes in all.
+//   3  one pass                      A thread has eight columns of 64 rows. It adds up what it has in registers, so
+//                                    each byte moves once, and writes the sums of its 64 rows. A small second kernel,
+//                                    add_partials, adds these up. But there are only 49 000 threads, each with one row
+//                                    under way: too few loads to keep the memory busy.
 //   4  warps share the rows          Eight warps take turns at the 64 rows, which makes 393 000 threads. Their sums
 //                                    meet in shared memory.
 //   5  the shipped kernel            A thread loads four rows before it works on them. The last rows come first,
@@ -38,7 +40,7 @@ __global__ void __launch_bounds__(128) relu_backward_1(bf16* dx, float* dbias, c
   dbias[c] = sum;
 }
 
-// d (8) = the chunk of dx at `at`, which becomes 0 where `out` is 0; stored, too.
+// Sets the chunk of dx at `at` to 0 where `out` is 0, stores it, and returns it.
 __device__ inline Float8 relu_backward_8(bf16* dx, const bf16* out, size_t at) {
   Float8 d = load8(dx + at);
   const Float8 passed = load8(out + at);
@@ -76,7 +78,7 @@ __global__ void __launch_bounds__(256) relu_backward_4(bf16* dx, float* partials
   __shared__ __align__(16) float warp_partials[8][256];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 256 + lane * 8;
   const int first = blockIdx.y * sums_block_rows, end = min(rows, first + sums_block_rows);
-  // 1. The warp's rows.
+  // 1. Add up the warp's rows.
   Float8 sum = {};
   if (c < OC)
     for (int r = first + warp; r < end; r += 8) {
@@ -84,7 +86,7 @@ __global__ void __launch_bounds__(256) relu_backward_4(bf16* dx, float* partials
 #pragma unroll
       for (int i = 0; i < 8; i++) sum[i] += d[i];
     }
-  // 2. The warps' sums, added in order: a thread has one column.
+  // 2. Add the warps' sums, in order: a thread has one column.
   store8(&warp_partials[warp][lane * 8], sum);
   __syncthreads();
   const int column = blockIdx.x * 256 + threadIdx.x;
@@ -106,8 +108,8 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     std::vector<double> want = dx.values(), sums(OC);
     ::relu_backward(want.data(), out.values().data(), count);
     for (size_t i = 0; i < count; i++) sums[i % OC] += want[i];
-    dx.expect(want, 0x1p-24);                           // which allows no other number of 16 bits
-    dbias.expect(sums, 4 * std::sqrt(rows) * 0x1p-24);  // what float sums of that many terms may be off
+    dx.expect(want, 0x1p-24);                           // only the correct 16 bits pass
+    dbias.expect(sums, 4 * std::sqrt(rows) * 0x1p-24);  // how far float sums of that many terms may be off
   }
   lab.needs(3.0 * double(count) * sizeof(bf16) + 4.0 * OC, 0);
 
@@ -136,7 +138,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     add(set, stream);
   });
 }
-// One row; the last block of rows not full; columns for two blocks, the second one not full.
+// Sizes: one row; a last block of rows that is not full; columns for two blocks, of which the second is not full.
 const lab::Listed listed({"relu_backward", describe, {{1, 1, 8}, {3, 31, 48}, {2, 33, 72}}});
 
 }  // namespace

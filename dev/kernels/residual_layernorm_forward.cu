@@ -1,21 +1,22 @@
-// A branch's way back to the residual stream, and the LayerNorm that comes next:
+// Adds a branch, the output of attention or of the feed-forward layer, to the residual stream, and normalises the sum
+// for the layer that comes next:
 //
 //   stream_out = inp + dropout(branch + branch_bias)
 //   norm       = layernorm(stream_out)
 //
-// It reads 25.2 MB and writes 25.2 MB; the floor is the copy of these bytes, 17 us. The random numbers cost, too: the
-// mask is not stored, and one call of the generator, about a hundred instructions, gives the draws of eight channels.
-// All versions draw the CPU's mask: which draw decides about which element is a law (dropout_law.h), not a kernel's own
-// choice.
+// It reads 25.2 MB and writes 25.2 MB; the floor is the copy of these bytes, 17 us. Random numbers cost time, too: the
+// mask is not stored, and one call of the generator, some 60 instructions (philox.cu), gives the draws of eight
+// channels. All versions make the CPU's mask: dropout_law.h says which draw decides about which element.
 //
 //   1  a thread has an element       It calls the generator and uses one of the eight draws. LayerNorm is a kernel of
 //                                    its own (the last version of layernorm_forward.cu).
 //   2  a thread has eight elements   One call of the generator, 16 bytes at a time. stream_out is still written by one
 //                                    kernel and read again by the next.
-//   3  one kernel                    A warp has a row, in registers, from the sum to the norm: stream_out is written,
-//                                    and never read.
-//   4  the shipped kernel            Half a warp has a row: fewer steps in a sum, and with 384 channels every lane has
-//                                    three chunks, where half of version 3's lanes have two and the others one.
+//   3  one kernel                    A warp has a row and keeps it in registers from the sum to the norm: stream_out is
+//                                    written, and never read.
+//   4  the shipped kernel            Half a warp has a row: a sum takes four shuffles, not five, and with 384 channels
+//                                    every lane has three chunks, where half of version 3's lanes have two and the
+//                                    others one.
 #include "../../kernels/layernorm.cuh"
 #include "../../kernels/layernorm.h"
 #include "../../kernels/residual.h"
@@ -40,7 +41,8 @@ __global__ void __launch_bounds__(256)
   stream_out[e] = bf16(float(inp[e]) + x);
 }
 
-// The sum for one chunk, rounded as it is stored: LayerNorm sees the numbers that backward will read.
+// Stores the sum for one chunk, and returns it rounded as it is stored: LayerNorm must see the numbers that backward
+// will read.
 //   stream_out, inp, branch: the chunk's eight elements;  branch_bias (8);  counter: the chunk's number in the batch
 __device__ inline Float8 residual_8(bf16* stream_out, const bf16* inp, const bf16* branch, const float* branch_bias,
                                     const DeviceDropout& drop, uint64_t counter) {
@@ -77,11 +79,11 @@ __global__ void __launch_bounds__(128)
                          const float* branch_bias, DeviceDropout drop, const float* weight, const float* bias, int rows,
                          int T, int C) {
   const int lane = threadIdx.x % 32, row = blockIdx.x * 4 + threadIdx.x / 32;
-  if (row >= rows) return;  // the whole warp
+  if (row >= rows) return;  // the whole warp returns
   const size_t at = size_t(row) * C;
   if (drop.active()) drop.read_step();
   const uint64_t first_counter = (uint64_t(drop.first_row) * T + row) * (C / 8);
-  // 1. The row of stream_out: stored, and kept.
+  // 1. Compute the row of stream_out: store it, and keep it.
   Float8 x[EACH];
   float sum = 0, squares = 0;
 #pragma unroll
@@ -113,9 +115,9 @@ __global__ void __launch_bounds__(128)
   if (lane == 0) mean[row] = m, rstd[row] = s;
 }
 
-// The checks' dropout drops half of all elements and scales the others by 2, and branch_bias has no more digits than
-// bfloat16, so the sums of stream_out are exact in float. Every version then normalises the same rounded numbers as the
-// CPU, which a sum on the border between two of them would not grant.
+// When we check, dropout drops half of all elements and scales the others by 2, and branch_bias has no more digits than
+// bfloat16, so the sums of stream_out are exact in float. Every version then rounds them as the CPU does. Otherwise a
+// sum midway between two bfloat16 numbers could go up in one and down in the other.
 void describe(lab::Lab& lab, const lab::Sizes& s) {
   const int rows = s.rows(), T = s.T, C = s.C;
   const size_t count = size_t(rows) * C;
@@ -134,8 +136,8 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     for (double& x : want) x = double(float(bf16(float(x))));
     ::layernorm_forward(normalised.data(), m.data(), r.data(), want.data(), weight.values().data(),
                         bias.values().data(), rows, C);
-    const double sums = 4 * std::sqrt(C) * 0x1p-24;  // what float sums of C terms may be off
-    stream_out.expect(want, 0x1p-24);                // which allows no other number of 16 bits
+    const double sums = 4 * std::sqrt(C) * 0x1p-24;  // how far float sums of C terms may be off
+    stream_out.expect(want, 0x1p-24);                // only the correct 16 bits pass
     norm.expect(normalised, rounding_of<bf16> + sums);
     mean.expect(m, sums);
     rstd.expect(r, sums);
@@ -171,7 +173,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
                                bias[set], s.B, T, C, stream);
   });
 }
-// One row; blocks that are not full; rows of one chunk, of six, and of more than a warp has lanes for.
+// Sizes: one row; blocks that are not full; rows of one chunk, of six, and of more chunks than a warp has lanes.
 const lab::Listed listed({"residual_layernorm_forward", describe, {{1, 1, 384}, {3, 31, 48}, {2, 9, 384}, {5, 7, 8}}});
 
 }  // namespace

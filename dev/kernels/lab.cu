@@ -149,17 +149,11 @@ void Lab::check(Result& result, const Launch& launch) {
   }
 }
 
-<<<<<<< HEAD
-// Times a version in three ways, each as a graph of some launches, the median of nine. Cold: on six sets of arrays in
-// turn, so that a set has left the cache before its turn comes again. Hot: the same, but just before each launch, the
-// inputs that a step's kernel finds in the cache are put there; that time is measured alone and taken off. Alone: on
-// one set, again and again. A version that takes milliseconds is timed cold only, and less often: no cache helps it.
-=======
-// Times a version in three ways, each as a graph of some launches, the median of nine runs or, if a launch takes more
-// than a millisecond, of three. Cold: on six sets of arrays in turn, so that a set has left the cache before its turn
-// comes again, unless all six fit into it. Hot: the same, but just before each launch we put into the cache what a
-// step's kernel finds there; we time that by itself and subtract it. Alone: on one set, again and again.
->>>>>>> 90cfdf715c7169ba5bb374bed62465d3f2e831a7
+// Times a version in three ways, each as a graph of some launches, the median of nine runs. Cold: on six sets of arrays
+// in turn, so that a set has left the cache before its turn comes again, unless all six fit into it. Hot: the same, but
+// just before each launch we put into the cache what a step's kernel finds there; we time that by itself and subtract
+// it. Alone: on one set, again and again. A version that takes more than two milliseconds is timed cold only, in three
+// runs: no cache helps it.
 void Lab::time(Result& result, const Launch& launch) {
   prepare(timed_sets, false);
   launch(0, stream_);  // a library chooses its algorithm here, which it could not do while a graph is captured

@@ -40,14 +40,9 @@ constexpr Sizes lecture = {64, 256, 384, 6, 65};
 // An array on the device, in as many copies as the lab needs: timing takes several in turn, so that each has left the
 // cache when its turn comes again, unless it is small.
 struct Copies {
-<<<<<<< HEAD
-  bool output;                         // all bits are one before a run: NaN, or -1
-  bool updated = false;                // an output that is read as well
-  bool in_cache = false;               // an input that the kernel before it, in a step, has just written
-=======
   bool output;                         // a version may write it
-  bool in_cache;                       // in a step, the kernel before has just written it
->>>>>>> 90cfdf715c7169ba5bb374bed62465d3f2e831a7
+  bool updated = false;                // and may read it before
+  bool in_cache = false;               // in a step, the kernel before has just written it
   std::vector<unsigned char> initial;  // what it holds before a run
   std::vector<DeviceMemory> memory;    // a copy, with a guard of 512 bytes before and behind it
   std::function<double(const std::vector<unsigned char>&)> error;  // the largest error; empty without `expect`

@@ -2,6 +2,7 @@
 #include <limits>
 
 #include "../kernels/adamw.cuh"
+#include "../kernels/choices.cuh"
 #include "../kernels/runtime.cuh"
 #include "cuda.h"
 
@@ -45,6 +46,26 @@ TEST_CASE("A captured graph runs when it is launched, as often as it is", "[cuda
   for (int i = 0; i < 3; i++) graph.launch(stream);
   copy_to_host(&n, count.data(), 1, stream);
   CHECK(n == 3);
+}
+
+TEST_CASE("Choices of kernels: an unknown card has the first of each, and a checkpoint names the others", "[cuda]") {
+  const Choices before = choices();
+  CHECK(choices_of(1).name().empty());
+  choices() = choices_of(1);
+  choose("attention_backward", 2);
+  CHECK(choices().attention_backward == 2);
+  CHECK(choices().attention_forward == 1);
+  CHECK(choices().name() == " attention_backward 2");
+  const auto message = [](const std::string& operation, int version) {
+    try {
+      choose(operation, version);
+    } catch (const std::invalid_argument& e) { return std::string(e.what()); }
+    return std::string("no error");
+  };
+  CHECK(contains(message("attention_backward", 3), "attention_backward has no version 3"));
+  CHECK(contains(message("attention", 2), "'attention' is no operation"));
+  CHECK(choices().name() == " attention_backward 2");
+  choices() = before;
 }
 
 TEST_CASE("The first tensor on the device with a number that is not finite is named", "[cuda]") {

@@ -34,13 +34,15 @@ class DeviceMemory {
   unsigned char* memory_ = nullptr;
 };
 
-// `count` elements on the device, zeroed. `what` names them in the message when there is no memory for them.
+// `count` elements on the device, zeroed: the zeros are there when the constructor is done, and no stream has to wait for
+// them. `what` names the elements in the message when there is no memory for them.
 template <class Element>
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
   DeviceBuffer(size_t count, const char* what) : memory_(allocate(count * sizeof(Element), what)) {
     CUDA_CHECK(cudaMemset(data(), 0, count * sizeof(Element)));
+    CUDA_CHECK(cudaDeviceSynchronize());
   }
   Element* data() const { return memory_.as<Element>(); }
 
@@ -61,7 +63,7 @@ class DeviceBuffer {
 };
 
 // Copies to the device and waits until it has arrived: cudaMemcpy from ordinary memory may return before, and the stream
-// of the kernels does not wait for it, nor for the zeros of a new buffer.
+// of the kernels does not wait for it.
 template <class Element>
 void copy_to_device(Element* to, const Element* from, size_t count) {
   CUDA_CHECK(cudaMemcpy(to, from, count * sizeof(Element), cudaMemcpyHostToDevice));

@@ -55,8 +55,8 @@ struct Sampling {
 //
 // model.next_tokens(contexts, n, known, s, i) draws new tokens from number i on, at least one of each text and at most
 // those that are missing. It returns them in that order: number i of each text, then number i + 1 of each. They follow
-// contexts (samples, n), n <= T, of which the first `known` in each row, and their positions, are those of the call
-// before: the model may still have their keys and values.
+// contexts (samples, n), n <= T. The first `known` tokens of each row stood at the same positions in the call before, so
+// the model may still have their keys and values.
 template <class Model, class Emit>
 void generate(Model& model, const std::vector<int>& prompt, const Sampling& s, Emit emit) {
   const size_t T = model.shape().T, samples = size_t(s.samples);

@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
   }
 }
 
-// Launches it. The arguments are those of attention_backward, which calls this if once::fits.
+// Launches the kernel. attention_backward calls this where once::fits, with its own arguments.
 template <class Real, bool DROPOUT>
 void attention_backward_once(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                              const DeviceDropout& drop, int B, int T, int NH, cudaStream_t stream) {

@@ -104,7 +104,7 @@ __device__ inline Real* dynamic_smem() {
 // lanes.
 //
 // Floats are multiplied as TF32 numbers, which have float's 8 bits of exponent and the upper 10 bits of its mantissa. A
-// register holds one; the layouts are those of mma.m16n8k8:
+// register has one number. A lane holds these elements (mma.m16n8k8 in the PTX manual):
 //   a (16 x 8):  a[0] = (g, t)   a[1] = (g + 8, t)   a[2] = (g, t + 4)   a[3] = (g + 8, t + 4)
 //   b (8 x 8):   b[0] = (t, g)   b[1] = (t + 4, g)
 //   d (16 x 8):  as above

@@ -1,7 +1,7 @@
 // What every measurement on a GPU needs: times, clocks, the bandwidth of a copy, the names of the kernels that a piece of
 // work launches.
 // defines: Times, of, device_seconds, in_graph, megabyte, CopyBandwidth, copy_bandwidth, print_card, print_clocks; where
-//          there is a driver, driver_function, short_name, kernel_names
+//          there is a driver, driver_function, short_name, each_node, kernel_names
 #pragma once
 #include <algorithm>
 #include <cstdio>
@@ -145,14 +145,9 @@ inline std::string short_name(const std::string& mangled) {
   return name.substr(name.find_last_of(" :") + 1);  // npos + 1 is 0
 }
 
-// The kernels that `work` launches.
-template <class Work>
-std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
-  static const auto params =
-      driver_function<CUresult(CUgraphNode, CUDA_KERNEL_NODE_PARAMS*)>("cuGraphKernelNodeGetParams");
-  static const auto name_of = driver_function<CUresult(const char**, CUfunction)>("cuFuncGetName");
-  static const auto name_of_kernel = driver_function<CUresult(const char**, CUkernel)>("cuKernelGetName");
-  if (!params || !name_of || !name_of_kernel) return {"(this driver does not tell kernels' names)"};
+// f(node) for each kernel, copy or other piece of work that `work` puts onto the stream. Nothing of it is run.
+template <class Work, class F>
+void each_node(cudaStream_t stream, Work work, F f) {
   cudaGraph_t graph;
   CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
   work();
@@ -161,8 +156,20 @@ std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
   CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &count));
   std::vector<cudaGraphNode_t> nodes(count);
   CUDA_CHECK(cudaGraphGetNodes(graph, nodes.data(), &count));
+  for (const cudaGraphNode_t node : nodes) f(node);
+  CUDA_CHECK(cudaGraphDestroy(graph));
+}
+
+// The kernels that `work` launches.
+template <class Work>
+std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
+  static const auto params =
+      driver_function<CUresult(CUgraphNode, CUDA_KERNEL_NODE_PARAMS*)>("cuGraphKernelNodeGetParams");
+  static const auto name_of = driver_function<CUresult(const char**, CUfunction)>("cuFuncGetName");
+  static const auto name_of_kernel = driver_function<CUresult(const char**, CUkernel)>("cuKernelGetName");
+  if (!params || !name_of || !name_of_kernel) return {"(this driver does not tell kernels' names)"};
   std::vector<std::string> out;
-  for (const cudaGraphNode_t node : nodes) {
+  each_node(stream, work, [&](cudaGraphNode_t node) {
     cudaGraphNodeType type;
     CUDA_CHECK(cudaGraphNodeGetType(node, &type));
     std::string name = type == cudaGraphNodeTypeMemset ? "memset" : text("node of type ", int(type));
@@ -175,8 +182,7 @@ std::vector<std::string> kernel_names(cudaStream_t stream, Work work) {
       name = error == CUDA_SUCCESS && mangled ? short_name(mangled) : text("kernel without a name, error ", int(error));
     }
     out.push_back(name);
-  }
-  CUDA_CHECK(cudaGraphDestroy(graph));
+  });
   return out;
 }
 

@@ -208,10 +208,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     dqkv.expect(want, 4 * rounding_of<bf16>);
   }
   lab.needs(8.0 * sizeof(bf16) * double(count) + 4.0 * double(queries), 5.0 * B * T * (T + 1) * C);
-  // A step is a graph whose arguments never change, so kernels read the step's number from the device: 6, not 12345.
-  Dropout without_step = drop;
-  without_step.step = 12345;
-  const auto dropout = [=](int set) { return DeviceDropout(without_step, step[set]); };
+  const auto dropout = [=](int set) { return lab::on_device(drop, step[set]); };
 
   lab.version({1, "three kernels, weights stored", 9000}, [=](int set, cudaStream_t stream) {
     const int heads = B * NH;

@@ -39,13 +39,10 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     dqkv.expect(gradient, tolerance);
   };
   lab.needs(12.0 * sizeof(float) * double(count) + 12.0 * double(queries), 7.0 * B * T * (T + 1) * C);
-  // A step is a graph whose arguments never change, so kernels read the step's number from the device: 6, not 12345.
-  Dropout without_step = drop;
-  without_step.step = 12345;
   const auto version = [&](const lab::Version& which, int kernels, bool tf32) {
     lab.version(which, [=](int set, cudaStream_t stream) {
       const lab::Chosen chosen(choices().attention_float, kernels);
-      const DeviceDropout dropout(without_step, step[set]);
+      const DeviceDropout dropout = lab::on_device(drop, step[set]);
       attention_forward(out[set], lse[set], qkv[set], dropout, B, T, C, NH, stream, tf32);
       attention_backward(dqkv[set], D[set], dout[set], qkv[set], out[set], lse[set], dropout, B, T, C, NH, stream,
                          tf32);

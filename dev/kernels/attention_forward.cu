@@ -127,10 +127,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     lse.expect(sums, 4 * std::sqrt(std::max(T, HS)) * 0x1p-24);
   }
   lab.needs(4.0 * sizeof(bf16) * double(count) + 4.0 * double(queries), 2.0 * B * T * (T + 1) * C);
-  // A step is a graph whose arguments never change, so kernels read the step's number from the device: 6, not 12345.
-  Dropout without_step = drop;
-  without_step.step = 12345;
-  const auto dropout = [=](int set) { return DeviceDropout(without_step, step[set]); };
+  const auto dropout = [=](int set) { return lab::on_device(drop, step[set]); };
 
   lab.version({1, "three kernels, scores stored", 4500}, [=](int set, cudaStream_t stream) {
     const int heads = B * NH;

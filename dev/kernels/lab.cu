@@ -37,15 +37,7 @@ __global__ void __launch_bounds__(256) touch_kernel(uint4* x, size_t count) {
 template <class Work>
 void read_registers([[maybe_unused]] Result& result, [[maybe_unused]] cudaStream_t stream, [[maybe_unused]] Work work) {
 #ifndef CUDA_ON_CPU
-  cudaGraph_t graph;
-  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
-  work();
-  CUDA_CHECK(cudaStreamEndCapture(stream, &graph));
-  size_t count = 0;
-  CUDA_CHECK(cudaGraphGetNodes(graph, nullptr, &count));
-  std::vector<cudaGraphNode_t> nodes(count);
-  CUDA_CHECK(cudaGraphGetNodes(graph, nodes.data(), &count));
-  for (const cudaGraphNode_t node : nodes) {
+  each_node(stream, work, [&](cudaGraphNode_t node) {
     cudaKernelNodeParams kernel{};
     cudaFuncAttributes attributes{};
     // A node that is no kernel, or a kernel of a library, has none that we could ask for.
@@ -55,8 +47,7 @@ void read_registers([[maybe_unused]] Result& result, [[maybe_unused]] cudaStream
       result.local_bytes = int(attributes.localSizeBytes);
     }
     cudaGetLastError();
-  }
-  CUDA_CHECK(cudaGraphDestroy(graph));
+  });
 #endif
 }
 

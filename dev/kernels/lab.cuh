@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "../../kernels/device.cuh"
+#include "../../kernels/dropout.cuh"
 #include "../../kernels/runtime.cuh"
 #include "../../test/compare.h"
 #include "../../test/numbers.h"
@@ -106,6 +107,13 @@ struct Result {
   double bytes = 0, flops = 0;
   int registers = 0, local_bytes = 0;  // of the kernel that needs the most registers; local: stack and spills
 };
+
+// Dropout as a kernel gets it. A step is a graph whose arguments never change, so a kernel must read the step's number
+// from step_on_device (1); the number in the struct is a wrong one.
+inline DeviceDropout on_device(Dropout drop, const int* step_on_device) {
+  drop.step = 12345;
+  return {drop, step_on_device};
+}
 
 // Until the end of the scope, the trainer takes this choice: const Chosen one(choices().attention_forward, 2);
 class Chosen {

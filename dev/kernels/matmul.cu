@@ -195,7 +195,7 @@ __global__ void __launch_bounds__(256)
     //    step before any more.
     copy_async_wait<0>();
     __syncthreads();
-    // 2. Copy the next tiles over those of the step before, while we multiply.
+    // 2. Begin to copy the next tiles into the other stage. They arrive while we multiply.
     const int stage = c / depth % 2;
     if (c + depth < C) begin_to_fetch(stages[1 - stage], c + depth);
     multiply(sums, stages[stage], i, j);
@@ -210,7 +210,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   if (lab.checks()) {
     std::vector<double> want(size_t(rows) * OC);
     ::reference::matmul_forward<double>(want.data(), inp.values().data(), weight.values().data(), nullptr, rows, C, OC);
-    out.expect(want, rounding_of<bf16> + 4 * std::sqrt(C) * 0x1p-24);  // out's rounding, and that of sums of C floats
+    out.expect(want, rounding_of<bf16> + 4 * std::sqrt(C) * 0x1p-24);  // out is rounded, and so are sums of C floats
   }
   lab.needs(2.0 * (double(rows) * C + double(OC) * C + double(rows) * OC), 2.0 * rows * C * OC);
 

@@ -72,8 +72,8 @@ __global__ void __launch_bounds__(32) relu_backward_3(bf16* dx, float* partials,
   store8(partials + size_t(blockIdx.y) * OC + c, sum);
 }
 
-// Launched with (ceil(OC / 256), ceil(rows / 64)) blocks of 256 threads: a lane has eight columns of the block's 64
-// rows, at which the eight warps take turns. The arrays are those of version 3.
+// Launched with (ceil(OC / 256), ceil(rows / 64)) blocks of 256 threads: a lane has eight columns, and each of the
+// block's eight warps every eighth of its 64 rows. The arguments are those of version 3.
 __global__ void __launch_bounds__(256) relu_backward_4(bf16* dx, float* partials, const bf16* out, int rows, int OC) {
   __shared__ __align__(16) float warp_partials[8][256];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, c = blockIdx.x * 256 + lane * 8;

@@ -128,7 +128,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
                           weight = lab.noise<float>(C, 4), bias = lab.noise<float>(C, 5),
                           mean = lab.output<float>(rows), rstd = lab.output<float>(rows);
   const lab::Array<int> step = lab.input(std::vector<int>{4711});
-  Dropout drop = {0x123456789abc, 4711, site::fc_dropout + 3, dropout_threshold(lab.checks() ? 0.5 : 0.2), 5};
+  const Dropout drop = {0x123456789abc, 4711, site::fc_dropout + 3, dropout_threshold(lab.checks() ? 0.5 : 0.2), 5};
   if (lab.checks()) {
     std::vector<double> biased = branch.values(), want(count), normalised(count), m(rows), r(rows);
     for (size_t i = 0; i < count; i++) biased[i] += exact[i % C];
@@ -142,8 +142,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     mean.expect(m, sums);
     rstd.expect(r, sums);
   }
-  drop.step = 99;  // kernels read the step from the device
-  const auto dropout = [=](int set) { return DeviceDropout(drop, step[set]); };
+  const auto dropout = [=](int set) { return lab::on_device(drop, step[set]); };
   lab.needs(4.0 * double(count) * sizeof(bf16) + 8.0 * rows + 12.0 * C, 0);
 
   const auto then_layernorm = [=](int set, cudaStream_t stream) {

@@ -186,14 +186,17 @@ int choose(const std::vector<std::string>& files) {
   }
   std::printf(
       "// Printed by dev/kernels/main.cu (lab choose) from the times of each card: see choices.cuh.\n"
-      "// capability, {attention_forward, attention_backward, attention_float}\n{0, {1, 1, 1}},\n");
-  for (const auto& [capability, choices] : best) {
+      "// What the lab does not race, bench_gpu does (step bfloat16 kernel_starts=2); its winners are entered by "
+      "hand.\n"
+      "// capability, {the versions, in the order of struct Choices}\n");
+  best[0];  // all other cards
+  for (const auto& [capability, winners] : best) {
     std::printf("{%d, {", capability);
     const char* comma = "";
     const Choices first;
-    Choices::each(first, [&](const char* name, int version) {
-      const auto found = choices.find(name);
-      std::printf("%s%d", comma, found == choices.end() ? version : found->second.second);
+    Choices::each(first, [&](const char* name, int version, bool) {
+      const auto found = winners.find(name);
+      std::printf("%s%d", comma, found == winners.end() ? version : found->second.second);
       comma = ", ";
     });
     std::printf("}},\n");

@@ -1,5 +1,5 @@
 // Every test includes this: Catch2, in whichever version is installed, and helpers that run programs and read files.
-// defines: test_folder, contents, before_test_case, skip, Run, run, Process, program, error_of, contains, find_tensor, check_close
+// defines: test_folder, contents, sanitized, before_test_case, skip, Run, run, Process, program, error_of, contains, find_tensor, check_close
 #pragma once
 #include <map>
 #include <string>
@@ -26,6 +26,14 @@ std::string test_folder();
 
 // The contents of every file under a folder, by relative path; "no file" for anything else.
 std::map<std::string, std::string> contents(const std::string& folder);
+
+// Whether this build has a sanitizer, which sees in a few tries what there is to see, and with which each takes longer.
+// Tests that try the same hundreds of times then do it less often.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool sanitized = true;
+#else
+constexpr bool sanitized = false;
+#endif
 
 // Called before each test case, with its tags, if it is set (test/cuda.h).
 inline void (*before_test_case)(const std::string& tags) = nullptr;

@@ -296,9 +296,12 @@ TEST_CASE("data_prep: every call that writes a file fails once, and no mixture o
   for (std::string line; std::getline(log, line);) calls.push_back(line);
   REQUIRE(calls.size() > 30);
 
+  const std::vector<std::string> faults = {"EIO", "ENOSPC", "EINTR", "kill", "power"};
   int kept = 0, replaced = 0, refused = 0;
   for (size_t n = 1; n < calls.size(); n++)
-    for (const std::string fault : {"EIO", "ENOSPC", "EINTR", "kill", "power"}) {
+    for (size_t f = 0; f < faults.size(); f++) {
+      if (sanitized && (n + f) % faults.size() != 0) continue;
+      const std::string& fault = faults[f];
       begin();
       const Run r = run("FAULT=" + std::to_string(n) + ":" + fault + " " + program("data_prep_faulty") + anew);
       INFO(fault << " at call " << n << ", " << calls[n] << ": " << r.err);
@@ -317,5 +320,6 @@ TEST_CASE("data_prep: every call that writes a file fails once, and no mixture o
       REQUIRE(data_prep(anew.substr(1)).code == 0);
       CHECK((contents(out) == want));
     }
-  CHECK((kept > 50 && replaced > 20 && refused > 20));
+  const int least = sanitized ? 3 : 20;
+  CHECK((kept > least && replaced > least && refused > least));
 }

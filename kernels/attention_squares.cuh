@@ -272,9 +272,9 @@ __device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum
 // Dropout's masks. Backward needs the masks that forward has drawn. It draws them again, or forward stores them for it, a
 // bit for each weight: version 2 of attention_masks in choices.cuh.
 //
-// The generator's call number c decides about eight weights (attention_counter in dropout_law.h), and byte c of the
-// stored masks has their bits: 1 if the weight is kept. Only here heads are counted from the first of this batch. So a
-// square has 32 bytes, one for each lane, and bit i is the lane's element i. In this picture, 5.2 is bit 2 of byte 5:
+// The generator's call number c decides about eight weights (attention_counter in dropout_law.h), and the stored masks
+// have a byte for it: a bit is 1 if its weight is kept. So a square has 32 bytes, one for each lane, and bit i is the
+// lane's element i. In this picture, 5.2 is bit 2 of byte 5:
 //
 //   keys          0    1     2    3     4    5     6    7        8    9    10   11    12   13    14   15
 //
@@ -341,9 +341,8 @@ struct SquareMask {
   __device__ void get(bool (&keep)[8], const Dropout& drop, uint64_t draw_head, int q, int kv, int T) const {
     if constexpr (MASKS == Masks::drawn) attention_mask<TRANSPOSED>(keep, drop, draw_head, q, kv, T);
     for (int i = 0; i < 8 && MASKS != Masks::drawn; i++) {
-      keep[i] = true;
-      if constexpr (MASKS == Masks::stored)
-        keep[i] = TRANSPOSED ? bytes[i % 2] >> (i / 4 * 2 + i / 2 % 2 * 4 + lane() / 4 % 2) & 1 : bytes[0] >> i & 1;
+      const int bit = TRANSPOSED ? lane() / 4 % 2 + i / 4 * 2 + i / 2 % 2 * 4 : i;
+      keep[i] = MASKS == Masks::none || (bytes[TRANSPOSED ? i % 2 : 0] >> bit & 1);
     }
   }
 };

@@ -37,6 +37,7 @@ template <class Real, int HS, attention::Masks MASKS>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_forward_kernel(Real* out, float* lse, attention::StoredMasks<unsigned char> masks, const Real* qkv,
                              DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   constexpr int R = query_squares<HS>, rows = warps * 16 * R;
   if (MASKS != Masks::none) drop.read_step();
@@ -88,6 +89,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
     attention_backward_queries_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
                                       const float* lse, attention::StoredMasks<const unsigned char> masks,
                                       DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   constexpr int N = step_keys / 16, rows = warps * 16, chunks = HS / 8;
   if (MASKS != Masks::none) drop.read_step();
@@ -170,6 +172,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
     attention_backward_keys_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
                                    attention::StoredMasks<const unsigned char> masks, DeviceDropout drop, int T,
                                    int NH) {
+  wait_for_inputs();
   using namespace attention;
   constexpr int N = step_queries<HS> / 16, rows = warps * 16;
   if (MASKS != Masks::none) drop.read_step();

@@ -119,6 +119,7 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
     attention_backward_once_kernel(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                                    attention::StoredMasks<const unsigned char> masks, DeviceDropout drop, int T,
                                    int NH) {
+  wait_for_inputs();
   using namespace attention;
   using once::HS, once::tile, once::step;
   if (MASKS != Masks::none) drop.read_step();

@@ -61,6 +61,7 @@ template <class Real, int HS, attention::Masks MASKS>
 __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_blocks)
     attention_forward_head_kernel(Real* out, float* lse, attention::StoredMasks<unsigned char> masks, const Real* qkv,
                                   DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   using Queries = ForwardQueries<Real, HS, MASKS>;
   static_assert(head_tile == 16 * Queries::R && head_tile == step_keys);

@@ -89,23 +89,23 @@ struct ActivationGrads {
   }
 };
 
-// What else forward leaves behind: always float.
+// What else forward leaves behind: floats, and masks of bits.
 struct Statistics {
-  Slices<float> ln1_mean, ln1_rstd, lse, ln2_mean, ln2_rstd, fc_mask;
+  Slices<float> ln1_mean, ln1_rstd, lse, att_mask, ln2_mean, ln2_rstd, fc_mask;
   float *lnf_mean, *lnf_rstd, *losses;
 
-  void place(Arena& a, const ModelShape& s, size_t rows, size_t L) {
+  void place(Arena& a, const ModelShape& s, size_t rows, size_t L, size_t att_mask_bytes) {
     a(ln1_mean, "ln1_mean", {L, rows});
     a(ln1_rstd, "ln1_rstd", {L, rows});
     a(lse, "lse", {L, rows, size_t(s.NH)});  // (L, B, NH, T): log of the softmax's denominator
+    if (att_mask_bytes > 0) a(att_mask, "att_mask", {L, att_mask_bytes / sizeof(float)});  // did dropout keep it?
     a(ln2_mean, "ln2_mean", {L, rows});
     a(ln2_rstd, "ln2_rstd", {L, rows});
-    a(fc_mask, "fc_mask", {L, ceil_div(relu_mask_bytes(int(rows), 4 * s.C), sizeof(float))});
+    a(fc_mask, "fc_mask", {L, ceil_div(relu_mask_bytes(int(rows), 4 * s.C), sizeof(float))});  // did it pass ReLU?
     a(lnf_mean, "lnf_mean", {rows});
     a(lnf_rstd, "lnf_rstd", {rows});
     a(losses, "losses", {rows});
   }
-  unsigned char* mask(int l) const { return reinterpret_cast<unsigned char*>(fc_mask[l]); }  // a bit: did it pass ReLU?
 };
 
 // Backward's scratch in float. The partials are sums over blocks of rows, which sum_gradients adds up at the end.
@@ -136,14 +136,14 @@ struct ActivationBuffer {
   Layout of_real, of_float;
 
   // Without memory it only measures.
-  ActivationBuffer(const ModelShape& shape, int B, bool training, Real* memory = nullptr) {
+  ActivationBuffer(const ModelShape& shape, int B, bool training, bool dropout, Real* memory = nullptr) {
     const size_t rows = size_t(B) * shape.T, L = training ? shape.L : 1;
     Arena reals(memory);
     a.place(reals, shape, rows, L);
     if (training) g.place(reals, shape, rows);
     of_real = reals.layout();
     Arena floats(memory ? memory + of_real.size() : nullptr);
-    s.place(floats, shape, rows, L);
+    s.place(floats, shape, rows, L, training && dropout ? attention_mask_bytes<Real>(B, shape.T, shape.NH) : 0);
     if (training) gs.place(floats, shape, B);
     of_float = floats.layout();
   }
@@ -155,28 +155,28 @@ struct GPT {
   static constexpr bool has_working_copy = !std::is_same_v<Real, float>;  // float is its own
 
   ModelShape shape;
-  int B;  // windows in a batch, each of shape.T tokens
-  bool training;
+  int B;                   // windows in a batch, each of shape.T tokens
+  bool training, dropout;  // dropout: as training has it
 
   Layout param_layout = parameter_layout(shape);
   DeviceBuffer<float> params_memory{param_layout.size(), "the parameters"};
   DeviceBuffer<Real> working_memory;
   DeviceBuffer<float> grads_memory, m_memory, v_memory;  // only if the model is trained
-  DeviceBuffer<unsigned char> acts_memory{ActivationBuffer<Real>(shape, B, training).bytes(), "the activations"};
+  DeviceBuffer<unsigned char> acts_memory{ActivationBuffer<Real>(shape, B, training, dropout).bytes(), "activations"};
   DeviceBuffer<int> x_memory{size_t(B) * shape.T, "a batch"}, y_memory{size_t(B) * shape.T, "a batch"};
   DeviceBuffer<TrainState> state_memory{1, "counters"};
 
   Params<float> p = placed<Params<float>>(params_memory.data(), shape), dw{};  // the masters, and their gradients
   Params<Real> w{};                                                            // the working copy
-  ActivationBuffer<Real> acts{shape, B, training, reinterpret_cast<Real*>(acts_memory.data())};
+  ActivationBuffer<Real> acts{shape, B, training, dropout, reinterpret_cast<Real*>(acts_memory.data())};
   Activations<Real> forward_only = acts.a.without_backward();
   int *x = x_memory.data(), *y = y_memory.data();  // (B, T)
   TrainState* state = state_memory.data();
   cudaStream_t stream;
   Matmul matmul;
 
-  GPT(const ModelShape& model_shape, int batch, bool train, bool tf32, cudaStream_t stream_)
-      : shape(model_shape), B(batch), training(train), stream(stream_), matmul(tf32, stream_) {
+  GPT(const ModelShape& model_shape, int batch, bool train, bool with_dropout, bool tf32, cudaStream_t stream_)
+      : shape(model_shape), B(batch), training(train), dropout(with_dropout), stream(stream_), matmul(tf32, stream_) {
     if constexpr (has_working_copy) {
       working_memory = DeviceBuffer<Real>(param_layout.size(), "the working copy of the parameters");
       w = placed<Params<Real>>(working_memory.data(), shape);
@@ -212,12 +212,13 @@ void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_bac
                     stream);
   for (int l = 0; l < L; l++) {
     m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C);
-    attention_forward(a.att[l], kept(s.lse, l), a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, stream,
-                      m.matmul.tf32());
+    attention_forward(a.att[l], kept(s.lse, l), s.att_mask.bytes(l), a.qkv[l], drop.at(site::attention_dropout, l), B,
+                      T, C, NH, stream, m.matmul.tf32());
     m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C);
     residual_layernorm_forward(a.mid[l], a.ln2[l], kept(s.ln2_mean, l), kept(s.ln2_rstd, l), a.inp[l], a.branch,
                                p.attprojb[l], drop.at(site::proj_dropout, l), p.ln2w[l], p.ln2b[l], B, T, C, stream);
-    m.matmul.forward_relu(a.fc[l], for_backward ? s.mask(l) : nullptr, a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+    m.matmul.forward_relu(a.fc[l], for_backward ? s.fc_mask.bytes(l) : nullptr, a.ln2[l], w.fcw[l], w.fcb[l], rows, C,
+                          4 * C);
     m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C);
     const DeviceDropout fc_drop = drop.at(site::fc_dropout, l);
     if (l + 1 < L)  // the branch joins the stream together with the next layer's first step
@@ -277,8 +278,8 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 
   for (int l = L - 1; l >= 0; l--) {
     m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
-    m.matmul.backward_input_relu(m.matmul.unread(g.dfc), gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l],
-                                 rows, 4 * C, C);
+    m.matmul.backward_input_relu(m.matmul.unread(g.dfc), gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.fc_mask.bytes(l),
+                                 a.fc[l], rows, 4 * C, C);
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
     m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
     residual_layernorm_backward(g.dstream, m.matmul.unread(g.dbranch), gs.ln2_partials[l], g.dnorm, a.mid[l],
@@ -287,7 +288,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 
     m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
     m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], accumulate, rows, C, C, C);
-    attention_backward(m.matmul.unread(g.dqkv), gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l],
+    attention_backward(m.matmul.unread(g.dqkv), gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], s.att_mask.bytes(l),
                        drop.at(site::attention_dropout, l), B, T, C, NH, stream, m.matmul.tf32());
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
     m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
@@ -337,7 +338,7 @@ class GpuModel final : public Trainer {
  public:
   GpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
       : config_(config),
-        gpt_(shape, config.batch_size, training, config.dtype == "tf32", stream_),
+        gpt_(shape, config.batch_size, training, config.dropout > 0, config.dtype == "tf32", stream_),
         loss_ring_(ring_size, "losses"),
         adamw_ring_(ring_size, "the learning rates"),
         loss_total_(1, "losses"),
@@ -357,7 +358,8 @@ class GpuModel final : public Trainer {
     if (GPT<Real>::has_working_copy) plan.add("their working copy", params * sizeof(Real) / 4);
     if (training) plan.add("their gradients", params);
     if (training) plan.add("AdamW's m and v", 2 * params);
-    plan.add("activations", double(ActivationBuffer<Real>(shape, config.batch_size, training).bytes()));
+    const ActivationBuffer<Real> activations(shape, config.batch_size, training, config.dropout > 0);
+    plan.add("activations", double(activations.bytes()));
     if (data) plan.add("the text", 2.0 * double(data->train.size() + data->val.size()));
     plan.add("cuBLASLt's workspace", Matmul::memory());
     return plan;
@@ -522,11 +524,11 @@ class GpuModel final : public Trainer {
     const int C = shape().C, rows = gpt_.B * shape().T;
     m.matmul.template choose_relu<Real>(rows, C, 4 * C, [&] {
       for (int l = 0; l < shape().L; l++)
-        m.matmul.forward_relu(m.acts.a.fc[l], m.acts.s.mask(l), m.acts.a.ln2[l], m.w.fcw[l], m.w.fcb[l], rows, C,
-                              4 * C);
+        m.matmul.forward_relu(m.acts.a.fc[l], m.acts.s.fc_mask.bytes(l), m.acts.a.ln2[l], m.w.fcw[l], m.w.fcb[l], rows,
+                              C, 4 * C);
       for (int l = shape().L - 1; l >= 0; l--)
         m.matmul.backward_input_relu(m.acts.g.dfc, m.acts.gs.fc_partials[l], m.acts.g.dbranch, m.w.fcprojw[l],
-                                     m.acts.s.mask(l), m.acts.a.fc[l], rows, 4 * C, C);
+                                     m.acts.s.fc_mask.bytes(l), m.acts.a.fc[l], rows, 4 * C, C);
     });
   }
 

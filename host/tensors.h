@@ -55,6 +55,7 @@ struct Slices {
   Real* first = nullptr;
   size_t stride = 0;  // from slice to slice, in elements
   Real* operator[](int l) const { return first + size_t(l) * stride; }
+  unsigned char* bytes(int l) const { return reinterpret_cast<unsigned char*>((*this)[l]); }  // of bits, say
   Slices from(int l) const { return {(*this)[l], stride}; }  // layer l and those above it
 };
 

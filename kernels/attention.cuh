@@ -13,7 +13,7 @@
 // Where a whole head fits into shared memory there are second versions of both passes: attention_forward_head.cuh, with
 // the same bits, and attention_backward_once.cuh, a single kernel that has an order of its own. Floats have a second
 // version, too, attention_tf32.cuh. choices.cuh says which card takes them: none yet.
-// defines: attention_forward, attention_backward
+// defines: attention_mask_bytes, attention_forward, attention_backward
 #pragma once
 #include <type_traits>
 
@@ -31,14 +31,16 @@
 // registers while the block goes through the keys up to its last query.
 //   out  (B, T, NH, HS) =       the weighted sums of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
+//   masks (B, NH, n, n, 32) =   dropout's, if MASKS says so: see StoredMasks
 //   qkv  (B, T, 3, NH, HS)
-template <class Real, int HS, bool DROPOUT>
+template <class Real, int HS, attention::Masks MASKS>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
-    attention_forward_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
+    attention_forward_kernel(Real* out, float* lse, attention::StoredMasks<unsigned char> masks, const Real* qkv,
+                             DeviceDropout drop, int T, int NH) {
   wait_for_inputs();
   using namespace attention;
   constexpr int R = query_squares<HS>, rows = warps * 16 * R;
-  if (DROPOUT) drop.read_step();
+  if (MASKS != Masks::none) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
@@ -56,7 +58,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
   copy_async_wait<0>();
   __syncthreads();
   const int own = own_row<HS> + warp * 16 * R;
-  ForwardQueries<Real, HS, DROPOUT> queries;
+  ForwardQueries<Real, HS, MASKS> queries;
   load_a<HS>(queries.q, smem, own);
   queries.begin();
 
@@ -64,7 +66,7 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
     // 2. A step of 32 keys. A warp whose queries do not see them only helps to copy, in advance().
     if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
-    queries.template step<false>(smem, tiles.x_row(k0), tiles.y_row(k0), first, k0, drop, head.draw_head, T);
+    queries.template step<false>(smem, tiles.x_row(k0), tiles.y_row(k0), first, k0, drop, head.draw_head, masks, T);
   }
 
   // 3. Write lse and the output: registers -> shared -> global.
@@ -81,14 +83,16 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 //   dqkv (B, T, 3, NH, HS)      dq is written; dk and dv are the other kernel's
 //   D    (B, NH, T) =           which the other kernel reads
 //   dout, out (B, T, NH, HS), qkv (B, T, 3, NH, HS), lse (B, NH, T) from forward
-template <class Real, int HS, bool DROPOUT>
+//   masks (B, NH, n, n, 32)     from forward, if MASKS says so
+template <class Real, int HS, attention::Masks MASKS>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::fewer_blocks : 2)
     attention_backward_queries_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
-                                      const float* lse, DeviceDropout drop, int T, int NH) {
+                                      const float* lse, attention::StoredMasks<const unsigned char> masks,
+                                      DeviceDropout drop, int T, int NH) {
   wait_for_inputs();
   using namespace attention;
   constexpr int N = step_keys / 16, rows = warps * 16, chunks = HS / 8;
-  if (DROPOUT) drop.read_step();
+  if (MASKS != Masks::none) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
@@ -130,7 +134,9 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
     // 4. A step of 32 keys. A warp whose queries do not see them only helps to copy, in advance().
     if (k0 % tiles.tile == 0) tiles.advance(k0);
     if (k0 >= keys) continue;
-    // 5. scores = q @ k^T, dP = dout @ v^T
+    // 5. scores = q @ k^T, dP = dout @ v^T. Meanwhile the masks come, if they are stored.
+    SquareMask<MASKS, false> mask[N];
+    for (int n = 0; n < N; n++) mask[n].load(masks, head.draw_head, first, k0 + n * 16, T);
     Square s[1][N], ds[1][N];  // ds: dP now, dS after backward_weight
     multiply_transposed<Real, HS>(s, q, smem, tiles.x_row(k0));
     hide_later_keys<false>(s, first, k0);
@@ -139,10 +145,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
-      if constexpr (DROPOUT) attention_mask<false>(keep, drop, head.draw_head, first, k0 + n * 16, T);
+      mask[n].get(keep, drop, head.draw_head, first, k0 + n * 16, T);
       for (int i = 0; i < 8; i++)
-        backward_weight<Real>(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2],
-                              !DROPOUT || keep[i], drop.keep_scale);
+        backward_weight<Real>(s[0][n][i], ds[0][n][i], scale, lse_of_q[i / 2 % 2], D_of_q[i / 2 % 2], keep[i],
+                              drop.keep_scale);
     }
     // 7. dq += dS @ k
     multiply_add<Real, HS>(dq, ds, smem, tiles.x_row(k0));
@@ -160,15 +166,16 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::
 // queries, because that is the left operand that its products need.
 //   dqkv (B, T, 3, NH, HS)      dk and dv are written
 //   D    (B, NH, T)             from the first kernel
-//   dout (B, T, NH, HS), qkv (B, T, 3, NH, HS), lse (B, NH, T)
-template <class Real, int HS, bool DROPOUT>
+//   dout (B, T, NH, HS), qkv (B, T, 3, NH, HS), lse (B, NH, T), masks (B, NH, n, n, 32)
+template <class Real, int HS, attention::Masks MASKS>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_backward_keys_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
-                                   DeviceDropout drop, int T, int NH) {
+                                   attention::StoredMasks<const unsigned char> masks, DeviceDropout drop, int T,
+                                   int NH) {
   wait_for_inputs();
   using namespace attention;
   constexpr int N = step_queries<HS> / 16, rows = warps * 16;
-  if (DROPOUT) drop.read_step();
+  if (MASKS != Masks::none) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
@@ -211,7 +218,9 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
       next = load_lse_or_D(q0 + tiles.tile + threadIdx.x / 2);
     }
     if (q0 + step_queries<HS> <= first) continue;  // they do not see the warp's keys
-    // 3. scores^T = k @ q^T, dP^T = v @ dout^T
+    // 3. scores^T = k @ q^T, dP^T = v @ dout^T. Meanwhile the masks come, if they are stored.
+    SquareMask<MASKS, true> mask[N];
+    for (int n = 0; n < N; n++) mask[n].load(masks, head.draw_head, q0 + n * 16, first, T);
     Square p[1][N], ds[1][N];  // scores and dP now, weights and dS after backward_weight
     multiply_transposed<Real, HS>(p, k, smem, tiles.x_row(i));
     hide_later_keys<true>(p, first, q0);
@@ -220,10 +229,10 @@ __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::
 #pragma unroll
     for (int n = 0; n < N; n++) {
       bool keep[8];
-      if constexpr (DROPOUT) attention_mask<true>(keep, drop, head.draw_head, q0 + n * 16, first, T);
+      mask[n].get(keep, drop, head.draw_head, q0 + n * 16, first, T);
       for (int j = 0; j < 8; j++) {
         const float2 of_q = lse_and_D[i % (2 * tiles.tile) + n * 16 + column_of(j)];
-        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], drop.keep_scale);
+        backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, keep[j], drop.keep_scale);
       }
     }
     // 5. dv += weights^T @ dout, dk += dS^T @ q
@@ -250,21 +259,28 @@ inline void check(const char* who, const DeviceDropout& drop, int B, int T, int 
   require(!drop.active() || drop.step_on_device, who, ": dropout needs the step's number");
 }
 
-// Calls body(head size, whether there is dropout) with both as types, so that they are constants in the kernel that it
+// Calls body(head size, where the masks come from) with both as types, so that they are constants in the kernel that it
 // launches.
 template <class Body>
-void specialize(const char* who, int HS, bool dropout, Body body) {
+void specialize(const char* who, int HS, const DeviceDropout& drop, const void* mask, Body body) {
   const auto with_head_size = [&](auto size) {
-    if (dropout)
-      body(size, std::true_type());
+    if (!drop.active())
+      body(size, std::integral_constant<Masks, Masks::none>());
+    else if (mask)
+      body(size, std::integral_constant<Masks, Masks::stored>());
     else
-      body(size, std::false_type());
+      body(size, std::integral_constant<Masks, Masks::drawn>());
   };
   require(HS == 16 || HS == 32 || HS == 64 || HS == 128, who, ": head size ", HS, " is not 16, 32, 64 or 128");
   if (HS == 16) with_head_size(std::integral_constant<int, 16>());
   if (HS == 32) with_head_size(std::integral_constant<int, 32>());
   if (HS == 64) with_head_size(std::integral_constant<int, 64>());
   if (HS == 128) with_head_size(std::integral_constant<int, 128>());
+}
+
+template <class Byte>
+StoredMasks<Byte> stored_masks(Byte* mask, const Dropout& drop, int T, int NH) {
+  return {mask, attention_counter(uint64_t(drop.first_row) * NH, 0, 0, T)};
 }
 
 // Bytes of shared memory of a kernel whose blocks own OWN_ROWS rows, and `more` for something else.
@@ -284,16 +300,26 @@ bool takes_once(int HS, int T) {
 
 }  // namespace attention
 
-// out and lse = attention of qkv, with the shapes that stand above the kernels. lse may be null.
+// How large `mask` below is: 0 where backward draws dropout's masks again.
+template <class Real>
+size_t attention_mask_bytes(int B, int T, int NH) {
+  const bool stored = sizeof(Real) == 2 && choices().attention_masks == 2;
+  return stored ? attention_counter(uint64_t(B) * NH, 0, 0, T) : 0;  // the first byte that no head has
+}
+
+// out, lse and mask = attention of qkv, with the shapes that stand above the kernels. lse may be null, and so may mask:
+// then backward draws the masks again. Floats never store them.
 // A query's result does not depend on B. A score that overflows float makes its query's results NaN.
 // tf32: products of floats may take 10 bits of their mantissas (attention_tf32.cuh)
 template <class Real>
-void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropout& drop, int B, int T, int C, int NH,
-                       cudaStream_t stream, [[maybe_unused]] bool tf32 = false) {
+void attention_forward(Real* out, float* lse, unsigned char* mask, const Real* qkv, const DeviceDropout& drop, int B,
+                       int T, int C, int NH, cudaStream_t stream, [[maybe_unused]] bool tf32 = false) {
   using namespace attention;
   check("attention_forward", drop, B, T, C, NH);
-  specialize("attention_forward", C / NH, drop.active(), [&](auto size, auto dropout) {
+  const StoredMasks masks = stored_masks(mask, drop, T, NH);
+  specialize("attention_forward", C / NH, drop, mask, [&](auto size, auto where) {
     constexpr int HS = size;
+    [[maybe_unused]] constexpr bool dropout = where != Masks::none;
     if constexpr (std::is_same_v<Real, float>) {
       if (has_tf32_kernels()) return forward_by_tf32<HS, dropout>(out, lse, qkv, drop, B, T, NH, stream, tf32);
       launch(attention_forward_float_kernel<HS, dropout>, {dim3(NH, B, ceil_div(T, warps)), threads, 0, stream}, out,
@@ -301,26 +327,28 @@ void attention_forward(Real* out, float* lse, const Real* qkv, const DeviceDropo
     } else {
       if constexpr (head_has_size(HS))
         if (choices().attention_forward == 2 && whole_head_fits(HS, T))
-          return launch(attention_forward_head_kernel<Real, HS, dropout>, {dim3(NH, B), threads, head_smem(HS), stream},
-                        out, lse, qkv, drop, T, NH);
+          return launch(attention_forward_head_kernel<Real, HS, where>, {dim3(NH, B), threads, head_smem(HS), stream},
+                        out, lse, masks, qkv, drop, T, NH);
       constexpr int rows = warps * 16 * query_squares<HS>;
-      launch(attention_forward_kernel<Real, HS, dropout>,
-             {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, qkv, drop, T,
-             NH);
+      launch(attention_forward_kernel<Real, HS, where>,
+             {dim3(NH, B, ceil_div(T, rows)), threads, smem_bytes<Real, HS, rows>(), stream}, out, lse, masks, qkv,
+             drop, T, NH);
     }
   });
 }
 
 // dqkv = the gradient of qkv, with the shapes that stand above the kernels. D is scratch memory, which version 2 leaves
-// alone.
+// alone. mask: what forward stored there, or null if it got null.
 template <class Real>
 void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out, const float* lse,
-                        const DeviceDropout& drop, int B, int T, int C, int NH, cudaStream_t stream,
-                        [[maybe_unused]] bool tf32 = false) {
+                        const unsigned char* mask, const DeviceDropout& drop, int B, int T, int C, int NH,
+                        cudaStream_t stream, [[maybe_unused]] bool tf32 = false) {
   using namespace attention;
   check("attention_backward", drop, B, T, C, NH);
-  specialize("attention_backward", C / NH, drop.active(), [&](auto size, auto dropout) {
+  const StoredMasks masks = stored_masks(mask, drop, T, NH);
+  specialize("attention_backward", C / NH, drop, mask, [&](auto size, auto where) {
     constexpr int HS = size;
+    [[maybe_unused]] constexpr bool dropout = where != Masks::none;
     if constexpr (std::is_same_v<Real, float>) {
       if (has_tf32_kernels())
         return backward_by_tf32<HS, dropout>(dqkv, D, dout, qkv, out, lse, drop, B, T, NH, stream, tf32);
@@ -329,14 +357,15 @@ void attention_backward(Real* dqkv, float* D, const Real* dout, const Real* qkv,
       launch(attention_backward_keys_float_kernel<HS, dropout>, config, dqkv, D, dout, qkv, lse, drop, T, NH);
     } else if (takes_once<Real>(HS, T)) {
       if constexpr (HS == once::HS)
-        attention_backward_once<Real, dropout>(dqkv, dout, qkv, out, lse, drop, B, T, NH, stream);
+        attention_backward_once<Real, where>(dqkv, dout, qkv, out, lse, masks, drop, B, T, NH, stream);
     } else {
       const dim3 grid(NH, B, ceil_div(T, warps * 16));
-      launch(attention_backward_queries_kernel<Real, HS, dropout>,
-             {grid, threads, smem_bytes<Real, HS, warps * 32>(), stream}, dqkv, D, dout, qkv, out, lse, drop, T, NH);
-      launch(attention_backward_keys_kernel<Real, HS, dropout>,
+      launch(attention_backward_queries_kernel<Real, HS, where>,
+             {grid, threads, smem_bytes<Real, HS, warps * 32>(), stream}, dqkv, D, dout, qkv, out, lse, masks, drop, T,
+             NH);
+      launch(attention_backward_keys_kernel<Real, HS, where>,
              {grid, threads, smem_bytes<Real, HS, warps * 32>(2 * tile_rows<HS> * sizeof(float2)), stream}, dqkv, D,
-             dout, qkv, lse, drop, T, NH);
+             dout, qkv, lse, masks, drop, T, NH);
     }
   });
 }

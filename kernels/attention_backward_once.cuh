@@ -62,9 +62,12 @@ static_assert(squares_of_keys == 2 * warps, "a warp owns two");
 //   1152 +--------------------------+
 //        | lse and D of 256 queries |                as pairs of floats, 2 KB
 //        +--------------------------+
+//        | dropout's masks          |                8 KB, only if forward has stored them: all squares of 16 x 16
+//        +--------------------------+
 constexpr int key_row = 0, value_row = key_row + max_T, query_row = value_row + max_T, dout_row = query_row + 2 * tile;
 constexpr int dS_row = dout_row + 2 * tile, dq_row = dS_row + 5 * tile, end_row = dq_row + warps * 16 / 2;
 constexpr size_t smem_bytes = end_row * HS * 2 + max_T * sizeof(float2);
+constexpr size_t mask_bytes = squares_of_keys * squares_of_keys * 32;
 
 // A pair of tiles of queries, the late one (i = 0) and the early one (i = 1).
 struct Pair {
@@ -73,8 +76,11 @@ struct Pair {
   __device__ int first_dS_row(int i) const { return dS_row + (i == 0 ? 0 : (late + 1) * tile); }
 };
 
-// Whether the kernel can run. smem: the bytes of shared memory that the card gives to a block
-inline bool fits(int head_size, int T, size_t smem) { return head_size == HS && T <= max_T && smem_bytes <= smem; }
+// Whether the kernel can run. smem: the bytes of shared memory that the card gives to a block. We ask for the masks'
+// bytes even where there are none: which kernel runs must not depend on them, since the two versions round differently.
+inline bool fits(int head_size, int T, size_t smem) {
+  return head_size == HS && T <= max_T && smem_bytes + mask_bytes <= smem;
+}
 
 // s = k @ q^T and dP = v @ dout^T, both (16, 32), for 16 keys and 32 queries. key and query are the rows where k and q
 // begin in shared memory; v begins value_row - key_row rows after k, dout dout_row - query_row rows after q. Both
@@ -107,20 +113,23 @@ __device__ inline void scores_and_dP(Square (&s)[1][step / 16], Square (&dP)[1][
 // Launched with (NH, B) blocks of 256 threads: a block has one head of one batch row.
 //   dqkv (B, T, 3, NH, HS) =    dq, dk and dv
 //   dout, out (B, T, NH, HS), qkv (B, T, 3, NH, HS), lse (B, NH, T) from forward
-template <class Real, bool DROPOUT>
+//   masks (B, NH, n, n, 32)     from forward, if MASKS says so: see StoredMasks
+template <class Real, attention::Masks MASKS>
 __global__ void __launch_bounds__(attention::once::threads, 1)
     attention_backward_once_kernel(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const float* lse,
-                                   DeviceDropout drop, int T, int NH) {
+                                   attention::StoredMasks<const unsigned char> masks, DeviceDropout drop, int T,
+                                   int NH) {
   wait_for_inputs();
   using namespace attention;
   using once::HS, once::tile, once::step;
-  if (DROPOUT) drop.read_step();
+  if (MASKS != Masks::none) drop.read_step();
   const Head head(drop, T, NH, HS);
   const size_t out_row = size_t(NH) * HS, row = 3 * out_row;
   const int warp = warp_index();
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row, *dO = dout + head.out, *O = out + head.out;
   Real *smem = dynamic_smem<Real>(), *dQ = dqkv + head.qkv;
   float2* lse_and_D = reinterpret_cast<float2*>(smem + once::end_row * HS);
+  unsigned char* masks_of_head = reinterpret_cast<unsigned char*>(lse_and_D + once::max_T);  // as if T were max_T
 
   // 1. Begin to copy what the first pair of tiles needs, global -> shared: its queries and dout, and the keys and
   //    values that they see. The second pair brings the last 64 keys and values.
@@ -138,6 +147,12 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
     }
     copy_async_commit();
   };
+  // The masks come with the first pair, all that there are. A thread copies half a square's 32 bytes at a time.
+  if constexpr (MASKS == Masks::stored)
+    for (int i = threadIdx.x; i < int(once::mask_bytes / 16); i += once::threads) {
+      const int q = i / (2 * once::squares_of_keys) * 16, kv = i / 2 % once::squares_of_keys * 16;
+      copy_async_16(masks_of_head + i * 16, masks.of_square(head.draw_head, q, kv, T) + i % 2 * 16, kv <= q && q < T);
+    }
   copy({2});
   // 2. Meanwhile get lse and D = rowsum(dout * out) of all queries from global memory: eight lanes share a row, so that
   //    a warp reads four whole rows at once. Queries from T on get weights of exp(-infinity) = 0. We leave the factor
@@ -182,11 +197,13 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
         // 6. Each lane by itself: scores become weights after dropout, dP becomes dS.
 #pragma unroll
         for (int n = 0; n < step / 16; n++) {
+          SquareMask<MASKS, true> mask;
+          mask.load({masks_of_head, 0}, 0, query + n * 16, key, once::max_T);
           bool keep[8];
-          if constexpr (DROPOUT) attention_mask<true>(keep, drop, head.draw_head, query + n * 16, key, T);
+          mask.get(keep, drop, head.draw_head, query + n * 16, key, T);
           for (int j = 0; j < 8; j++) {
             const float2 of_q = lse_and_D[query + n * 16 + column_of(j)];
-            backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, !DROPOUT || keep[j], 1);
+            backward_weight<Real>(p[0][n][j], ds[0][n][j], scale, of_q.x, of_q.y, keep[j], 1);
           }
         }
         // 7. dS^T goes to shared memory, for dq. No other warp writes the rows of our 16 keys.
@@ -244,10 +261,12 @@ __global__ void __launch_bounds__(attention::once::threads, 1)
 }
 
 // Launches the kernel. attention_backward calls this where once::fits, with its own arguments.
-template <class Real, bool DROPOUT>
+template <class Real, attention::Masks MASKS>
 void attention_backward_once(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const float* lse,
-                             const DeviceDropout& drop, int B, int T, int NH, cudaStream_t stream) {
+                             const attention::StoredMasks<const unsigned char>& masks, const DeviceDropout& drop, int B,
+                             int T, int NH, cudaStream_t stream) {
   using namespace attention;
-  launch(attention_backward_once_kernel<Real, DROPOUT>, {dim3(NH, B), once::threads, once::smem_bytes, stream}, dqkv,
-         dout, qkv, out, lse, drop, T, NH);
+  const size_t smem = once::smem_bytes + (MASKS == Masks::stored ? once::mask_bytes : 0);
+  launch(attention_backward_once_kernel<Real, MASKS>, {dim3(NH, B), once::threads, smem, stream}, dqkv, dout, qkv, out,
+         lse, masks, drop, T, NH);
 }

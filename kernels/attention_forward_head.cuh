@@ -55,15 +55,17 @@ __device__ inline void copy_keys_and_values(Real* smem, const Real* K, const Rea
 // Launched with (NH, B) blocks of 128 threads: a block has one head of one batch row.
 //   out  (B, T, NH, HS) =       the weighted sums of the values
 //   lse  (B, NH, T) = or null   the logarithm of each query's softmax denominator, for backward
+//   masks (B, NH, n, n, 32) =   dropout's, if MASKS says so: see StoredMasks
 //   qkv  (B, T, 3, NH, HS)
-template <class Real, int HS, bool DROPOUT>
+template <class Real, int HS, attention::Masks MASKS>
 __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_blocks)
-    attention_forward_head_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
+    attention_forward_head_kernel(Real* out, float* lse, attention::StoredMasks<unsigned char> masks, const Real* qkv,
+                                  DeviceDropout drop, int T, int NH) {
   wait_for_inputs();
   using namespace attention;
-  using Queries = ForwardQueries<Real, HS, DROPOUT>;
+  using Queries = ForwardQueries<Real, HS, MASKS>;
   static_assert(head_tile == 16 * Queries::R && head_tile == step_keys);
-  if (DROPOUT) drop.read_step();
+  if (MASKS != Masks::none) drop.read_step();
   const Head head(drop, T, NH, HS);
   const int out_row = NH * HS, row = 3 * out_row, warp = warp_index();
   const Real *Q = qkv + head.qkv, *K = Q + out_row, *V = K + out_row;
@@ -107,9 +109,9 @@ __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_block
       //    both steps, and spills registers.
       if (first >= T) continue;
       if (k0 < first)
-        queries.template step<false>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, T);
+        queries.template step<false>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, masks, T);
       else
-        queries.template step<true>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, T);
+        queries.template step<true>(smem, k0, head_values + k0, first, k0, drop, head.draw_head, masks, T);
     }
 
     // 4. Write the finished tile: registers -> shared -> global. Meanwhile the long tile's queries are on their way.

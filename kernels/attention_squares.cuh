@@ -5,7 +5,7 @@
 // defines, in namespace attention: Square, row_of, column_of, step_keys, step_queries, tile_rows, own_row, smem_rows,
 //          query_squares, chunk_offset, copy_rows, pack_square, put_square, store_rows, TilePairs, load_a, multiply,
 //          multiply_transposed, multiply_add_rows, multiply_add, hide_later_keys, hide_above_diagonal, dot8,
-//          softmax_step, ForwardQueries
+//          softmax_step, Masks, StoredMasks, store_mask, SquareMask, ForwardQueries
 #pragma once
 #include "attention_float.cuh"
 #include "device.cuh"
@@ -28,8 +28,8 @@ constexpr int fewer_blocks = 0;
 //   row g       elements 0, 1          elements 4, 5
 //   row g + 8   elements 2, 3          elements 6, 7
 //
-// So four neighbouring lanes share a row. Dropout decides about element i by draw i of the lane's eight; in the keys
-// kernel, attention_mask transposes the draws first. Below, a warp owns R squares of 16 rows, and takes N squares of 16
+// So four neighbouring lanes share a row. Dropout decides about element i by draw i of the lane's eight; where keys are
+// rows, the mask is transposed first (SquareMask). Below, a warp owns R squares of 16 rows, and takes N squares of 16
 // keys or queries in one step. Squares live in registers, which have no addresses: loops over them must be unrolled.
 // The compiler does that by itself for short loops; the long ones have a pragma.
 
@@ -269,9 +269,88 @@ __device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
+// Dropout's masks. Backward needs the masks that forward has drawn. It draws them again, or forward stores them for it, a
+// bit for each weight: version 2 of attention_masks in choices.cuh.
+//
+// The generator's call number c decides about eight weights (attention_counter in dropout_law.h), and the stored masks
+// have a byte for it: a bit is 1 if its weight is kept. So a square has 32 bytes, one for each lane, and bit i is the
+// lane's element i. In this picture, 5.2 is bit 2 of byte 5:
+//
+//   keys          0    1     2    3     4    5     6    7        8    9    10   11    12   13    14   15
+//
+//   query  0     0.0  0.1   1.0  1.1   2.0  2.1   3.0  3.1      0.4  0.5   1.4  1.5   2.4  2.5   3.4  3.5
+//   query  1     4.0  4.1   5.0  5.1   6.0  6.1   7.0  7.1      4.4  4.5   5.4  5.5   6.4  6.5   7.4  7.5
+//     ...
+//   query  7    28.0 28.1  29.0 29.1  30.0 30.1  31.0 31.1     28.4 28.5  29.4 29.5  30.4 30.5  31.4 31.5
+//
+//   query  8     0.2  0.3   1.2  1.3   2.2  2.3   3.2  3.3      0.6  0.7   1.6  1.7   2.6  2.7   3.6  3.7
+//     ...
+//   query 15    28.2 28.3  29.2 29.3  30.2 30.3  31.2 31.3     28.6 28.7  29.6 29.7  30.6 30.7  31.6 31.7
+//
+// Where queries are rows, a lane reads the byte that it wrote. Where keys are rows (TRANSPOSED), lane 4g + t has keys g
+// and g + 8 and queries 2t, 2t + 1, 2t + 8 and 2t + 9. These are columns and rows of the picture, and where they cross
+// are only two bytes: byte 8t + g / 2 has the two even queries, the fourth byte after it the two odd ones. A byte has
+// four of the lane's weights and four of its neighbour's: bits 0, 2, 4 and 6 are the lane's if g is even, else 1, 3, 5
+// and 7. So a lane reads two bytes, and no lane needs to ask another.
+//
+// Squares above the diagonal, and those of queries from T on, have their places too. Nobody writes or reads them.
+
+enum class Masks {
+  none,    // there is no dropout
+  drawn,   // forward and backward draw them
+  stored,  // forward draws and stores them, backward reads them
+};
+
+// The stored masks, as kernels get them. Calls are counted over all micro-batches of a step, but this is the memory of
+// one: byte i is that of call number first_call + i.
+template <class Byte>  // unsigned char, const in backward
+struct StoredMasks {
+  Byte* bytes;  // (B, NH, n, n, 32), n = ceil(T / 16); null if masks are not stored
+  uint64_t first_call;
+
+  // The 32 bytes of the square with first query q and first key kv. draw_head: the head's number, counted as calls are
+  __device__ Byte* of_square(uint64_t draw_head, int q, int kv, int T) const {
+    return bytes - first_call + attention_counter(draw_head, q, kv, T);
+  }
+};
+
+// Stores keep, the mask of this lane's elements of the square with first query q and first key kv.
+__device__ inline void store_mask(const StoredMasks<unsigned char>& masks, const bool (&keep)[8], uint64_t draw_head,
+                                  int q, int kv, int T) {
+  uint32_t byte = 0;
+  for (int i = 0; i < 8; i++) byte |= uint32_t(keep[i]) << i;
+  unsigned char* to = masks.of_square(draw_head, q, kv, T) + lane();
+  if (kv <= q && q < T) *to = static_cast<unsigned char>(byte);
+}
+
+// The mask of a square in backward, wherever it comes from.
+template <Masks MASKS, bool TRANSPOSED>
+struct SquareMask {
+  uint32_t bytes[TRANSPOSED ? 2 : 1];
+
+  // Begins to load it, if it is stored, from the place where store_mask has put it. Memory is slow: load early, get
+  // late.
+  __device__ void load(const StoredMasks<const unsigned char>& masks, uint64_t draw_head, int q, int kv, int T) {
+    if constexpr (MASKS == Masks::stored) {
+      const unsigned char* from = masks.of_square(draw_head, q, kv, T);
+      from += TRANSPOSED ? lane() % 4 * 8 + lane() / 8 : lane();
+      for (int i = 0; i < int(TRANSPOSED) + 1; i++) bytes[i] = kv <= q && q < T ? from[4 * i] : 0;
+    }
+  }
+  // keep = the mask of this lane's elements
+  __device__ void get(bool (&keep)[8], const Dropout& drop, uint64_t draw_head, int q, int kv, int T) const {
+    if constexpr (MASKS == Masks::drawn) attention_mask<TRANSPOSED>(keep, drop, draw_head, q, kv, T);
+    for (int i = 0; i < 8 && MASKS != Masks::drawn; i++) {
+      const int bit = TRANSPOSED ? lane() / 4 % 2 + i / 4 * 2 + i / 2 % 2 * 4 : i;
+      keep[i] = MASKS == Masks::none || (bytes[TRANSPOSED ? i % 2 : 0] >> bit & 1);
+    }
+  }
+};
+
+// ---------------------------------------------------------------------------------------------------------------------
 // What a warp does in forward, in either version of the kernel: it has 16 R queries and takes 32 keys at a time.
 
-template <class Real, int HS, bool DROPOUT>
+template <class Real, int HS, Masks MASKS>
 struct ForwardQueries {
   static constexpr int R = query_squares<HS>, N = step_keys / 16;
   // What stays in registers: q; o, the output so far, not yet divided; and for the lane's rows g and g + 8 of each 16
@@ -292,7 +371,7 @@ struct ForwardQueries {
   // it has keys to hide.
   template <bool ON_DIAGONAL>
   __device__ void step(const Real* smem, int k_row, int v_row, int first, int k0, const DeviceDropout& drop,
-                       uint64_t draw_head, int T) {
+                       uint64_t draw_head, const StoredMasks<unsigned char>& masks, int T) {
     static_assert(!ON_DIAGONAL || R == N);
     const float scale = softmax_scale<HS>() * log2_e;
     // 1. scores = q @ k^T, for our queries and these keys
@@ -308,11 +387,13 @@ struct ForwardQueries {
       softmax_step<Real>(s[r], max[r], sum[r], shrink, scale, squares);
       for (int i = 0; i < HS / 2; i++) o[r][i / 8][i % 8] *= shrink[i / 2 % 2];
       // 3. Dropout, after the sum: the denominator contains all weights.
-      if constexpr (DROPOUT) {
+      if constexpr (MASKS != Masks::none) {
 #pragma unroll
         for (int n = 0; n < squares; n++) {
+          const int query = first + r * 16, key = k0 + n * 16;
           bool keep[8];
-          attention_mask<false>(keep, drop, draw_head, first + r * 16, k0 + n * 16, T);
+          attention_mask<false>(keep, drop, draw_head, query, key, T);
+          if constexpr (MASKS == Masks::stored) store_mask(masks, keep, draw_head, query, key, T);
           for (int i = 0; i < 8; i++) s[r][n][i] = keep[i] ? s[r][n][i] : 0.0f;
         }
       }

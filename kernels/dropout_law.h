@@ -2,7 +2,8 @@
 // and which random draw decides it. Their masks are therefore the same bit for bit.
 // Srivastava et al., "Dropout: A Simple Way to Prevent Neural Networks from Overfitting", JMLR 2014, section 4.
 // An element is kept with probability 1 - p and then scaled by 1 / (1 - p), so that evaluation needs no change. No mask
-// is stored: forward and backward draw the same random numbers (host/random.h).
+// is stored: forward and backward draw the same random numbers (host/random.h). Only attention's kernels for 16-bit
+// types can store theirs instead (attention_masks in choices.cuh).
 // defines: dropout_threshold, dropout_scale, Dropout, draw_of, attention_counter, attention_draw
 #pragma once
 #include <cstddef>

@@ -10,6 +10,7 @@ struct Shape {
   int C() const { return NH * HS; }
   size_t rows() const { return size_t(B) * T; }
   size_t weights() const { return size_t(B) * NH * T; }
+  size_t mask_bytes() const { return attention_counter(uint64_t(B) * NH, 0, 0, T); }
 };
 
 // The kernels that floats get until the end of the scope: those without tensor cores, those whose tensor cores make
@@ -50,6 +51,7 @@ template <class Real>
 struct Results {
   std::vector<Real> out, dqkv;
   std::vector<float> lse, D;
+  std::vector<unsigned char> mask = {};  // empty: backward draws the masks again
 };
 
 template <class Real>
@@ -65,16 +67,18 @@ struct ForwardVersion {
 };
 
 template <class Real>
-Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropout& drop, int version) {
+Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropout& drop, int version,
+                      bool stores = false) {
   const ForwardVersion chosen(version);
   const DeviceArray<Real> in(qkv), out(s.rows() * s.C());
   const DeviceArray<float> lse(s.weights());
+  const DeviceArray<unsigned char> mask(stores ? s.mask_bytes() : 0);
   const DeviceArray<int> step(std::vector<int>{int(drop.step)});
   Dropout without_step = drop;
   without_step.step = 12345;  // the kernel must take the step on the device instead
-  attention_forward(out.data(), lse.data(), in.data(), {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T,
-                    s.C(), s.NH, nullptr, tf32);
-  return {out.read(), {}, lse.read(), {}};
+  attention_forward(out.data(), lse.data(), stores ? mask.data() : nullptr, in.data(),
+                    {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T, s.C(), s.NH, nullptr, tf32);
+  return {out.read(), {}, lse.read(), {}, mask.read()};
 }
 // Whatever the tests ask of the forward pass, both versions must do, with the same bits.
 template <class Real>
@@ -90,14 +94,17 @@ Results<Real> forward(const Shape& s, const std::vector<float>& qkv, const Dropo
 }
 template <class Real, class Out>
 Results<Real> backward(const Shape& s, const std::vector<float>& qkv, const std::vector<float>& dout,
-                       const std::vector<Out>& out, const std::vector<float>& lse, const Dropout& drop) {
+                       const std::vector<Out>& out, const std::vector<float>& lse, const Dropout& drop,
+                       const std::vector<unsigned char>& mask = {}) {
   const DeviceArray<Real> in(qkv), d(dout), from(out), dqkv(s.rows() * 3 * s.C());
   const DeviceArray<float> sums(lse), D(s.weights());
+  const DeviceArray<unsigned char> stored(mask);
   const DeviceArray<int> step(std::vector<int>{int(drop.step)});
   Dropout without_step = drop;
   without_step.step = 12345;
   attention_backward(dqkv.data(), D.data(), d.data(), in.data(), from.data(), sums.data(),
-                     {without_step, drop.active() ? step.data() : nullptr}, s.B, s.T, s.C(), s.NH, nullptr, tf32);
+                     mask.empty() ? nullptr : stored.data(), {without_step, drop.active() ? step.data() : nullptr}, s.B,
+                     s.T, s.C(), s.NH, nullptr, tf32);
   return {{}, dqkv.read(), {}, D.read()};
 }
 
@@ -227,7 +234,7 @@ TEMPLATE_TEST_CASE("attention on the device: backward in one kernel, if a head f
   check_against_reference<TestType>({1, 256, 1, 64}, dropout(0.2, 3));
   CHECK(attention::once::fits(64, 256, 163 << 10));       // A100
   CHECK_FALSE(attention::once::fits(64, 256, 99 << 10));  // GeForce
-  CHECK(attention::once::fits(64, 256, attention::once::smem_bytes));
+  CHECK(attention::once::fits(64, 256, attention::once::smem_bytes + attention::once::mask_bytes));
   CHECK_FALSE(attention::once::fits(64, 257, 227 << 10));
   CHECK_FALSE(attention::once::fits(32, 256, 227 << 10));
   const BackwardVersion second(2);
@@ -308,6 +315,74 @@ TEMPLATE_TEST_CASE("attention on the device: the CPU's masks", "[cuda]", float, 
   CHECK(std::abs(dropped - 0.3 * all) < 0.02 * all);
 }
 
+namespace {
+
+// What forward must store: in the byte of the lane that holds a weight, the bit of the lane's element. Bytes of squares
+// above the diagonal are as they were, all ones.
+std::vector<unsigned char> expected_mask(const Shape& s, const Dropout& drop) {
+  std::vector<unsigned char> out(s.mask_bytes(), 0xff);
+  const int squares = (s.T + 15) / 16;
+  size_t at = 0;
+  for (int bh = 0; bh < s.B * s.NH; bh++)
+    for (int square = 0; square < squares * squares; square++, at += 32) {
+      const int q0 = square / squares * 16, kv0 = square % squares * 16;
+      for (int q = q0; q < q0 + 16 && kv0 <= q0; q++)
+        for (int kv = kv0; kv < kv0 + 16; kv++) {
+          const int lane = q % 8 * 4 + kv % 8 / 2, element = kv % 2 + q / 8 % 2 * 2 + kv / 8 % 2 * 4;
+          if (attention_draw(drop, uint64_t(drop.first_row) * s.NH + bh, q, kv, s.T) >= drop.threshold)
+            out[at + lane] &= ~(1 << element);
+        }
+    }
+  return out;
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("attention on the device: forward stores the CPU's masks, backward takes them", "[cuda]", bf16,
+                   fp16) {
+  for (const int HS : {16, 32, 64, 128})
+    for (const int T : {1, 31, 33, 100, 195}) {
+      if (T > 100 && HS != 64) continue;  // only version 2 of backward has tiles so late
+      const Shape s{T == 33 ? 2 : 1, T, T > 100 ? 1 : 2, HS};
+      const Dropout drop = dropout(0.2, T % 2 * 3);
+      const std::vector<float> qkv = random_qkv(s), dout = random_dout(s);
+      const std::vector<unsigned char> want = expected_mask(s, drop);
+      const Results<TestType> drawn = forward<TestType>(s, qkv, drop, 1);
+      for (const int forward_version : {1, 2}) {
+        CAPTURE(T, HS, forward_version);
+        const Results<TestType> stored = forward<TestType>(s, qkv, drop, forward_version, true);
+        CHECK(stored.mask == want);
+        check_same_bits(stored.out.data(), drawn.out.data(), drawn.out.size());
+        check_same_bits(stored.lse.data(), drawn.lse.data(), drawn.lse.size());
+      }
+      for (const int version : backward_versions<TestType>(s)) {
+        CAPTURE(T, HS, version);
+        const BackwardVersion chosen(version);
+        const Results<TestType> a = backward<TestType>(s, qkv, dout, drawn.out, drawn.lse, drop);
+        const Results<TestType> b = backward<TestType>(s, qkv, dout, drawn.out, drawn.lse, drop, want);
+        check_same_bits(a.dqkv.data(), b.dqkv.data(), a.dqkv.size());
+      }
+    }
+}
+
+// A step of 32 keys reaches above the diagonal. There all stored bits are one here, and key 16 has an infinite value.
+// Whoever took these bits for a mask would get 0 * infinity as dS of queries 0 ... 15.
+TEST_CASE("attention on the device: stored masks above the diagonal are not read", "[cuda]") {
+  for (const int HS : {16, 32, 64, 128}) {
+    const Shape s{1, 32, 1, HS};
+    std::vector<float> qkv = random_qkv(s);
+    qkv[(16 * 3 + 2) * HS] = INFINITY;
+    const std::vector<bf16> out(s.rows() * HS);
+    const std::vector<unsigned char> ones(s.mask_bytes(), 0xff);
+    const std::vector<bf16> dqkv =
+        backward<bf16>(s, qkv, random_dout(s), out, std::vector<float>(s.weights(), 3), dropout(0.2), ones).dqkv;
+    int infinite = 0;
+    for (int q = 0; q < 16; q++)
+      for (int c = 0; c < HS; c++) infinite += !std::isfinite(float(dqkv[q * 3 * HS + c]));
+    CHECK(infinite == 0);
+  }
+}
+
 // Two runs give the same bits, and a batch row does not depend on its neighbours.
 TEMPLATE_TEST_CASE("attention on the device: the same bits", "[cuda]", float, bf16, fp16) {
   const FloatVersion float_kernels(every_float_version<TestType>());
@@ -348,7 +423,7 @@ TEMPLATE_TEST_CASE("attention on the device: evaluation needs no lse, and sees n
   const std::vector<TestType> got = forward<TestType>(s, qkv, {}).out;
   for (const int version : {1, 2}) {
     const ForwardVersion chosen(version);
-    attention_forward(out.data(), nullptr, in.data(), {}, s.B, s.T, s.C(), s.NH, nullptr, tf32);
+    attention_forward(out.data(), nullptr, nullptr, in.data(), {}, s.B, s.T, s.C(), s.NH, nullptr, tf32);
     const std::vector<TestType> without_lse = out.read();
     check_same_bits(got.data(), without_lse.data(), got.size());
   }
@@ -385,7 +460,7 @@ TEST_CASE("attention on the device: which version of forward runs", "[cuda]") {
 TEST_CASE("attention on the device refuses what it cannot do", "[cuda]") {
   const auto message = [](int B, int T, int C, int NH, const Dropout& drop) {
     try {
-      attention_forward<bf16>(nullptr, nullptr, nullptr, {drop, nullptr}, B, T, C, NH, nullptr);
+      attention_forward<bf16>(nullptr, nullptr, nullptr, nullptr, {drop, nullptr}, B, T, C, NH, nullptr);
     } catch (const std::invalid_argument& e) { return std::string(e.what()); }
     return std::string("no error");
   };
@@ -393,7 +468,7 @@ TEST_CASE("attention on the device refuses what it cannot do", "[cuda]") {
   CHECK(contains(message(1, 8, 100, 3, {}), "C = 100"));
   CHECK(contains(message(65536, 8, 64, 1, {}), "B = 65536"));
   CHECK(contains(message(1, 8, 64, 1, dropout(0.2)), "step"));
-  CHECK_THROWS_AS(
-      attention_backward<float>(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, {}, 1, 8, 24, 1, nullptr),
-      std::invalid_argument);
+  CHECK_THROWS_AS(attention_backward<float>(nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, {}, 1, 8, 24,
+                                            1, nullptr),
+                  std::invalid_argument);
 }

@@ -22,9 +22,9 @@ TEMPLATE_TEST_CASE("attention on the device: a draw at the threshold is dropped"
     const DeviceArray<TestType> in(qkv), d(dout), out(size_t(T * HS)), dqkv(qkv.size());
     const DeviceArray<float> lse(T), D(T);
     const DeviceArray<int> step(std::vector<int>{int(drop.step)});
-    attention_forward(out.data(), lse.data(), in.data(), {drop, step.data()}, 1, T, HS, 1, nullptr);
-    attention_backward(dqkv.data(), D.data(), d.data(), in.data(), out.data(), lse.data(), {drop, step.data()}, 1, T,
-                       HS, 1, nullptr);
+    attention_forward(out.data(), lse.data(), nullptr, in.data(), {drop, step.data()}, 1, T, HS, 1, nullptr);
+    attention_backward(dqkv.data(), D.data(), d.data(), in.data(), out.data(), lse.data(), nullptr, {drop, step.data()},
+                       1, T, HS, 1, nullptr);
     CHECK(out.floats()[query * HS] == 0);
     CHECK(dqkv.floats()[(key * 3 + 2) * HS] == 0);
     CHECK(dqkv.floats()[(key * 3 + 1) * HS + 2] == 0);

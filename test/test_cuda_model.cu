@@ -170,6 +170,59 @@ TEST_CASE("The GPU trainer with attention's second version for floats", "[cuda]"
   CHECK(compare(grads[true].data(), grads[false].data(), grads[true].size(), 1).share > 1e-4);
 }
 
+// Heads of 64 channels, which have two versions of forward and of backward, and heads of 16, which have one.
+TEST_CASE("Stored dropout masks change no bit of a step", "[cuda]") {
+  Config config = tiny_config();
+  config.gradient_accumulation_steps = 2;
+  const Choices before = choices();
+  for (const int version : {1, 2}) {
+    config.n_head = version == 1 ? 3 : 1;
+    config.n_embd = version == 1 ? 48 : 64;
+    choices().attention_forward = choices().attention_backward = version;
+    choices().attention_masks = 1;
+    const auto drawn = gpu_model<bf16>(config);
+    choices().attention_masks = 2;
+    const auto stored = gpu_model<bf16>(config);
+    CHECK(drawn->gpt().acts.s.att_mask[1] == nullptr);
+    CHECK(stored->gpt().acts.s.att_mask[1] != nullptr);
+    CHECK(drawn->train_steps(0, 2) == stored->train_steps(0, 2));
+    CHECK((weights_of(*drawn).m == weights_of(*stored).m));
+    CHECK((weights_of(*drawn).v == weights_of(*stored).v));
+    // Backward looks at the bits: with other ones the gradient is another.
+    GPT<bf16>& gpt = stored->gpt();
+    const DeviceDropout drop({config.seed, 0, 0, dropout_threshold(config.dropout)}, gpt.step());
+    std::vector<float> grads[2];
+    for (std::vector<float>& to : grads) {
+      forward(gpt, gpt.B, gpt.shape.T, drop, true);
+      CUDA_CHECK(cudaStreamSynchronize(gpt.stream));
+      if (&to == &grads[1]) CUDA_CHECK(cudaMemset(gpt.acts.s.att_mask[0], 0, 128));
+      CUDA_CHECK(cudaDeviceSynchronize());
+      backward(gpt, gpt.B, gpt.shape.T, 1, drop, false);
+      CUDA_CHECK(cudaStreamSynchronize(gpt.stream));
+      to = tensors_of(gradients(*stored), gpt.param_layout);
+    }
+    CHECK(compare(grads[0].data(), grads[1].data(), grads[0].size(), 1).share > 1e-3);
+  }
+  choices() = before;
+}
+
+TEST_CASE("The memory plan counts stored dropout masks, where there are any", "[cuda]") {
+  Config config = tiny_config();
+  const Choices before = choices();
+  const auto bytes = [&](auto real, int version, bool training) {
+    choices().attention_masks = version;
+    return GpuModel<decltype(real)>::plan(config, model_shape(config, V), nullptr, training).total();
+  };
+  // 2 layers, 3 rows of 3 heads, 2 x 2 squares of 32 bytes; a layer's slice is a multiple of 64 floats.
+  const double floats = (3 * 3 * 4 * 32 / 4 + 63) / 64 * 64 + double(canary_gap);
+  CHECK(bytes(bf16(), 2, true) - bytes(bf16(), 1, true) == 2 * 4 * floats);
+  CHECK(bytes(bf16(), 2, false) == bytes(bf16(), 1, false));
+  CHECK(bytes(float(), 2, true) == bytes(float(), 1, true));
+  config.dropout = 0;
+  CHECK(bytes(bf16(), 2, true) == bytes(bf16(), 1, true));
+  choices() = before;
+}
+
 TEMPLATE_TEST_CASE("Gradients of weights have the same bits on a second stream", "[cuda]", float, bf16) {
   Config config = tiny_config();
   config.gradient_accumulation_steps = 2;

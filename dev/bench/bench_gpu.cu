@@ -635,13 +635,14 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   table.row("qkv forward", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.forward(a.qkv[l], a.ln1[l], w.qkvw[l], nullptr, rows, C, 3 * C, 3 * C); });
   table.row("attention_forward", L, attention, 4 * A + lse, [&](int l) {
-    attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st,
-                      m.matmul.tf32());
+    attention_forward(a.att[l], s.lse[l], s.att_mask.bytes(l), a.qkv[l], drop.at(site::attention_dropout, l), B, T, C,
+                      NH, st, m.matmul.tf32());
   });
   table.row("attproj forward", L, FCC, 2 * A + CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.att[l], w.attprojw[l], nullptr, rows, C, C, C); });
-  table.row("fc forward, bias, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask,
-            [&](int l) { m.matmul.forward_relu(a.fc[l], s.mask(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C); });
+  table.row("fc forward, bias, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
+    m.matmul.forward_relu(a.fc[l], s.fc_mask.bytes(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+  });
   table.row("fcproj forward", L, 4 * FCC, 5 * A + 4 * CC * R,
             [&](int l) { m.matmul.forward(a.branch, a.fc[l], w.fcprojw[l], nullptr, rows, 4 * C, C, C); });
   table.row_of_one("head forward, bias", 1, head, A + logits,
@@ -666,7 +667,8 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
                                 s.ln2_rstd[l], p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, st);
   });
   table.row("fcproj dX, ReLU", L, 4 * FCC, 5 * A + 4 * CC * R + mask, [&](int l) {
-    m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
+    m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.fc_mask.bytes(l), a.fc[l], rows,
+                                 4 * C, C);
   });
   table.row("fcproj dW", L, 4 * FCC, 5 * A + 16 * CC,
             [&](int l) { m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], false, rows, 4 * C, C, C); });
@@ -680,8 +682,8 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
             [&](int l) { m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], false, rows, C, C, C); });
   // Five products: the weights are not kept, so they have to be made again.
   table.row("attention_backward", L, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
-    attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
-                       B, T, C, NH, st, m.matmul.tf32());
+    attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], s.att_mask.bytes(l),
+                       drop.at(site::attention_dropout, l), B, T, C, NH, st, m.matmul.tf32());
   });
   table.row("qkv dX", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });
@@ -699,9 +701,9 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
     m.matmul.use_relu_mask(by_mask);
     table.row(by_mask ? "fc forward, fcproj dX, by a mask" : "fc forward, fcproj dX, by a pass", 0, 8 * FCC,
               10 * A + 8 * CC * R, [&](int l) {
-                m.matmul.forward_relu(a.fc[l], s.mask(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
-                m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l],
-                                             rows, 4 * C, C);
+                m.matmul.forward_relu(a.fc[l], s.fc_mask.bytes(l), a.ln2[l], w.fcw[l], w.fcb[l], rows, C, 4 * C);
+                m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.fc_mask.bytes(l),
+                                             a.fc[l], rows, 4 * C, C);
               });
   }
 
@@ -712,7 +714,8 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
       choices().attention_forward = version;
       table.row(version == 1 ? "attention_forward, version 1" : "attention_forward, version 2", 0, attention,
                 4 * A + lse, [&](int l) {
-                  attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st);
+                  attention_forward(a.att[l], s.lse[l], s.att_mask.bytes(l), a.qkv[l],
+                                    drop.at(site::attention_dropout, l), B, T, C, NH, st);
                 });
     }
     choices().attention_forward = chosen;
@@ -724,11 +727,11 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
       if (version == 2 && !attention::has_tf32_kernels()) continue;
       const std::string name = version == 1 ? ", simple" : m.matmul.tf32() ? ", one product" : ", three products";
       table.row(("attention_forward" + name).c_str(), 0, attention, 4 * A + lse, [&](int l) {
-        attention_forward(a.att[l], s.lse[l], a.qkv[l], drop.at(site::attention_dropout, l), B, T, C, NH, st,
-                          m.matmul.tf32());
+        attention_forward(a.att[l], s.lse[l], s.att_mask.bytes(l), a.qkv[l], drop.at(site::attention_dropout, l), B, T,
+                          C, NH, st, m.matmul.tf32());
       });
       table.row(("attention_backward" + name).c_str(), 0, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
-        attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l],
+        attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], s.att_mask.bytes(l),
                            drop.at(site::attention_dropout, l), B, T, C, NH, st, m.matmul.tf32());
       });
     }
@@ -740,7 +743,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
       choices().attention_backward = version;
       table.row(version == 1 ? "attention_backward, two kernels" : "attention_backward, one kernel", 0, 2.5 * attention,
                 8 * A + 2 * lse, [&](int l) {
-                  attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l],
+                  attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], s.att_mask.bytes(l),
                                      drop.at(site::attention_dropout, l), B, T, C, NH, st);
                 });
     }

@@ -20,7 +20,8 @@ declare -A limit=([build]=10 [tests]=40 [step]=100 [lab]=85 [kernels]=20 [ceilin
 [ -n "${PREBUILT:-}" ] || limit[build]=600
 
 # The choices (kernels/choices.cuh) that a step is measured with: first the card's own, then each one to compare.
-step_variants=('' 'attention_backward=2' 'attention_forward=2 attention_backward=2' 'kernel_starts=2' 'weight_gradients=2')
+step_variants=('' 'attention_backward=2' 'attention_forward=2 attention_backward=2' 'kernel_starts=2' 'weight_gradients=2'
+  'attention_forward=2 attention_backward=2 attention_masks=2')
 
 passed=0 failed=1 refused=3 not_run=4  # exit codes of a stage
 results=${OUT:-out/gpu_check}

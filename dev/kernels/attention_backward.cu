@@ -21,6 +21,8 @@
 //                                     weights once: dS goes to shared memory, from where the block sums dq. With other
 //                                     heads version 3 runs instead. No card takes it yet: it is choice 2 in
 //                                     kernels/choices.cuh, version 3 is choice 1.
+//   5, 6  they read the masks         Versions 3 and 4, but dropout's masks are not drawn again: forward has stored them,
+//                                     a bit for each weight. That is choice 2 of attention_masks.
 #include "../../kernels/attention.cuh"
 #include "../../kernels/attention.h"
 #include "../../kernels/choices.cuh"
@@ -194,6 +196,14 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
       lab.checks() ? lab.input(std::vector<bf16>(want_out.begin(), want_out.end())) : lab.noise<bf16>(count, 3, 0.2);
   const lab::Array<float> lse =
       lab.checks() ? lab.input(std::vector<float>(want_lse.begin(), want_lse.end())) : lab.noise<float>(queries, 4);
+  // Dropout's masks, as forward stores them: byte c has the draws of call c, heads counted from the first of this batch.
+  std::vector<unsigned char> bits(attention_counter(uint64_t(B) * NH, 0, 0, T));
+  for (size_t c = 0; c < bits.size(); c++) {
+    const uint64_t before = attention_counter(uint64_t(drop.first_row) * NH, 0, 0, T);
+    const Philox4 draws = random4(drop.seed, drop.step, drop.site, before + c);
+    for (int i = 0; i < 8; i++) bits[c] |= (draw_of(draws, i) < drop.threshold) << i;
+  }
+  const lab::Array<unsigned char> mask = lab.input(bits);
   const lab::Array<int> step = lab.input(std::vector<int>{6});
   const lab::Array<bf16> dqkv = lab.output<bf16>(3 * count);
   // What the kernels leave for each other.
@@ -229,15 +239,18 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     else
       run(queries_2<64>, keys_2<64>);
   });
-  // The shipped kernels: one version for each choice in choices.cuh.
-  const auto shipped = [&](const lab::Version& version) {
+  // The shipped kernels: one version for each choice in choices.cuh, without and with stored masks.
+  const auto shipped = [&](const lab::Version& version, int choice, bool reads) {
     lab.version(version, [=](int set, cudaStream_t stream) {
-      const lab::Chosen chosen(choices().attention_backward, version.choice);
-      attention_backward(dqkv[set], D[set], dout[set], qkv[set], out[set], lse[set], dropout(set), B, T, C, NH, stream);
+      const lab::Chosen chosen(choices().attention_backward, choice);
+      attention_backward(dqkv[set], D[set], dout[set], qkv[set], out[set], lse[set], reads ? mask[set] : nullptr,
+                         dropout(set), B, T, C, NH, stream);
     });
   };
-  shipped({3, "shipped: tiles, tensor cores, two kernels", 102, 1});
-  shipped({4, "shipped: a block has a whole head, one kernel", 55, 2});
+  shipped({3, "shipped: tiles, tensor cores, two kernels", 102, 1}, 1, false);
+  shipped({4, "shipped: a block has a whole head, one kernel", 55, 2}, 2, false);
+  shipped({5, "shipped: version 3, reads the masks", 92}, 1, true);
+  shipped({6, "shipped: version 4, reads the masks", 49}, 2, true);
 }
 const lab::Listed listed({"attention_backward", describe, {{2, 31, 48, 3}, {1, 1, 64, 1}, {1, 70, 128, 2}}});
 

@@ -43,9 +43,9 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     lab.version(which, [=](int set, cudaStream_t stream) {
       const lab::Chosen chosen(choices().attention_float, kernels);
       const DeviceDropout dropout = lab::on_device(drop, step[set]);
-      attention_forward(out[set], lse[set], qkv[set], dropout, B, T, C, NH, stream, tf32);
-      attention_backward(dqkv[set], D[set], dout[set], qkv[set], out[set], lse[set], dropout, B, T, C, NH, stream,
-                         tf32);
+      attention_forward(out[set], lse[set], nullptr, qkv[set], dropout, B, T, C, NH, stream, tf32);
+      attention_backward(dqkv[set], D[set], dout[set], qkv[set], out[set], lse[set], nullptr, dropout, B, T, C, NH,
+                         stream, tf32);
     });
   };
   // A score is a sum of up to 128 floats. exp turns its error into a relative error of the weight, and a second sum

@@ -16,6 +16,9 @@
 //                                    other at every tile, and all have the same work. With heads of 16 or 128 channels
 //                                    version 3 runs instead. No card takes it yet: it is choice 2 in
 //                                    kernels/choices.cuh, version 3 is choice 1.
+//   5, 6  they store the masks       Versions 3 and 4, which also leave dropout's masks for backward, a bit for each
+//                                    weight: choice 2 of attention_masks. What it costs here, versions 5 and 6 of
+//                                    attention_backward have to gain.
 #include "../../kernels/attention.cuh"
 #include "../../kernels/attention.h"
 #include "../../kernels/choices.cuh"
@@ -117,6 +120,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   const Dropout drop = {5, 6, site::attention_dropout + 2, dropout_threshold(0.2), 3};
   const lab::Array<bf16> qkv = lab.noise<bf16>(3 * count, 1, 1, true), out = lab.output<bf16>(count);
   const lab::Array<float> lse = lab.output<float>(queries), scores = lab.output<float>(queries * T);
+  const lab::Array<unsigned char> mask = lab.output<unsigned char>(attention_counter(uint64_t(B) * NH, 0, 0, T));
   const lab::Array<int> step = lab.input(std::vector<int>{6});
   if (lab.checks()) {
     std::vector<double> want(count), sums(queries);
@@ -144,15 +148,17 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
     else
       run(attention_forward_2<64>);
   });
-  // The shipped kernels: one version for each choice in choices.cuh.
-  const auto shipped = [&](const lab::Version& version) {
+  // The shipped kernels: one version for each choice in choices.cuh, without and with stored masks.
+  const auto shipped = [&](const lab::Version& version, int choice, bool stores) {
     lab.version(version, [=](int set, cudaStream_t stream) {
-      const lab::Chosen chosen(choices().attention_forward, version.choice);
-      attention_forward(out[set], lse[set], qkv[set], dropout(set), B, T, C, NH, stream);
+      const lab::Chosen chosen(choices().attention_forward, choice);
+      attention_forward(out[set], lse[set], stores ? mask[set] : nullptr, qkv[set], dropout(set), B, T, C, NH, stream);
     });
   };
-  shipped({3, "shipped: tiles of keys, tensor cores", 37, 1});
-  shipped({4, "shipped: a block has a whole head", 28, 2});
+  shipped({3, "shipped: tiles of keys, tensor cores", 37, 1}, 1, false);
+  shipped({4, "shipped: a block has a whole head", 28, 2}, 2, false);
+  shipped({5, "shipped: version 3, stores the masks", 38}, 1, true);
+  shipped({6, "shipped: version 4, stores the masks", 29}, 2, true);
 }
 const lab::Listed listed({"attention_forward", describe, {{2, 31, 48, 3}, {1, 1, 64, 1}, {1, 70, 128, 2}}});
 

@@ -289,8 +289,10 @@ void decode_attention(Real* out, const Real* qkv, const LastRows& last, int B, i
 template <class Model>
 void forward_last(const Model& m, const int* lengths, int B) {
   Range range("forward_last");
-  const auto &w = m.w, &a = m.forward_only;
-  const auto &p = m.p, &qkv = m.acts.a.qkv;
+  const auto& w = m.w;
+  const auto& p = m.p;
+  const auto& a = m.forward_only;
+  const auto& qkv = m.acts.a.qkv;
   const int V = m.shape.V, C = m.shape.C, NH = m.shape.NH;
   const LastRows last = {lengths, m.shape.T};
   auto* const residual = a.inp[0];

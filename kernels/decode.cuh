@@ -6,8 +6,8 @@
 // Text b's last token stands at position lengths[b] - 1 of its window, which is row b * T + lengths[b] - 1 of each
 // activation. The kernels compute that row of what forward (train_gpt.cu) computes, in the same memory, and round to
 // Real where forward does; but their sums have another order, and attention's weights are not rounded. So the two ways
-// agree up to rounding, and a text may part from the other way's where that decides. They read the lengths on the
-// device, so that a graph that was captured once serves every token.
+// agree up to rounding, and a text may part from the other way's where rounding decides. The kernels read the lengths on
+// the device, so that a graph that was captured once serves every token.
 //
 // A text gets the same bits however many there are: its sums have the same order, and where a product is added to a sum
 // we write fmaf, because the compiler may join the two in one version of a kernel and not in another.
@@ -177,7 +177,8 @@ __global__ void __launch_bounds__(decode_product_threads)
 //   out (B, T, OC) =    f(inp) @ weight^T + bias                Finish::bias; bias may be null
 //   out (B, T, OC) =    max(f(inp) @ weight^T + bias, 0)        Finish::relu; bias may be null
 //   out (B, T, OC) +=   inp @ weight^T + bias                   Finish::residual
-// where f is LayerNorm if norm_weight is not null. The kernel has the shapes. All pointers are aligned to 16 bytes.
+// where f is LayerNorm if NORM, else nothing. The kernel has the shapes. out is aligned as its elements are, all else to
+// 16 bytes.
 template <bool NORM, Finish FINISH, class Real>
 void decode_product(Real* out, const Real* inp, const float* norm_weight, const float* norm_bias, const Real* weight,
                     const std::type_identity_t<DecodeBias<Real, FINISH>>* bias, const LastRows& last, int B, int C,

@@ -200,7 +200,7 @@ class DeviceSampler {
         graphs[last].capture(stream_, [&] { run_round(last, s.samples); });
       }
       begin();
-      kept = false;  // they have just been overwritten
+      kept = false;  // they have just been overwritten: those of a window that has rolled are others
     }
     for (int j = 0; j < rounds; j++) {
       const Pass pass = keeps_ && kept && n + j <= T ? last : whole;
@@ -213,7 +213,7 @@ class DeviceSampler {
     std::vector<int> tokens(choices.size());
     copy_to_host(tokens.data(), texts_.tokens, tokens.size(), stream_);  // and waits: until then the uploads are read
     left_.clear();
-    for (size_t k = 0; k < samples && n + rounds <= T; k++) {
+    for (size_t k = 0; k < samples; k++) {
       left_.insert(left_.end(), contexts + k * n, contexts + (k + 1) * n);
       for (size_t j = 0; j < size_t(rounds); j++) left_.push_back(tokens[j * samples + k]);
     }

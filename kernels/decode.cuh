@@ -6,8 +6,8 @@
 // Text b's last token stands at position lengths[b] - 1 of its window, which is row b * T + lengths[b] - 1 of each
 // activation. The kernels compute that row of what forward (train_gpt.cu) computes, in the same memory, and round to
 // Real where forward does; but their sums have another order, and attention's weights are not rounded. So the two ways
-// agree up to rounding, and a text may part from the other way's where rounding decides. The kernels read the lengths on
-// the device, so that a graph that was captured once serves every token.
+// agree up to rounding, and a text may part from the other way's where rounding decides. The kernels read the lengths
+// on the device, so that a graph that was captured once serves every token.
 //
 // A text gets the same bits however many there are: its sums have the same order, and where a product is added to a sum
 // we write fmaf, because the compiler may join the two in one version of a kernel and not in another.
@@ -69,7 +69,8 @@ void decode_embedding(Real* out, const int* x, const Real* wte, const Real* wpe,
 // What becomes of a sum: it gets a bias and is stored; ReLU comes between; or it joins the residual stream.
 enum class Finish { bias, relu, residual };
 
-// A residual's bias is the master, which residual_layernorm_forward adds, too. The others are those of the working copy.
+// A residual's bias is the master, which residual_layernorm_forward adds, too. The others are those of the working
+// copy.
 template <class Real, Finish FINISH>
 using DecodeBias = std::conditional_t<FINISH == Finish::residual, float, Real>;
 
@@ -95,8 +96,8 @@ __device__ inline void row_statistics(float& mean, float& rstd, const Real* row,
   rstd = 1 / sqrtf(lane_sum(squares) / float(C) + 1e-5f);
 }
 
-// Launched with (ceil(OC / (2 * columns)), ceil(B / TEXTS)) blocks of two warps: a warp has `columns` columns of out for
-// TEXTS texts. A lane has every 32nd chunk of eight channels. The last rows of
+// Launched with (ceil(OC / (2 * columns)), ceil(B / TEXTS)) blocks of two warps: a warp has `columns` columns of out
+// for TEXTS texts. A lane has every 32nd chunk of eight channels. The last rows of
 //   out  (B, T, OC) = or +=      f(inp) @ weight^T, finished; a row is ldo elements long
 //   inp  (B, T, C)               f: LayerNorm with norm_weight (C) and norm_bias (C) if NORM, else nothing
 //   weight (OC, C), bias (OC) or, unless it is a residual, null
@@ -110,8 +111,8 @@ __global__ void __launch_bounds__(decode_product_threads)
   const int first_text = blockIdx.y * TEXTS, first_column = (blockIdx.x * warps + threadIdx.x / 32) * columns;
   if (first_column >= OC) return;  // the whole warp, and no barrier follows
 
-  // 1. This lane's first chunks of the weights, so that they are under way while we look at the rows. Columns from OC on
-  //    are the last one again, and texts from B on the last text: they are not stored.
+  // 1. This lane's first chunks of the weights, so that they are under way while we look at the rows. Columns from OC
+  //    on are the last one again, and texts from B on the last text: they are not stored.
   Eight<Real> w[at_once][columns] = {};
   const auto fetch = [&](int first) {
 #pragma unroll
@@ -177,8 +178,8 @@ __global__ void __launch_bounds__(decode_product_threads)
 //   out (B, T, OC) =    f(inp) @ weight^T + bias                Finish::bias; bias may be null
 //   out (B, T, OC) =    max(f(inp) @ weight^T + bias, 0)        Finish::relu; bias may be null
 //   out (B, T, OC) +=   inp @ weight^T + bias                   Finish::residual
-// where f is LayerNorm if NORM, else nothing. The kernel has the shapes. out is aligned as its elements are, all else to
-// 16 bytes.
+// where f is LayerNorm if NORM, else nothing. The kernel has the shapes. out is aligned as its elements are, all else
+// to 16 bytes.
 template <bool NORM, Finish FINISH, class Real>
 void decode_product(Real* out, const Real* inp, const float* norm_weight, const float* norm_bias, const Real* weight,
                     const std::type_identity_t<DecodeBias<Real, FINISH>>* bias, const LastRows& last, int B, int C,
@@ -224,8 +225,8 @@ __global__ void __launch_bounds__(decode_attention_threads)
   float max = -INFINITY, sum = 0;
   Float8 o{};
   for (int first = 0; first < keys; first += at_once * groups) {
-    // 2. The scores of four keys, whose loads are under way together, and so are their values'. Keys after the last have
-    //    no weight; the last one's memory is read for them.
+    // 2. The scores of four keys, whose loads are under way together, and so are their values'. Keys after the last
+    //    have no weight; the last one's memory is read for them.
     Float8 v[at_once];
     float score[at_once];
 #pragma unroll
@@ -258,8 +259,8 @@ __global__ void __launch_bounds__(decode_attention_threads)
       for (int i = 0; i < 8; i++) o[i] = fmaf(weight, v[j][i], o[i]);
     }
   }
-  // 5. The groups' sums and outputs, shrunk to the maximum of all, are added up in order. The HS outputs go through shared
-  //    memory.
+  // 5. The groups' sums and outputs, shrunk to the maximum of all, are added up in order. The HS outputs go through
+  //    shared memory.
   const float shrink = power_of_two<Real>(
       max - block_reduce<decode_attention_threads>(max, [](float x, float y) { return fmaxf(x, y); }));
 #pragma unroll
@@ -284,9 +285,10 @@ void decode_attention(Real* out, const Real* qkv, const LastRows& last, int B, i
 
 // ---------------------------------------------------------------------------------------------------------------------
 
-// The last rows of m.forward_only.logits (B, T, Vp), for the first B windows of m.x, whose lengths (B) lie on the device.
-// m is a GPT (train_gpt.cu); m.acts.a.qkv holds the keys and values of all tokens before the last, in a slice for each
-// layer, and gets the last one's. Read it beside forward: the residual stream is in place, as in a pass without backward.
+// The last rows of m.forward_only.logits (B, T, Vp), for the first B windows of m.x, whose lengths (B) lie on the
+// device. m is a GPT (train_gpt.cu); m.acts.a.qkv holds the keys and values of all tokens before the last, in a slice
+// for each layer, and gets the last one's. Read it beside forward: the residual stream is in place, as in a pass
+// without backward.
 template <class Model>
 void forward_last(const Model& m, const int* lengths, int B) {
   Range range("forward_last");

@@ -136,9 +136,9 @@ void sample_token(const Texts& texts, const Real* logits, int B, int T, int V, i
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Generates up to B texts together with a model whose tokens x (B, T) lie on the device. A round, in which each text gets
-// a token, is a forward pass and sample_token: always the same launches, captured once as a graph. The host launches up
-// to 64 rounds without waiting, and then copies their tokens out together.
+// Generates up to B texts together with a model whose tokens x (B, T) lie on the device. A round, in which each text
+// gets a token, is a forward pass and sample_token: always the same launches, captured once as a graph. The host
+// launches up to 64 rounds without waiting, and then copies their tokens out together.
 //
 // Version 1 of `sampling` (choices.cuh) computes the whole windows in each round. Version 2 does so in the first, which
 // leaves keys and values behind. From then on, until the windows are full, forward_last (decode.cuh) computes the last
@@ -224,8 +224,8 @@ class DeviceSampler {
   static constexpr int rounds_at_once = 64;
   enum Pass { whole, last };  // computes whole windows, or the last token of each
 
-  // The whole windows of k texts, so that each has the bits that it would have alone. Version 2 lets the layers' keys and
-  // values stay: each layer has a slice of its own.
+  // The whole windows of k texts, so that each has the bits that it would have alone. Version 2 lets the layers' keys
+  // and values stay: each layer has a slice of its own.
   template <class Model, class Forward>
   void forward_windows(Model& m, int k, Forward forward) {
     m.matmul.keep_windows(shape_.T);

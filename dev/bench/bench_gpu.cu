@@ -4,8 +4,8 @@
 //   bench_gpu kernels [DTYPE]       every kernel and matrix product of a step beside the least time it could take
 //   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
 //   bench_gpu start [DTYPE ...]     what happens before the first step, stage by stage
-//   bench_gpu sample [DTYPE ...]    characters a second: one text, as a graph and kernel by kernel, and several together,
-//                                   by both versions of `sampling` (kernels/choices.cuh)
+//   bench_gpu sample [DTYPE ...]    characters a second by both versions of `sampling` (kernels/choices.cuh): one text,
+//                                   as a graph and kernel by kernel, and several together
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
 //   bench_gpu names [DTYPE]         the names of a step's kernels, in order
 //   bench_gpu planted               a kernel with errors: if compute-sanitizer misses them, its silence proves nothing

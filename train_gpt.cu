@@ -234,9 +234,6 @@ void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_bac
 // Backward computes the losses of the targets m.y and, for every parameter, the gradient of dloss * (their sum) times
 // the loss scale. It is forward read from bottom to top. accumulate: it adds to the gradients of the batches before.
 
-// A tensor's slices from layer 1 on.
-inline Slices<float> from_layer_1(const Slices<float>& slices) { return {slices[1], slices.stride}; }
-
 // Adds up the partials that backward made over blocks of rows: the gradients of the token embedding, of LayerNorm's
 // own parameters and of all biases. Each LayerNorm has the bias of the branch before it; for ln1 that branch is in the
 // layer below.
@@ -248,8 +245,7 @@ void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
   const Sums sums[] = {
       embedding_sums(dw.wte, gs.embedding_partials, B, T, C, V),
       layernorm_sums(dw.ln1w[0], dw.ln1b[0], nullptr, gs.ln1_partials[0], rows, C),
-      layernorm_sums(from_layer_1(dw.ln1w), from_layer_1(dw.ln1b), dw.fcprojb, from_layer_1(gs.ln1_partials), rows, C,
-                     L - 1),
+      layernorm_sums(dw.ln1w.from(1), dw.ln1b.from(1), dw.fcprojb, gs.ln1_partials.from(1), rows, C, L - 1),
       layernorm_sums(dw.ln2w, dw.ln2b, dw.attprojb, gs.ln2_partials, rows, C, L),
       sums_of(dw.fcb, gs.fc_partials, rows, 4 * C, L),
       layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_partials, rows, C),
@@ -281,24 +277,27 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 
   for (int l = L - 1; l >= 0; l--) {
     m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
-    m.matmul.backward_input_relu(g.dfc, gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l], rows, 4 * C, C);
+    m.matmul.backward_input_relu(m.matmul.unread(g.dfc), gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.mask(l), a.fc[l],
+                                 rows, 4 * C, C);
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
     m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
-    residual_layernorm_backward(g.dstream, g.dbranch, gs.ln2_partials[l], g.dnorm, a.mid[l], s.ln2_mean[l],
-                                s.ln2_rstd[l], p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C, stream);
+    residual_layernorm_backward(g.dstream, m.matmul.unread(g.dbranch), gs.ln2_partials[l], g.dnorm, a.mid[l],
+                                s.ln2_mean[l], s.ln2_rstd[l], p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C,
+                                stream);
 
     m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
     m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], accumulate, rows, C, C, C);
-    attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], drop.at(site::attention_dropout, l),
-                       B, T, C, NH, stream, m.matmul.tf32());
+    attention_backward(m.matmul.unread(g.dqkv), gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l],
+                       drop.at(site::attention_dropout, l), B, T, C, NH, stream, m.matmul.tf32());
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
     m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
-    residual_layernorm_backward(g.dstream, l > 0 ? g.dbranch : nullptr, gs.ln1_partials[l], g.dnorm, a.inp[l],
-                                s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false, drop.at(site::fc_dropout, l - 1), B, T,
-                                C, stream);
+    residual_layernorm_backward(g.dstream, l > 0 ? m.matmul.unread(g.dbranch) : nullptr, gs.ln1_partials[l], g.dnorm,
+                                a.inp[l], s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false,
+                                drop.at(site::fc_dropout, l - 1), B, T, C, stream);
   }
   embedding_backward(dw.wpe, gs.embedding_partials, g.dstream, m.x, accumulate, B, T, C, V, stream);
   sum_gradients(m, B, T, accumulate);
+  m.matmul.join();
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -360,7 +359,7 @@ class GpuModel final : public Trainer {
     if (training) plan.add("AdamW's m and v", 2 * params);
     plan.add("activations", double(ActivationBuffer<Real>(shape, config.batch_size, training).bytes()));
     if (data) plan.add("the text", 2.0 * double(data->train.size() + data->val.size()));
-    plan.add("cuBLASLt's workspace", double(Matmul::workspace_bytes));
+    plan.add("cuBLASLt's workspace", Matmul::memory());
     return plan;
   }
   static AvailableMemory memory() { return {free_device_memory(), "on this GPU there are free"}; }

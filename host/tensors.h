@@ -55,6 +55,7 @@ struct Slices {
   Real* first = nullptr;
   size_t stride = 0;  // from slice to slice, in elements
   Real* operator[](int l) const { return first + size_t(l) * stride; }
+  Slices from(int l) const { return {(*this)[l], stride}; }  // layer l and those above it
 };
 
 // What Params says of its tensors besides their shapes.

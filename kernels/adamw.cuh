@@ -66,6 +66,7 @@ template <class Real>
 __global__ void __launch_bounds__(256)
     adamw_update_kernel(float* params, float* m, float* v, Real* working, const float* grads, size_t count,
                         AdamWConstants c, const AdamWStep* ring, int ring_size, const TrainState* state) {
+  wait_for_inputs();
   const size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
   if (i >= count || state->overflow) return;
   const AdamWStep step = ring[state->step % ring_size];
@@ -112,6 +113,7 @@ constexpr int gradient_norm_partials = 512;  // blocks: about four for each mult
 
 // Launched with 512 blocks of 256 threads. partials (512) = each block's sum of squares of grads (count).
 static __global__ void __launch_bounds__(256) gradient_norm_kernel(double* partials, const float* grads, size_t count) {
+  wait_for_inputs();
   double squares = 0;
 #pragma unroll 4
   for (size_t i = 4 * (blockIdx.x * 256 + threadIdx.x); i < count; i += 4 * 256 * gradient_norm_partials) {
@@ -126,6 +128,7 @@ static __global__ void __launch_bounds__(256) gradient_norm_kernel(double* parti
 // Launched with one block of 256 threads: adds partials (512), and thread 0 writes the state.
 static __global__ void __launch_bounds__(256)
     prepare_update_kernel(TrainState* state, const double* partials, double grad_clip, bool loss_scaling) {
+  wait_for_inputs();
   double squares = 0;
   for (int i = threadIdx.x; i < gradient_norm_partials; i += 256) squares += partials[i];
   squares = block_sum<256>(squares);
@@ -179,6 +182,7 @@ constexpr float loss_scale_largest = 0x1p24f;
 
 static __global__ void end_step_kernel(TrainState* state, float* loss_ring, int ring_size, double dloss,
                                        bool loss_scaling) {
+  wait_for_inputs();
   if (threadIdx.x != 0) return;
   loss_ring[state->step % ring_size] = float(state->loss_sum * dloss);
   // A step without an update counts too, in Adam's bias correction as well: everything that depends on the iteration

@@ -35,6 +35,7 @@
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_forward_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   constexpr int R = query_squares<HS>, rows = warps * 16 * R;
   if (DROPOUT) drop.read_step();
@@ -84,6 +85,7 @@ template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 4 - attention::fewer_blocks : 2)
     attention_backward_queries_kernel(Real* dqkv, float* D, const Real* dout, const Real* qkv, const Real* out,
                                       const float* lse, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   constexpr int N = step_keys / 16, rows = warps * 16, chunks = HS / 8;
   if (DROPOUT) drop.read_step();
@@ -163,6 +165,7 @@ template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 - attention::fewer_blocks : 2)
     attention_backward_keys_kernel(Real* dqkv, const float* D, const Real* dout, const Real* qkv, const float* lse,
                                    DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   constexpr int N = step_queries<HS> / 16, rows = warps * 16;
   if (DROPOUT) drop.read_step();

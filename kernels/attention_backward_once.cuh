@@ -111,6 +111,7 @@ template <class Real, bool DROPOUT>
 __global__ void __launch_bounds__(attention::once::threads, 1)
     attention_backward_once_kernel(Real* dqkv, const Real* dout, const Real* qkv, const Real* out, const float* lse,
                                    DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   using once::HS, once::tile, once::step;
   if (DROPOUT) drop.read_step();

@@ -135,6 +135,7 @@ __device__ inline void store4(float* row, float4 sum, float factor) {
 template <int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, 5)
     attention_forward_float_kernel(float* out, float* lse, const float* qkv, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
@@ -178,6 +179,7 @@ template <int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, 5)
     attention_backward_queries_float_kernel(float* dqkv, float* D, const float* dout, const float* qkv,
                                             const float* out, const float* lse, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);
@@ -216,6 +218,7 @@ template <int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, 5)
     attention_backward_keys_float_kernel(float* dqkv, const float* D, const float* dout, const float* qkv,
                                          const float* lse, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   if (DROPOUT) drop.read_step();
   const Head head(drop, T, NH, HS);

@@ -59,6 +59,7 @@ __device__ inline void copy_keys_and_values(Real* smem, const Real* K, const Rea
 template <class Real, int HS, bool DROPOUT>
 __global__ void __launch_bounds__(attention::threads, 3 - attention::fewer_blocks)
     attention_forward_head_kernel(Real* out, float* lse, const Real* qkv, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention;
   using Queries = ForwardQueries<Real, HS, DROPOUT>;
   static_assert(head_tile == 16 * Queries::R && head_tile == step_keys);

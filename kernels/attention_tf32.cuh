@@ -234,6 +234,7 @@ __device__ inline void store_rows(float* to, int stride, int rows, const Sums<HS
 template <int HS, bool DROPOUT, int PRODUCTS>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 && PRODUCTS == 3 ? 3 : 2)
     attention_forward_tf32_kernel(float* out, float* lse, const float* qkv, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention_tf32;
   constexpr int R = query_squares<HS, PRODUCTS>, N = tile_rows<HS> / 16, rows = warps * 16 * R;
   if (DROPOUT) drop.read_step();
@@ -313,6 +314,7 @@ template <int HS, bool DROPOUT, int PRODUCTS>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 ? 3 : 2)
     attention_backward_queries_tf32_kernel(float* dqkv, float* D, const float* dout, const float* qkv, const float* out,
                                            const float* lse, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention_tf32;
   constexpr int N = tile_rows<HS> / 16, rows = warps * 16;
   if (DROPOUT) drop.read_step();
@@ -384,6 +386,7 @@ template <int HS, bool DROPOUT, int PRODUCTS>
 __global__ void __launch_bounds__(attention::threads, HS <= 64 && PRODUCTS == 1 ? 3 : 2)
     attention_backward_keys_tf32_kernel(float* dqkv, const float* D, const float* dout, const float* qkv,
                                         const float* lse, DeviceDropout drop, int T, int NH) {
+  wait_for_inputs();
   using namespace attention_tf32;
   constexpr int N = tile_rows<HS> / 16, rows = warps * 16;
   if (DROPOUT) drop.read_step();

@@ -35,6 +35,7 @@ constexpr int gather_threads = 256;
 static __global__ void __launch_bounds__(gather_threads)
     gather_random_kernel(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
                          uint32_t site, uint64_t first_row, int T) {
+  wait_for_inputs();
   const int b = blockIdx.x;
   const Philox4 r = random4(seed, uint32_t(*step), site, first_row + b);
   const uint16_t* window = tokens + below(r.word[0], r.word[1], count - T);
@@ -58,6 +59,7 @@ inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count
 // A thread has one token.
 static __global__ void __launch_bounds__(gather_threads)
     gather_windows_kernel(int* x, int* y, const uint16_t* tokens, uint64_t first, uint64_t stride, int count, int T) {
+  wait_for_inputs();
   const int i = blockIdx.x * gather_threads + threadIdx.x;
   if (i >= count) return;
   const uint16_t* token = tokens + first + i / T * stride + i % T;

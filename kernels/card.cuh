@@ -45,7 +45,10 @@ inline std::string explain(cudaError_t error) {
   }
 }
 
-static __global__ void first_kernel(int* out, int x) { *out = x + 1; }
+static __global__ void first_kernel(int* out, int x) {
+  wait_for_inputs();
+  *out = x + 1;
+}
 
 // Makes this card the one that the program uses. Returns why it cannot be; empty: it can.
 inline std::string try_card(int device) {

@@ -3,9 +3,10 @@
 // 1, which runs on every card and at every size.
 // defines: Choices, choices_of, choices, choose
 #pragma once
+#include <map>
 #include <string>
 
-#include "launch.cuh"
+#include "check.cuh"
 
 struct Choices {
   // These round differently, and so a training run has other bits with another version.
@@ -53,13 +54,15 @@ inline Choices choices_of(int capability) {
   return table[0].choices;
 }
 
-// What this process takes. Benchmarks and tests assign another version to it.
+// What this process takes on the card that it uses. Benchmarks and tests assign another version to it.
 inline Choices& choices() {
-  static Choices chosen = [] {
-    const cudaDeviceProp card = current_card();
-    return choices_of(10 * card.major + card.minor);
-  }();
-  return chosen;
+  static std::map<int, Choices> of_device;
+  int device;
+  CUDA_CHECK(cudaGetDevice(&device));
+  const auto found = of_device.find(device);
+  if (found != of_device.end()) return found->second;
+  const cudaDeviceProp card = current_card();
+  return of_device[device] = choices_of(10 * card.major + card.minor);
 }
 
 // Takes this version of an operation from now on.

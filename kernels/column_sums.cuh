@@ -31,6 +31,7 @@ constexpr int sums_block_columns = 256, sums_warps = 8;
 template <class Real, bool RELU>
 __global__ void __launch_bounds__(32 * sums_warps)
     column_partials_kernel(float* partials, Real* x, const Real* relu_out, int rows, int OC, int ld) {
+  wait_for_inputs();
   constexpr int batch = 4;  // rows whose loads are under way together
   __shared__ __align__(16) float warp_partials[sums_warps][sums_block_columns];
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -121,6 +122,7 @@ struct SumsList {
 // columns of a layer's partials: eight groups of 32 threads take turns at the rows of partials.
 [[maybe_unused]] static __global__ void __launch_bounds__(adding_columns* adding_groups)
     add_partials_kernel(SumsList list, bool accumulate) {
+  wait_for_inputs();
   __shared__ float group_partials[adding_groups][adding_columns];
   // 1. Which job is it, which layer of it, which column?
   int which = 0;

@@ -31,6 +31,7 @@ template <class Real, int LANES, bool BACKWARD>
 __global__ void __launch_bounds__(128)
     crossentropy_kernel(float* losses, const Real* logits, Real* dlogits, const int* targets, float dloss,
                         const float* loss_scale, int rows, int V, int Vp) {
+  wait_for_inputs();
   const int r = (blockIdx.x * blockDim.x + threadIdx.x) / LANES, first = threadIdx.x % LANES * 8;
   const int columns = r < rows ? V : 0;  // lanes behind the last row have none, but take part in the sums
   const int target = r < rows ? targets[r] : -1;
@@ -107,6 +108,7 @@ constexpr int sum_losses_block = 1024;
 
 static __global__ void __launch_bounds__(sum_losses_block)
     sum_losses_kernel(double* sum, const float* losses, bool accumulate, int rows) {
+  wait_for_inputs();
   double own = 0;
 #pragma unroll 8
   for (int r = threadIdx.x; r < rows; r += sum_losses_block) own += losses[r];

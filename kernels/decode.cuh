@@ -43,6 +43,7 @@ constexpr int decode_embedding_threads = 128;
 template <class Real>
 __global__ void __launch_bounds__(decode_embedding_threads)
     decode_embedding_kernel(Real* out, const int* x, const Real* wte, const Real* wpe, LastRows last, int C) {
+  wait_for_inputs();
   const int c = (blockIdx.x * decode_embedding_threads + threadIdx.x) * 8;
   if (c >= C) return;
   const size_t row = last(blockIdx.y);
@@ -106,6 +107,7 @@ __global__ void __launch_bounds__(decode_product_threads)
     decode_product_kernel(Real* out, const Real* inp, const float* norm_weight, const float* norm_bias,
                           const Real* weight, const DecodeBias<Real, FINISH>* bias, LastRows last, int B, int C, int OC,
                           int ldo) {
+  wait_for_inputs();
   constexpr int columns = TEXTS == 1 ? 1 : 4, at_once = 4 / columns, warps = decode_product_threads / 32;
   const int lane = threadIdx.x % 32, chunks = C / 8;
   const int first_text = blockIdx.y * TEXTS, first_column = (blockIdx.x * warps + threadIdx.x / 32) * columns;
@@ -212,6 +214,7 @@ constexpr int decode_attention_threads = 256;
 template <class Real, int HS>
 __global__ void __launch_bounds__(decode_attention_threads)
     decode_attention_kernel(Real* out, const Real* qkv, LastRows last, int NH) {
+  wait_for_inputs();
   using namespace attention;
   constexpr int lanes = HS / 8, groups = decode_attention_threads / lanes, at_once = 4;
   __shared__ __align__(16) float outputs[groups * HS];

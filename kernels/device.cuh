@@ -1,9 +1,9 @@
 // Building blocks of the kernels: eight numbers at a time, sums over lanes, and the tensor cores' instructions. The
 // only file of the kernels, besides matmul_library.cuh, that knows whether it is compiled for a GPU or for the CPU
 // (CUDA_ON_CPU).
-// defines: bf16, Float8, load8, store8, lane_sum, lane_max, exp2_approx, computed_here, dynamic_smem, pack2,
-//          mma_16x8x16, round_to_tf32, mma_16x8x8_tf32, ldmatrix_x4, ldmatrix_x4_trans, transpose_8x8, copy_async_16,
-//          copy_async_commit, copy_async_wait
+// defines: bf16, fp16, wait_for_inputs, Float8, load8, store8, lane_sum, lane_max, exp2_approx, computed_here,
+//          dynamic_smem, pack2, mma_16x8x16, round_to_tf32, mma_16x8x8_tf32, ldmatrix_x4, ldmatrix_x4_trans,
+//          transpose_8x8, copy_async_16, copy_async_commit, copy_async_wait
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -16,6 +16,17 @@ using bf16 = __nv_bfloat16;
 using fp16 = __half;
 
 constexpr unsigned all_lanes = 0xffffffffu;
+
+// Each kernel begins with this, because it may have been started before the kernel before it has ended (launch.cuh):
+// waits until that one has ended and its results can be read. As this is so for that kernel too, and for the one before
+// it, everything that came before in the stream has ended then. The second line lets the kernel behind this one start,
+// as soon as all blocks of this one have.
+__device__ inline void wait_for_inputs() {
+#if defined(CUDA_ON_CPU) || __CUDA_ARCH__ >= 900
+  cudaGridDependencySynchronize();
+  cudaTriggerProgrammaticLaunchCompletion();
+#endif
+}
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Eight neighbouring elements of a row: 16 bytes of bf16 or fp16, 32 of float, and the draws of one call of the random

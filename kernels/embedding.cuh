@@ -15,6 +15,7 @@ constexpr int embedding_threads = 256;
 template <class Real>
 __global__ void __launch_bounds__(embedding_threads)
     embedding_forward_kernel(Real* out, const int* x, const Real* wte, const Real* wpe, unsigned count, int T, int C) {
+  wait_for_inputs();
   const unsigned i = blockIdx.x * embedding_threads + threadIdx.x;
   if (i >= count) return;
   const unsigned chunks = C / 8, row = i / chunks, c = i % chunks * 8;
@@ -127,6 +128,7 @@ template <class Real>
 __global__ void __launch_bounds__(embedding_threads)
     embedding_backward_kernel(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate,
                               int segment_rows, int B, int T, int C, int V) {
+  wait_for_inputs();
   __shared__ int list[embedding_piece];
   __shared__ __align__(16) float group_partials[embedding_threads * 8];  // (groups, C)
   const ColumnOwner own(C);

@@ -1,40 +1,17 @@
 // Launching kernels: launch(kernel, {grid, block, smem, stream}, arguments...) is what kernel<<<...>>>(arguments...) is,
 // in a form that a plain C++ compiler can read as well (dev/cuda_on_cpu), checked, with the launch's place in the
 // message.
-// defines: CUDA_CHECK, current_card, LaunchConfig, launch, require, ceil_div, Range
+// defines: LaunchConfig, launch, ceil_div, Range; and what check.cuh defines
 #pragma once
 #include <cuda_runtime.h>
 
-#include <sstream>
-#include <stdexcept>
-#include <string>
 #include <utility>
 #if __has_include(<nvtx3/nvToolsExt.h>)
 #include <nvtx3/nvToolsExt.h>
 #endif
 
-struct CudaError : std::runtime_error {
-  cudaError_t code;
-  CudaError(cudaError_t error, const std::string& what) : std::runtime_error(what), code(error) {}
-};
-
-inline void cuda_check(cudaError_t error, const char* what, const char* file, int line) {
-  if (error == cudaSuccess) return;
-  std::ostringstream message;
-  message << file << ":" << line << ": " << what << ": " << cudaGetErrorString(error) << " (" << cudaGetErrorName(error)
-          << ")";
-  throw CudaError(error, message.str());
-}
-#define CUDA_CHECK(call) cuda_check((call), #call, __FILE__, __LINE__)
-
-// The card that this program uses.
-inline cudaDeviceProp current_card() {
-  int device;
-  cudaDeviceProp card;
-  CUDA_CHECK(cudaGetDevice(&device));
-  CUDA_CHECK(cudaGetDeviceProperties(&card, device));
-  return card;
-}
+#include "check.cuh"
+#include "choices.cuh"
 
 // A kernel may have 48 KB of shared memory without asking. What it declares itself counts too, up to 16 KB of it.
 constexpr size_t smem_without_asking = 32 << 10;  // bytes of dynamic shared memory
@@ -47,26 +24,34 @@ struct LaunchConfig {
   int line = __builtin_LINE();
 };
 
+// Whether this kernel may start before the one before it in the stream has ended (programmatic dependent launch, CUDA C++
+// Programming Guide). The GPU then prepares the start, and puts the first blocks onto multiprocessors that have become
+// free, while the last blocks of the other kernel still compute. All our kernels begin with wait_for_inputs (device.cuh),
+// without which they would read what is not yet written; but compiled for a card before Hopper they don't wait.
+template <class... Params>
+bool may_start_early(void (*kernel)(Params...)) {
+  if (choices().kernel_starts != 2) return false;
+  cudaFuncAttributes attributes;
+  CUDA_CHECK(cudaFuncGetAttributes(&attributes, kernel));
+  return attributes.ptxVersion >= 90;
+}
+
 template <class... Params, class... Args>
 void launch(void (*kernel)(Params...), const LaunchConfig& c, Args&&... args) {
   if (c.smem > smem_without_asking)
     cuda_check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(c.smem)), "shared memory",
                c.file, c.line);
+  cudaLaunchAttribute early{};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config{};
   config.gridDim = c.grid;
   config.blockDim = c.block;
   config.dynamicSmemBytes = c.smem;
   config.stream = c.stream;
+  config.attrs = &early;
+  config.numAttrs = may_start_early(kernel);
   cuda_check(cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...), "launch", c.file, c.line);
-}
-
-// What a launcher asks of its arguments: require(C % 8 == 0, "layernorm_forward: C = ", C, " is not a multiple of 8").
-template <class... Parts>
-void require(bool holds, const Parts&... parts) {
-  if (holds) return;
-  std::ostringstream message;
-  (message << ... << parts);
-  throw std::invalid_argument(message.str());
 }
 
 template <class Int>

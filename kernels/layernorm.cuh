@@ -73,6 +73,7 @@ __global__ void __launch_bounds__(layernorm_threads)
     residual_layernorm_forward_kernel(Real* stream_out, Real* norm, float* mean, float* rstd, const Real* inp,
                                       const Real* branch, const float* branch_bias, DeviceDropout drop,
                                       const float* weight, const float* bias, int rows, int T, int C, float one_in_C) {
+  wait_for_inputs();
   constexpr int lanes = Shape::lanes, each = Shape::each;
   const int lane = threadIdx.x % lanes, row = blockIdx.x * Shape::rows_at_once + threadIdx.x / lanes;
   const int chunks = row < rows ? C / 8 : 0;  // a group behind the last row has none, but takes part in the sums
@@ -242,6 +243,7 @@ __global__ void __launch_bounds__(layernorm_threads, 2)
     residual_layernorm_backward_kernel(Real* dstream, Real* dbranch, float* partials, const Real* dnorm,
                                        const Real* inp, const float* mean, const float* rstd, const float* weight,
                                        bool first, DeviceDropout drop, int rows, int T, int C, float one_in_C) {
+  wait_for_inputs();
   constexpr int lanes = Shape::lanes, each = Shape::each, rows_at_once = Shape::rows_at_once;
   const int lane = threadIdx.x % lanes, group = threadIdx.x / lanes;
   const int block_row = blockIdx.x * layernorm_block_rows, end = min(rows, block_row + layernorm_block_rows);

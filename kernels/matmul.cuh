@@ -16,6 +16,8 @@
 #include <cmath>
 #include <filesystem>
 #include <initializer_list>
+#include <map>
+#include <memory>
 #include <set>
 #include <string>
 #include <tuple>
@@ -23,6 +25,7 @@
 
 #include "../host/files.h"
 #include "../host/tensors.h"
+#include "choices.cuh"
 #include "column_sums.cuh"
 #include "launch.cuh"
 #include "matmul_library.cuh"
@@ -46,12 +49,15 @@ constexpr size_t relu_mask_bytes(int rows, int OC) { return size_t(rows) * mask_
 // to 16 bytes; C and the lengths of rows are multiples of 8.
 class Matmul {
  public:
-  static constexpr size_t workspace_bytes = MatmulLibrary::workspace_bytes;
+  static constexpr size_t workspace_bytes = MatmulLibrary::workspace_bytes;  // of each of its streams
+  static double memory() { return double(workspace_bytes) * (choices().weight_gradients == 2 ? 2 : 1); }  // in bytes
 
   // tf32: products of floats take 10 bits of their mantissas. fuse = false: bias and ReLU get passes of their own going
   // forward, as where the library has no algorithm that includes them.
   Matmul(bool tf32, cudaStream_t stream, bool fuse = true)
-      : tf32_(tf32), fuse_(fuse), stream_(stream), library_(stream) {}
+      : tf32_(tf32), fuse_(fuse), stream_(stream), library_(stream) {
+    if (choices().weight_gradients == 2) beside_ = std::make_unique<Beside>();
+  }
   bool tf32() const { return tf32_; }
 
   // From now on each `rows` rows going forward get the bits that they would get alone, however many there are in all: so
@@ -146,12 +152,37 @@ class Matmul {
   }
 
   // dweight (OC, C) = or += dout (rows, OC)^T @ inp (rows, C); a row of dout is ldd elements long
+  // No other product waits for a gradient of weights. So they may have a stream of their own (Choices::weight_gradients),
+  // where they fill multiprocessors that the other kernels leave free. Before inp or dweight is used otherwise, call
+  // join(); before dout is written again, unread(dout).
   template <class Real>
   void backward_weight(float* dweight, const Real* dout, const Real* inp, bool accumulate, int rows, int C, int OC,
                        int ldd) {
     check("backward_weight", {dweight, dout, inp}, rows, C, OC, ldd);
-    library_.multiply({operand<Real>(), true, false, true, C, OC, rows, C, ldd, C},
-                      {.d = dweight, .a = inp, .b = dout, .accumulate = accumulate});
+    const Product p = {operand<Real>(), true, false, true, C, OC, rows, C, ldd, C};
+    const Operands o = {.d = dweight, .a = inp, .b = dout, .accumulate = accumulate};
+    if (!beside_) return library_.multiply(p, o);
+    beside_->begin.record(stream_);
+    beside_->begin.hold(beside_->stream);
+    library_.multiply(p, o, beside_->products);
+    beside_->last = &beside_->has_read[dout];
+    beside_->last->record(beside_->stream);
+  }
+
+  // Returns x, which may be written from now on: the stream waits for the gradients of weights that read it.
+  template <class Real>
+  Real* unread(Real* x) {
+    if (!beside_) return x;
+    const auto found = beside_->has_read.find(x);
+    if (found != beside_->has_read.end()) found->second.hold(stream_);
+    return x;
+  }
+  // The stream waits for all gradients of weights.
+  void join() {
+    if (!beside_ || !beside_->last) return;
+    beside_->last->hold(stream_);
+    beside_->last = nullptr;
+    beside_->has_read.clear();  // a graph that is captured next must not wait for what is no part of it
   }
 
   // The algorithms chosen so far, as text for a file, and back. The table of another card or of another version of the
@@ -200,9 +231,19 @@ class Matmul {
       unfused();
   }
 
+  // The second stream.
+  struct Beside {
+    Stream stream;
+    ProductStream products{stream, DeviceMemory(workspace_bytes)};
+    Event begin;                            // what a gradient reads is there
+    std::map<const void*, Event> has_read;  // by dout: the last gradient that reads it is computed
+    Event* last = nullptr;                  // of these, for the last gradient
+  };
+
   bool tf32_, fuse_, relu_mask_ = false;
   int window_ = 0;  // see keep_windows
   cudaStream_t stream_;
   MatmulLibrary library_;
+  std::unique_ptr<Beside> beside_;                     // if gradients of weights have a stream of their own
   std::set<std::tuple<OperandType, int, int>> masks_;  // (rows, OC) for which forward_relu left a mask
 };

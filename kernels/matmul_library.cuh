@@ -2,7 +2,7 @@
 // dimension are in float, whatever the type of the operands. Which algorithm of cuBLASLt is the fastest depends on the
 // card and the shapes, and is found by trying them; the choice can be kept, and then a later run repeats this one. For a
 // product that cuBLASLt has no algorithm for there is a simple kernel of our own.
-// defines: Product, Operands, AlgorithmTable, MatmulLibrary
+// defines: Product, Operands, AlgorithmTable, ProductStream, MatmulLibrary
 #pragma once
 #include <dlfcn.h>
 #ifndef CUDA_ON_CPU
@@ -156,6 +156,7 @@ template <class Real, class D>
 __global__ void __launch_bounds__(simple_tile* simple_tile)
     simple_product_kernel(D* d, const Real* a, const Real* b, bool transpose_a, bool transpose_b, int m, int n, int K,
                           int lda, int ldb, int ldd, bool accumulate) {
+  wait_for_inputs();
   __shared__ float a_tile[simple_tile][simple_tile + 1], b_tile[simple_tile][simple_tile + 1];  // k comes first
   const int x = threadIdx.x % simple_tile, y = threadIdx.x / simple_tile;
   const int first_i = blockIdx.y * simple_tile, first_j = blockIdx.x * simple_tile;
@@ -215,6 +216,12 @@ void for_each_window(const Product& p, const Operands& o, Body body) {
   });
 }
 
+// Where products are computed: the stream, and scratch memory that only this stream's products use.
+struct ProductStream {
+  cudaStream_t stream;
+  DeviceMemory workspace;
+};
+
 inline void say_simple(const Product& p) {
   std::fprintf(stderr,
                "cuBLASLt has no algorithm for %s: a simple kernel computes it, slowly; another --dtype may be faster\n",
@@ -260,7 +267,7 @@ class MatmulLibrary {
  public:
   static constexpr size_t workspace_bytes = 1 << 18;
 
-  explicit MatmulLibrary(cudaStream_t stream) : stream_(stream), workspace_(workspace_bytes) {}
+  explicit MatmulLibrary(cudaStream_t stream) : own_{stream, DeviceMemory(workspace_bytes)} {}
 
   static std::string load() {  // so that a test can see what a library that is missing leads to
     if (const char* instead = std::getenv("CUDA_ON_CPU_CUBLASLT")) load_library(instead);
@@ -280,7 +287,8 @@ class MatmulLibrary {
   bool fuses(const Product& p, const Operands& o, Unfused) {
     return has(p, o);
   }
-  void multiply(const Product& p, const Operands& o) {
+  void multiply(const Product& p, const Operands& o) { multiply(p, o, own_); }
+  void multiply(const Product& p, const Operands& o, const ProductStream& where) {
     if (p.window) return for_each_window(p, o, [&](const Product& q, const Operands& of_q) { multiply(q, of_q); });
     const bool simple = !has(p, o);
     if (used_.insert(p).second) {
@@ -288,9 +296,10 @@ class MatmulLibrary {
       table_.set(p.text(), simple ? "unfused" : "loops");
       table_.use(p.text());
     }
-    if (simple) return simple_product(p, o, stream_);
-    cuda_on_cpu::enqueue(
-        stream_, [p, o] { with_types_of(p, [&]<class Real, class D>(Real, D) { multiply_on_cpu<Real, D>(p, o); }); });
+    if (simple) return simple_product(p, o, where.stream);
+    cuda_on_cpu::enqueue(where.stream, [p, o] {
+      with_types_of(p, [&]<class Real, class D>(Real, D) { multiply_on_cpu<Real, D>(p, o); });
+    });
   }
   // Nothing is measured here: no way is faster than another.
   template <class Work>
@@ -303,8 +312,7 @@ class MatmulLibrary {
   }
 
  private:
-  cudaStream_t stream_;
-  DeviceMemory workspace_;
+  ProductStream own_;
   AlgorithmTable table_{"CPU"};
   std::set<Product> used_;
 };
@@ -350,6 +358,7 @@ inline const CublasLt& cublasLt() {
 // x = numbers in [-1, 1), eight for each thread
 template <class Real>
 __global__ void __launch_bounds__(256) noise_kernel(Real* x) {
+  wait_for_inputs();
   const size_t i = size_t(blockIdx.x) * blockDim.x + threadIdx.x;
   const Philox4 r = random4(0, 0, 0, i);
   Float8 v;
@@ -362,7 +371,7 @@ class MatmulLibrary {
  public:
   static constexpr size_t workspace_bytes = 32 << 20;  // what cuBLAS' manual recommends for Hopper
 
-  explicit MatmulLibrary(cudaStream_t stream) : stream_(stream), workspace_(workspace_bytes), table_(machine()) {
+  explicit MatmulLibrary(cudaStream_t stream) : own_{stream, DeviceMemory(workspace_bytes)}, table_(machine()) {
     check(cublasLt().Create(&handle_), "cublasLtCreate");
   }
   ~MatmulLibrary() { cublasLt().Destroy(handle_); }
@@ -383,7 +392,9 @@ class MatmulLibrary {
   bool fuses(const Product& p, const Operands& o, Unfused unfused) {
     return plan_of(p.window ? p.window_alone() : p, o, [&] { return time(unfused); }).usable;
   }
-  void multiply(const Product& p, const Operands& o) {
+  void multiply(const Product& p, const Operands& o) { multiply(p, o, own_); }
+  // On a stream of the caller's. The first time, which algorithm is the fastest is measured on the library's own.
+  void multiply(const Product& p, const Operands& o, const ProductStream& where) {
     Plan& plan = plan_of(p, o, no_other_way);
     if (p.window && !plan.usable)
       return for_each_window(p, o, [&](const Product& q, const Operands& of_q) { multiply(q, of_q); });
@@ -392,9 +403,9 @@ class MatmulLibrary {
       table_.use(p.text());
       if (!plan.usable) say_simple(p);
     }
-    if (!plan.usable) return simple_product(p, o, stream_);
+    if (!plan.usable) return simple_product(p, o, where.stream);
     set_pointers(plan, p, o);
-    check(run(plan, plan.algorithm, o, o.d, o.accumulate), "cublasLtMatmul");
+    check(run(plan, plan.algorithm, o, o.d, o.accumulate, where), "cublasLtMatmul");
   }
   // Milliseconds of work on the stream, one of several ways to compute the same: its products are not in use yet.
   template <class Work>
@@ -427,7 +438,7 @@ class MatmulLibrary {
   bool multiply_by(const Algorithm& algorithm, const Product& p, const Operands& o) {
     Plan plan = describe(p);
     set_pointers(plan, p, o);
-    return run(plan, algorithm, o, o.d, o.accumulate) == CUBLAS_STATUS_SUCCESS;
+    return run(plan, algorithm, o, o.d, o.accumulate, own_) == CUBLAS_STATUS_SUCCESS;
   }
   // "66/393/24/1/3": number of the algorithm, of its tile, of its stages, pieces of k, number of the cluster's shape
   static std::string about(const Algorithm& algorithm) {
@@ -460,7 +471,7 @@ class MatmulLibrary {
     try {
       const DeviceMemory memory(3 * count * sizeof(Real));
       Real* const x = memory.as<Real>();
-      launch(noise_kernel<Real>, {unsigned(2 * count / 8 / 256), 256, 0, stream_}, x);
+      launch(noise_kernel<Real>, {unsigned(2 * count / 8 / 256), 256, 0, own_.stream}, x);
       const Operands o = {.d = x + 2 * count, .a = x, .b = x + count};
       Plan plan = describe({type, false, true, false, n, n, n, n, n, n});
       const std::vector<Algorithm> candidates = heuristics(plan, n, Request());
@@ -508,7 +519,7 @@ class MatmulLibrary {
     const auto it = plans_.find(p);
     if (it != plans_.end()) return it->second;
     cudaStreamCaptureStatus capture;
-    CUDA_CHECK(cudaStreamIsCapturing(stream_, &capture));
+    CUDA_CHECK(cudaStreamIsCapturing(own_.stream, &capture));
     if (capture != cudaStreamCaptureStatusNone)
       throw std::runtime_error("matmul: " + p.text() + " is new, and no algorithm can be chosen while a graph is " +
                                "captured: compute everything once before");
@@ -559,10 +570,11 @@ class MatmulLibrary {
     if (p.epilogue == Epilogue::bias_grad) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<void*>(o.dbias));
     if (p.has_mask()) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, static_cast<void*>(o.mask));
   }
-  cublasStatus_t run(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, bool accumulate) {
+  cublasStatus_t run(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, bool accumulate,
+                     const ProductStream& where) {
     const float alpha = 1, beta = accumulate;
     return cublasLt().Matmul(handle_, &plan.product, &alpha, o.a, &plan.a, o.b, &plan.b, &beta, d, &plan.d, d, &plan.d,
-                             &algorithm.opaque, workspace_.as<void>(), workspace_bytes, stream_);
+                             &algorithm.opaque, where.workspace.as<void>(), workspace_bytes, where.stream);
   }
 
   // An algorithm is 64 bytes, which may be kept for the same version of the library.
@@ -645,7 +657,8 @@ class MatmulLibrary {
   }
   float milliseconds_of(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, int calls) {
     bool fails = false;
-    const float t = milliseconds([&] { fails |= run(plan, algorithm, o, d, false) != CUBLAS_STATUS_SUCCESS; }, calls);
+    const float t =
+        milliseconds([&] { fails |= run(plan, algorithm, o, d, false, own_) != CUBLAS_STATUS_SUCCESS; }, calls);
     return fails ? INFINITY : t;
   }
 
@@ -653,14 +666,13 @@ class MatmulLibrary {
   template <class Work>
   float milliseconds(Work work, int calls = 4) {
     work();
-    const float total = device_milliseconds(stream_, [&] {
+    const float total = device_milliseconds(own_.stream, [&] {
       for (int i = 0; i < calls; i++) work();
     });
     return total / float(calls);
   }
 
-  cudaStream_t stream_;
-  DeviceMemory workspace_;
+  ProductStream own_;
   AlgorithmTable table_;
   cublasLtHandle_t handle_ = nullptr;
   std::map<Product, Plan> plans_;

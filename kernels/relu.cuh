@@ -12,6 +12,7 @@
 //   x (rows, OC), a row of which is ld elements long: updated;  bias (OC)
 template <class Real, bool RELU>
 __global__ void __launch_bounds__(256) bias_forward_kernel(Real* x, const Real* bias, int rows, int OC, int ld) {
+  wait_for_inputs();
   const unsigned groups = ceil_div(OC, 8), i = blockIdx.x * blockDim.x + threadIdx.x;
   const int r = int(i / groups), c = int(i % groups) * 8;
   if (r >= rows) return;

@@ -1,5 +1,5 @@
 // What the trainer asks of CUDA besides kernels: memory, a stream, a graph, time.
-// defines: DeviceMemory, DeviceBuffer, copy_to_device, copy_to_host, free_device_memory, Stream, Graph,
+// defines: DeviceMemory, DeviceBuffer, copy_to_device, copy_to_host, free_device_memory, Stream, Event, Graph,
 //          device_milliseconds, plant_canaries_on_device, check_canaries_on_device, first_not_finite_on_device
 #pragma once
 #include <cuda_runtime.h>
@@ -95,6 +95,23 @@ class Stream {
   cudaStream_t stream_;
 };
 
+// A point in a stream: others can wait until it has been passed.
+class Event {
+ public:
+  explicit Event(bool timed = false) {
+    CUDA_CHECK(cudaEventCreateWithFlags(&event_, timed ? cudaEventDefault : cudaEventDisableTiming));
+  }
+  ~Event() { cudaEventDestroy(event_); }
+  Event(const Event&) = delete;
+  operator cudaEvent_t() const { return event_; }
+  void record(cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(event_, stream)); }
+  // What is put onto the stream from now on waits for the point where the event was last recorded.
+  void hold(cudaStream_t stream) const { CUDA_CHECK(cudaStreamWaitEvent(stream, event_, 0)); }
+
+ private:
+  cudaEvent_t event_;
+};
+
 // The kernels that `body` puts onto a stream, recorded once and then launched again and again as a whole, which saves the
 // time between one kernel and the next.
 class Graph {
@@ -121,17 +138,13 @@ class Graph {
 // How long the device takes for what `work` puts onto the stream.
 template <class Work>
 float device_milliseconds(cudaStream_t stream, Work work) {
-  struct Event {
-    cudaEvent_t event;
-    Event() { CUDA_CHECK(cudaEventCreate(&event)); }
-    ~Event() { cudaEventDestroy(event); }
-  } begin, end;
+  Event begin(true), end(true);
   float milliseconds = 0;
-  CUDA_CHECK(cudaEventRecord(begin.event, stream));
+  begin.record(stream);
   work();
-  CUDA_CHECK(cudaEventRecord(end.event, stream));
-  CUDA_CHECK(cudaEventSynchronize(end.event));
-  CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin.event, end.event));
+  end.record(stream);
+  CUDA_CHECK(cudaEventSynchronize(end));
+  CUDA_CHECK(cudaEventElapsedTime(&milliseconds, begin, end));
   return milliseconds;
 }
 

@@ -104,6 +104,7 @@ struct Texts {
 template <class Real>
 __global__ void __launch_bounds__(sample_token_block)
     sample_token_kernel(Texts texts, const Real* logits, int T, int V, int Vp) {
+  wait_for_inputs();
   const int B = gridDim.x, b = blockIdx.x;
   // 1. The token that follows the window's last one. Thread 0 changes these two numbers at the end, behind a barrier of
   //    draw_token, when all threads have read them.

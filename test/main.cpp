@@ -27,7 +27,10 @@ using ListenerBase = Catch::TestEventListenerBase;
 
 struct Counter : ListenerBase {
   using ListenerBase::ListenerBase;
-  void testCaseStarting(const Catch::TestCaseInfo&) override { skipping = false; }
+  void testCaseStarting(const Catch::TestCaseInfo& test_case) override {
+    skipping = false;
+    if (before_test_case) before_test_case(test_case.tagsAsString());
+  }
   void testCaseEnded(const Catch::TestCaseStats& stats) override {
     if (stats.totals.assertions.failed > 0)
       failed++;

@@ -1,5 +1,5 @@
 // Every test includes this: Catch2, in whichever version is installed, and helpers that run programs and read files.
-// defines: test_folder, contents, skip, Run, run, Process, program, error_of, contains, find_tensor, check_close
+// defines: test_folder, contents, before_test_case, skip, Run, run, Process, program, error_of, contains, find_tensor, check_close
 #pragma once
 #include <map>
 #include <string>
@@ -26,6 +26,9 @@ std::string test_folder();
 
 // The contents of every file under a folder, by relative path; "no file" for anything else.
 std::map<std::string, std::string> contents(const std::string& folder);
+
+// Called before each test case, with its tags, if it is set (test/cuda.h).
+inline void (*before_test_case)(const std::string& tags) = nullptr;
 
 // Counts the running test case as skipped, not as passed (Catch2 2 has no such thing); the caller returns.
 void skip(const std::string& reason);

@@ -323,6 +323,42 @@ TEMPLATE_TEST_CASE("matmul backward on the GPU agrees with the CPU's", "[cuda][m
   }
 }
 
+TEST_CASE("a gradient of weights on a second stream is waited for", "[cuda][matmul]") {
+  const Choices before = choices();
+  choices().weight_gradients = 2;
+  const Stream stream;
+  Matmul matmul(false, stream);
+  choices() = before;
+  const Shape s = {31, 48, 65, 72};
+  const Layer<float> layer(s);
+  const std::vector<float> padded = with_padding(layer.dout, s.rows, s.OC, s.ld);
+  const DeviceArray<float> inp(layer.inp), dout(padded), other(padded), dweight(layer.dweight), second(layer.dweight);
+  const auto backward = [&](const DeviceArray<float>& to, const DeviceArray<float>& from) {
+    matmul.backward_weight(to.data(), from.data(), inp.data(), false, s.rows, s.C, s.OC, s.ld);
+  };
+  const auto overwrite = [&](float* x, size_t count) {
+    CUDA_CHECK(cudaMemsetAsync(x, 0, count * sizeof(float), stream));
+  };
+  for (int step = 0; step < 2; step++) {
+    CUDA_CHECK(
+        cudaMemcpyAsync(dout.data(), padded.data(), padded.size() * sizeof(float), cudaMemcpyHostToDevice, stream));
+    backward(dweight, dout);
+    backward(second, other);
+    CHECK(matmul.unread(dout.data()) == dout.data());
+    overwrite(dout.data(), dout.size());
+    matmul.join();
+    const DeviceArray<float> copy(dweight.size()), second_copy(dweight.size());
+    for (const auto& [to, from] : {std::pair{&copy, &dweight}, {&second_copy, &second}}) {
+      CUDA_CHECK(
+          cudaMemcpyAsync(to->data(), from->data(), dweight.size() * sizeof(float), cudaMemcpyDeviceToDevice, stream));
+      overwrite(from->data(), dweight.size());
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    check_close(copy.read(), layer.backward(false).dweight, tolerance<float>(s.rows));
+    check_close(second_copy.read(), layer.backward(false).dweight, tolerance<float>(s.rows));
+  }
+}
+
 TEMPLATE_TEST_CASE("bias and ReLU, as passes of their own, agree with the CPU's", "[cuda][matmul]", float, bf16, fp16) {
   using Real = TestType;
   const int rows = 37, OC = 65, ld = 72;

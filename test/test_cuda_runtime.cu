@@ -6,7 +6,10 @@
 #include "../kernels/runtime.cuh"
 #include "cuda.h"
 
-static __global__ void add_one_kernel(int* x) { (*x)++; }
+static __global__ void add_one_kernel(int* x) {
+  wait_for_inputs();
+  (*x)++;
+}
 
 TEST_CASE("A buffer on the device begins as zeros; one that does not fit is refused with what lowers it", "[cuda]") {
   const Stream stream;

@@ -15,12 +15,12 @@
 set -u -o pipefail
 cd "$(dirname "$0")/../.." || exit 1
 all_stages=(build tests step lab kernels ceilings run sanitizer ncu peer)
-declare -A limit=([build]=10 [tests]=40 [step]=72 [lab]=90 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=60 [ncu]=30
-  [peer]=70 [products]=42)
+declare -A limit=([build]=10 [tests]=40 [step]=100 [lab]=85 [kernels]=20 [ceilings]=13 [run]=75 [sanitizer]=50 [ncu]=27
+  [peer]=60 [products]=42)
 [ -n "${PREBUILT:-}" ] || limit[build]=600
 
 # The choices (kernels/choices.cuh) that a step is measured with: first the card's own, then each one to compare.
-step_variants=('' 'attention_backward=2' 'attention_forward=2 attention_backward=2')
+step_variants=('' 'attention_backward=2' 'attention_forward=2 attention_backward=2' 'kernel_starts=2' 'weight_gradients=2')
 
 passed=0 failed=1 refused=3 not_run=4  # exit codes of a stage
 results=${OUT:-out/gpu_check}

@@ -127,6 +127,9 @@ int barrier(bool predicate, Site site);
 using Combine = void (*)(void* const slots[32], unsigned mask);
 void collective(unsigned mask, void* slot, Combine combine, Site site, bool orders_memory = false);
 
+// Waits for the launch before this one in the stream (cudaGridDependencySynchronize).
+void wait_for_launch_before();
+
 int lane();
 void* dynamic_smem();  // the block's, aligned to 1024 bytes
 
@@ -262,7 +265,7 @@ inline unsigned __reduce_or_sync(unsigned mask, unsigned value, cuda_on_cpu::Sit
 // Nothing to do: the threads share one processor.
 inline void __threadfence() {}
 inline void __threadfence_block() {}
-inline void cudaGridDependencySynchronize() {}
+inline void cudaGridDependencySynchronize() { cuda_on_cpu::wait_for_launch_before(); }
 inline void cudaTriggerProgrammaticLaunchCompletion() {}
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -418,6 +421,9 @@ struct cudaLaunchConfig_t {
   cudaLaunchAttribute* attrs;
   unsigned numAttrs;
 };
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
 struct cudaDeviceProp {
   char name[256];
   size_t totalGlobalMem, sharedMemPerBlock, sharedMemPerBlockOptin, sharedMemPerMultiprocessor;
@@ -496,6 +502,11 @@ template <class... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute attribute, int value) {
   if (attribute != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
   return cuda_on_cpu::allow_dynamic_smem(reinterpret_cast<const void*>(kernel), value);
+}
+
+template <class... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  return *attributes = {90}, cudaSuccess;
 }
 
 // Copies the arguments now; the kernel runs later.

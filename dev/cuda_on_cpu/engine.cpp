@@ -188,6 +188,7 @@ struct Thread : Fiber {
   unsigned mask = 0;         // and for which lanes, in a collective
   std::vector<Copy> copies;  // in the background
   int group = 0;             // the group that the next commit ends
+  bool waited = false;       // for the launch before
 };
 
 // The lanes that have come to a collective. A lane that comes to another one, or with another mask, does not count and
@@ -220,6 +221,7 @@ bool depth_first, copy_early;
 std::string error;  // ends the running kernel
 const void* kernel;
 const std::function<void()>* thread_function;
+bool starts_early;  // it may start before the launch before it has ended
 size_t smem_bytes;
 alignas(1024) char smem[max_smem + 1024];
 
@@ -227,7 +229,8 @@ alignas(1024) char smem[max_smem + 1024];
 // address again, so that two barriers do not order accesses by chance.
 constexpr unsigned n_addresses = 4096;
 unsigned barrier_generation = 0;
-[[maybe_unused]] char launch_start, launch_end, barrier_addresses[n_addresses], warp_addresses[32][n_addresses];
+[[maybe_unused]] char launch_start, launch_end, launch_before_ended, barrier_addresses[n_addresses],
+    warp_addresses[32][n_addresses];
 
 #ifdef CUDA_ON_CPU_TSAN
 // The last thread of a collective works for the others and accesses their memory.
@@ -289,6 +292,8 @@ void fiber_main() {
     TSAN(__tsan_acquire(&launch_start);)
     try {
       (*thread_function)();
+      if (starts_early && !current->waited)
+        error = "a kernel that may start early has ended without cudaGridDependencySynchronize()\n  " + place();
     } catch (const std::exception& e) { error = std::string("exception: ") + e.what() + "\n  " + place(); }
     finish_copies(current->group + 1);
     current->state = State::returned;
@@ -449,6 +454,7 @@ void run_block(uint3 index) {
   barrier_generation++;
   for (int t = 0; t < n_threads; t++) {
     threads[t].group = 0;
+    threads[t].waited = false;
     make_ready(t);
   }
   for (Warp& w : warps) w.arrived = 0, w.generation++;
@@ -472,7 +478,10 @@ void give_up(Thread& t) {
   make_fiber(t);
 }
 
-void run_grid(const cudaLaunchConfig_t& config, const void* function, const std::function<void()>& thread) {
+// The host has seen what all launches have done so far.
+void settle() { TSAN(__tsan_acquire(&launch_end);) }
+
+void run_grid(const cudaLaunchConfig_t& config, bool early, const void* function, const std::function<void()>& thread) {
 #ifdef CUDA_ON_CPU_ASAN
   if (!host.stack) {
     pthread_attr_t attributes;
@@ -487,6 +496,7 @@ void run_grid(const cudaLaunchConfig_t& config, const void* function, const std:
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   kernel = function;
+  starts_early = early;
   thread_function = &thread;
   smem_bytes = config.dynamicSmemBytes;
   n_threads = int(blockDim.x * blockDim.y * blockDim.z);
@@ -500,7 +510,11 @@ void run_grid(const cudaLaunchConfig_t& config, const void* function, const std:
     threads[t].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
   ASAN(__asan_poison_memory_region(smem + smem_bytes, sizeof smem - smem_bytes);)
+  // The host takes in what a launch has done only here. So a kernel that starts early has not seen it, until it waits.
+  if (!starts_early) settle();
   TSAN(__tsan_release(&launch_start);)
+  settle();
+  TSAN(__tsan_release(&launch_before_ended);)
   std::vector<unsigned> order(size_t(gridDim.x) * gridDim.y * gridDim.z);
   std::iota(order.begin(), order.end(), 0u);
   shuffle_order(order.data(), unsigned(order.size()));
@@ -510,7 +524,6 @@ void run_grid(const cudaLaunchConfig_t& config, const void* function, const std:
   }
   ASAN(__asan_unpoison_memory_region(smem, sizeof smem);)
   if (!error.empty()) std::for_each(threads, threads + n_threads, give_up);
-  TSAN(__tsan_acquire(&launch_end);)
   kernel = nullptr;
   if (error.empty()) return;
   throw std::runtime_error(std::exchange(error, ""));
@@ -535,6 +548,11 @@ void fail(const char* text, ...) {
   TSAN(if (ignoring_accesses) ignore_accesses(false);)
   switch_to(host);  // never returns: no destructor of this stack will run
   __builtin_unreachable();
+}
+
+void wait_for_launch_before() {
+  current->waited = true;
+  TSAN(__tsan_acquire(&launch_before_ended);)
 }
 
 int lane() { return int(current - threads) % 32; }
@@ -848,6 +866,7 @@ cudaError_t run_until(Done done) {
     for (CUstream_st* s : streams) s->works.clear();
     failure = e.what();
   }
+  settle();
   open_memory(false);
   return earlier_failure();
 }
@@ -888,7 +907,12 @@ bool lies_in(const void* p, size_t bytes, bool device) {
 
 }  // namespace
 
-cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) { return add(stream, {std::move(work)}); }
+cudaError_t enqueue(cudaStream_t stream, std::function<void()> work) {
+  return add(stream, {[work = std::move(work)] {
+               settle();
+               work();
+             }});
+}
 
 cudaError_t allow_dynamic_smem(const void* function, int bytes) {
   if (bytes < 0 || size_t(bytes) > max_smem)
@@ -909,7 +933,10 @@ cudaError_t launch(const cudaLaunchConfig_t& c, const void* function, std::funct
     return result(cudaErrorInvalidValue,
                   format("%zu bytes of dynamic shared memory, without cudaFuncSetAttribute for more than %zu",
                          c.dynamicSmemBytes, limit));
-  return enqueue(c.stream, [c, function, thread = std::move(thread)] { run_grid(c, function, thread); });
+  const bool early = std::any_of(c.attrs, c.attrs + c.numAttrs, [](const cudaLaunchAttribute& a) {
+    return a.id == cudaLaunchAttributeProgrammaticStreamSerialization && a.val.programmaticStreamSerializationAllowed;
+  });
+  return add(c.stream, {[=, thread = std::move(thread)] { run_grid(c, early, function, thread); }});
 }
 
 }  // namespace cuda_on_cpu

@@ -60,6 +60,13 @@ Run run_alone(const std::string& test_case, const std::string& environment = "")
   return run(environment + " '" + std::filesystem::read_symlink("/proc/self/exe").string() + "' '" + test_case + "'");
 }
 
+template <class Kernel>
+void launch_early(Kernel kernel, unsigned threads, float* x) {
+  choices().kernel_starts = 2;
+  launch(kernel, {1, threads}, x);
+  choices().kernel_starts = 1;
+}
+
 std::vector<float> counting(int n) {
   std::vector<float> x;
   for (int i = 0; i < n; i++) x.push_back(float(i));
@@ -105,6 +112,18 @@ __global__ void order_kernel(int* out, int* count) {
     out[atomicAdd(count, 1)] = thread;
     __syncthreads();
   }
+}
+
+// x (64) = x in reverse, + 1. MISTAKE 1: reads before it waits for the launch before; 2: does not wait.
+template <int MISTAKE>
+__global__ void turn_around(float* x) {
+  const int t = int(threadIdx.x);
+  if (MISTAKE == 0) cudaGridDependencySynchronize();
+  const float other = x[63 - t];
+  if (MISTAKE == 1) cudaGridDependencySynchronize();
+  __syncthreads();
+  x[t] = other + 1;
+  cudaTriggerProgrammaticLaunchCompletion();
 }
 
 // Copies unwritten shared memory to out (gridDim.x, 128), then writes that memory.
@@ -751,6 +770,16 @@ TEST_CASE("CUDA on the CPU: streams wait for events, and need to", "[cuda_on_cpu
   }
 }
 
+TEST_CASE("CUDA on the CPU: a kernel that may start early has to wait for the one before", "[cuda_on_cpu]") {
+  const DeviceArray<float> x(std::vector<float>(64, 0));
+  for (int i = 0; i < 3; i++) launch_early(on_cpu::turn_around<0>, 64, x.data());
+  CHECK(x.read() == std::vector<float>(64, 3));
+  const std::string message = failure_of([&] { launch_early(on_cpu::turn_around<2>, 64, x.data()); });
+  CHECK(contains(message, "has ended without cudaGridDependencySynchronize()"));
+  CHECK(contains(message, "on_cpu::turn_around<2>, block (0,0,0)"));
+  CHECK(failure_of([&] { launch(on_cpu::turn_around<2>, {1, 64}, x.data()); }) == "no error");
+}
+
 TEST_CASE("CUDA on the CPU: the default stream and the others", "[cuda_on_cpu]") {
   for (const int variant : {0, 1, 2, 3}) {
     const unsigned flags = variant % 2 ? cudaStreamNonBlocking : cudaStreamDefault;
@@ -1162,11 +1191,21 @@ ALONE("race: blocks add") {
   launch(planted::blocks_add, {2, 1}, out.data());
   CUDA_CHECK(cudaDeviceSynchronize());
 }
+ALONE("race: reads before it waits") {
+  const DeviceArray<float> x(std::vector<float>(64, 0));
+  launch_early(on_cpu::turn_around<0>, 64, x.data());
+  launch_early(on_cpu::turn_around<1>, 64, x.data());
+  CUDA_CHECK(cudaDeviceSynchronize());
+}
 ALONE("no race") {
   const DeviceArray<int> counter(std::vector<int>{0});
   launch(planted::blocks_add_atomically, {5, 32}, counter.data());
   launch(planted::blocks_add_atomically, {5, 32}, counter.data());
   CHECK(counter.read()[0] == 320);
+  const DeviceArray<float> x(std::vector<float>(64, 0));
+  launch_early(on_cpu::turn_around<0>, 64, x.data());
+  launch_early(on_cpu::turn_around<0>, 64, x.data());
+  CHECK(x.read() == std::vector<float>(64, 2));
 }
 
 TEST_CASE("CUDA on the CPU: device memory is closed to the host, and to kernels beyond the arrays", "[cuda_on_cpu]") {
@@ -1206,7 +1245,7 @@ TEST_CASE("CUDA on the CPU: AddressSanitizer sees what a kernel does out of boun
 TEST_CASE("CUDA on the CPU: ThreadSanitizer sees races", "[cuda_on_cpu]") {
   for (const char* name : {"no barrier before the sum is read", "no barrier before the buffer is used again",
                            "no __syncwarp", "no wait for copies", "no barrier before copies are read",
-                           "no barrier before the next copies", "all write", "blocks add"}) {
+                           "no barrier before the next copies", "all write", "blocks add", "reads before it waits"}) {
     const Run race = run_alone(std::string("alone: race: ") + name);
     INFO(name);
     CHECK(race.code != 0);

@@ -182,6 +182,7 @@ class Lab {
   void check(Result& result, const Launch& launch);
   void time(Result& result, const Launch& launch);
 
+  const Chosen starts_{choices().kernel_starts, 1};  // versions don't wait for their inputs (launch.cuh)
   Task task_;
   std::vector<Result>& results_;
   std::function<void(const Result&)> timed_;

@@ -51,9 +51,9 @@ struct Activations {
     const size_t C = s.C, Vp = padded_vocabulary(s.V);
     a(inp, "inp", {L, rows, C});  // the residual stream where it enters the layer
     a(ln1, "ln1", {L, rows, C});
-    a(qkv, "qkv", {L, rows, 3 * C});  // queries, keys, values
-    a(att, "att", {L, rows, C});      // the heads' outputs, side by side
-    a(mid, "mid", {L, rows, C});      // the stream between attention and feed-forward
+    a(qkv, "qkv", {layers_of_qkv(s, L), rows, 3 * C});  // queries, keys, values
+    a(att, "att", {L, rows, C});                        // the heads' outputs, side by side
+    a(mid, "mid", {L, rows, C});                        // the stream between attention and feed-forward
     a(ln2, "ln2", {L, rows, C});
     a(fc, "fc", {L, rows, 4 * C});  // the hidden layer, after ReLU
     a(out, "out", {rows, C});       // the stream behind the last layer
@@ -463,15 +463,11 @@ class GpuModel final : public Trainer {
     return read_losses();
   }
 
-  // For the same reason this computes T tokens, whatever n is.
+  // For the same reason a pass over the windows computes T tokens, whatever n is.
   static constexpr bool samples_together = true;
-  std::vector<int> next_tokens(const int* contexts, int n, int, const Sampling& s, int i) override {
-    return sampler_.next_tokens(contexts, n, s, i, use_graph, [&](int B) {
-      gpt_.matmul.keep_windows(shape().T);
-      forward(gpt_, B, shape().T, {}, false);
-      gpt_.matmul.keep_windows(0);
-      return gpt_.forward_only.logits;
-    });
+  std::vector<int> next_tokens(const int* contexts, int n, int known, const Sampling& s, int i) override {
+    return sampler_.next_tokens(gpt_, contexts, n, known, s, i, use_graph,
+                                [&](int B) { forward(gpt_, B, shape().T, {}, false); });
   }
 
   GPT<Real>& gpt() { return gpt_; }

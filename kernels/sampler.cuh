@@ -5,12 +5,15 @@
 // defines: Texts, sample_token, DeviceSampler
 #pragma once
 #include <algorithm>
+#include <array>
 #include <cstdint>
 #include <map>
 #include <vector>
 
 #include "../host/sampler.h"
 #include "block.cuh"
+#include "choices.cuh"
+#include "decode.cuh"
 #include "device.cuh"
 #include "launch.cuh"
 #include "runtime.cuh"
@@ -134,9 +137,13 @@ void sample_token(const Texts& texts, const Real* logits, int B, int T, int V, i
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Generates up to B texts together with a model whose tokens x (B, T) lie on the device. A round, in which each text gets
-// a token, is the model's forward pass and sample_token: always the same launches, captured once as a graph. The host
+// Generates up to B texts together with a model whose tokens x (B, T) lie on the device. A round, in which each text
+// gets a token, is a forward pass and sample_token: always the same launches, captured once as a graph. The host
 // launches up to 64 rounds without waiting, and then copies their tokens out together.
+//
+// Version 1 of `sampling` (choices.cuh) computes the whole windows in each round. Version 2 does so in the first, which
+// leaves keys and values behind. From then on, until the windows are full, forward_last (decode.cuh) computes the last
+// token of each. Once a window rolls, every token moves to another position, and its keys and values change.
 class DeviceSampler {
  public:
   DeviceSampler(int* x, int B, const ModelShape& shape, cudaStream_t stream)
@@ -149,10 +156,11 @@ class DeviceSampler {
         tokens_(size_t(rounds_at_once) * B, "the tokens of texts"),
         texts_{x, lengths_.data(), drawn_.data(), choices_.data(), tokens_.data()} {}
 
-  // Trainer::next_tokens (host/trainer.h). forward(k) puts onto the stream what computes the logits (k, T, Vp) of the
-  // first k windows of x, and returns where they are.
-  template <class Forward>
-  std::vector<int> next_tokens(const int* contexts, int n, const Sampling& s, int i, bool use_graph, Forward forward) {
+  // Trainer::next_tokens (host/trainer.h) for the model m, a GPT (train_gpt.cu). forward(k) puts onto the stream what
+  // computes the logits (k, T, Vp) of the first k windows of m.x, a pass without backward.
+  template <class Model, class Forward>
+  std::vector<int> next_tokens(Model& m, const int* contexts, int n, int known, const Sampling& s, int i,
+                               bool use_graph, Forward forward) {
     require(s.samples <= B_, "DeviceSampler: ", s.samples, " texts, there is room for ", B_);
     const int rounds = std::min(s.count - i, rounds_at_once), T = shape_.T, V = shape_.V;
     const size_t samples = size_t(s.samples);
@@ -171,37 +179,71 @@ class DeviceSampler {
       upload(texts_.drawn, zeros);
       upload(choices_.data(), choices);
     };
-    const auto run_round = [&](int k) { sample_token(texts_, forward(k), k, T, V, padded_vocabulary(V), stream_); };
+    const auto run_round = [&](Pass pass, int k) {
+      if (pass == last)
+        forward_last(m, texts_.lengths, k);
+      else
+        forward_windows(m, k, forward);
+      sample_token(texts_, m.forward_only.logits, k, T, V, padded_vocabulary(V), stream_);
+    };
+    // Whether keys and values of all tokens but the last are there: if these are the texts that the call before left.
+    bool kept = known > 0 && std::equal(left_.begin(), left_.end(), contexts, contexts + samples * n);
     begin();
-    Graph& graph = graphs_[s.samples];
-    if (use_graph && !graph.captured()) {
+    std::array<Graph, 2>& graphs = graphs_[s.samples];
+    if (use_graph && !graphs[whole].captured()) {
       // First rounds load every kernel and choose the products' algorithms, which nothing may do during a capture: that
       // of one text first, because the products of several take over its algorithms (Matmul::keep_windows).
-      run_round(1);
-      if (s.samples > 1) run_round(s.samples);
-      graph.capture(stream_, [&] { run_round(s.samples); });
+      run_round(whole, 1);
+      if (s.samples > 1) run_round(whole, s.samples);
+      graphs[whole].capture(stream_, [&] { run_round(whole, s.samples); });
+      if (keeps_) {
+        run_round(last, s.samples);
+        graphs[last].capture(stream_, [&] { run_round(last, s.samples); });
+      }
       begin();
+      kept = false;  // they have just been overwritten: those of a window that has rolled are others
     }
     for (int j = 0; j < rounds; j++) {
+      const Pass pass = keeps_ && kept && n + j <= T ? last : whole;
       if (use_graph)
-        graph.launch(stream_);
+        graphs[pass].launch(stream_);
       else
-        run_round(s.samples);
+        run_round(pass, s.samples);
+      kept = true;
     }
     std::vector<int> tokens(choices.size());
     copy_to_host(tokens.data(), texts_.tokens, tokens.size(), stream_);  // and waits: until then the uploads are read
+    left_.clear();
+    for (size_t k = 0; k < samples; k++) {
+      left_.insert(left_.end(), contexts + k * n, contexts + (k + 1) * n);
+      for (size_t j = 0; j < size_t(rounds); j++) left_.push_back(tokens[j * samples + k]);
+    }
     return tokens;
   }
 
  private:
   static constexpr int rounds_at_once = 64;
+  enum Pass { whole, last };  // computes whole windows, or the last token of each
+
+  // The whole windows of k texts, so that each has the bits that it would have alone. Version 2 lets the layers' keys
+  // and values stay: each layer has a slice of its own.
+  template <class Model, class Forward>
+  void forward_windows(Model& m, int k, Forward forward) {
+    m.matmul.keep_windows(shape_.T);
+    if (keeps_) m.forward_only.qkv = m.acts.a.qkv;
+    forward(k);
+    m.forward_only.qkv.stride = 0;
+    m.matmul.keep_windows(0);
+  }
 
   int B_;
   ModelShape shape_;
   cudaStream_t stream_;
-  DeviceBuffer<int> lengths_, drawn_;  // these four are the memory of what is in texts_
+  bool keeps_ = choices().sampling == 2;  // from the start: the activations have room for it only then
+  DeviceBuffer<int> lengths_, drawn_;     // these four are the memory of what is in texts_
   DeviceBuffer<Choice> choices_;
   DeviceBuffer<int> tokens_;
   Texts texts_;
-  std::map<int, Graph> graphs_;  // by the number of texts
+  std::map<int, std::array<Graph, 2>> graphs_;  // by the number of texts, and by Pass
+  std::vector<int> left_;  // the texts as the last call left them (samples, n); none if their windows have rolled
 };

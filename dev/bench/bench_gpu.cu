@@ -4,7 +4,8 @@
 //   bench_gpu kernels [DTYPE]       every kernel and matrix product of a step beside the least time it could take
 //   bench_gpu step [DTYPE ...]      whole training steps, as a graph and kernel by kernel, and evaluation
 //   bench_gpu start [DTYPE ...]     what happens before the first step, stage by stage
-//   bench_gpu sample [DTYPE ...]    characters a second: one text, as a graph and kernel by kernel, and several together
+//   bench_gpu sample [DTYPE ...]    characters a second by both versions of `sampling` (kernels/choices.cuh): one text,
+//                                   as a graph and kernel by kernel, and several together
 //   bench_gpu profile [DTYPE]       one step, kernel by kernel, between cudaProfilerStart and cudaProfilerStop
 //   bench_gpu names [DTYPE]         the names of a step's kernels, in order
 //   bench_gpu planted               a kernel with errors: if compute-sanitizer misses them, its silence proves nothing
@@ -497,30 +498,37 @@ void start(const Config& given, const std::vector<std::string>& dtypes) {
 }
 
 // Seconds by the host's clock: that the model chooses its algorithms and captures its graphs is part of the warm-up.
+template <class Model>
+void print_characters(Model& model, const Config& config, const std::string& how, int samples) {
+  const int count = model.peak_flops() > 0 ? 128 : 2;
+  std::vector<double> seconds;
+  for (int i = -1; i < 5; i++) {
+    const auto start = std::chrono::steady_clock::now();
+    generate(model, {0}, {count, {1, 0}, config.seed, 0, samples}, [](int, int) { return true; });
+    const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
+    if (i >= 0) seconds.push_back(taken.count() / count);
+  }
+  const Times t = of(seconds);
+  std::printf("%-52s median %8.3f ms a character of each (%.3f .. %.3f), %.0f characters/s\n", how.c_str(),
+              t.median * 1e3, t.min * 1e3, t.max * 1e3, samples / t.median);
+  std::fflush(stdout);
+}
+
+// Both ways to sample (choices.cuh), each with a model that has been made for it.
 void sample(const Config& config, const std::vector<std::string>& dtypes) {
   for (const std::string& dtype : dtypes)
-    with_model(config, dtype, [&](auto& model) {
-      const int count = model.peak_flops() > 0 ? 128 : 2;
-      const auto print_speed = [&](const std::string& how, int samples) {
-        std::vector<double> seconds;
-        for (int i = -1; i < 5; i++) {
-          const auto start = std::chrono::steady_clock::now();
-          generate(model, {0}, {count, {1, 0}, config.seed, 0, samples}, [](int, int) { return true; });
-          const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-          if (i >= 0) seconds.push_back(taken.count() / count);
+    for (const int version : {1, 2}) {
+      choose("sampling", version);
+      const std::string what = text("sample ", dtype, version == 2 ? ", kept keys," : "");
+      with_model(config, dtype, [&](auto& model) {
+        for (const bool graph : {false, true}) {
+          model.use_graph = graph;
+          print_characters(model, config, text(what, graph ? " graph" : " eager", ", one text"), 1);
         }
-        const Times t = of(seconds);
-        std::printf("%-40s median %8.3f ms a character of each (%.3f .. %.3f), %.0f characters/s\n", how.c_str(),
-                    t.median * 1e3, t.min * 1e3, t.max * 1e3, samples / t.median);
-        std::fflush(stdout);
-      };
-      model.use_graph = false;
-      print_speed(text("sample ", dtype, " eager, one text"), 1);
-      model.use_graph = true;
-      print_speed(text("sample ", dtype, " graph, one text"), 1);
-      for (int samples = 4; samples <= config.batch_size; samples *= 4)
-        print_speed(text("sample ", dtype, " graph, ", samples, " texts together"), samples);
-    });
+        for (int samples = 4; samples <= config.batch_size; samples *= 4)
+          print_characters(model, config, text(what, " graph, ", samples, " texts together"), samples);
+      });
+    }
 }
 
 void profile(const Config& config, const std::vector<std::string>& dtypes) {

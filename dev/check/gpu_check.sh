@@ -158,7 +158,7 @@ stage_step() {
       start "$bench_gpu" step bfloat16 $variant || status=$failed
     done
     [ $((seconds - SECONDS)) -le 12 ] || start "$bench_gpu" start bfloat16 || status=$failed
-    [ $((seconds - SECONDS)) -le 8 ] || start "$bench_gpu" sample bfloat16 || status=$failed
+    [ $((seconds - SECONDS)) -le 11 ] || start "$bench_gpu" sample bfloat16 || status=$failed
     local -A takes=([tf32 attention_float=2]=20 [float32 attention_float=2]=20 [float16]=20 [tf32]=22 [float32]=24)
     for dtype in 'tf32 attention_float=2' 'float32 attention_float=2' float16 tf32 float32; do
       [ $((seconds - SECONDS)) -gt "${takes[$dtype]}" ] || { say "left out, the time is up: $dtype"; continue; }

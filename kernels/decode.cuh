@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(decode_attention_threads)
 template <class Real>
 void decode_attention(Real* out, const Real* qkv, const LastRows& last, int B, int C, int NH, cudaStream_t stream) {
   require(B > 0 && B <= 65535 && NH > 0 && C % NH == 0, "decode_attention: B = ", B, ", C = ", C, ", NH = ", NH);
-  attention::specialize("decode_attention", C / NH, false, [&](auto size, auto) {
+  attention::specialize("decode_attention", C / NH, DeviceDropout(), nullptr, [&](auto size, auto) {
     launch(decode_attention_kernel<Real, size>, {dim3(unsigned(NH), unsigned(B)), decode_attention_threads, 0, stream},
            out, qkv, last, NH);
   });

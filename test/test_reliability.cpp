@@ -172,7 +172,9 @@ TEST_CASE("Every call that writes a file fails once: what is saved loads, and th
 TEST_CASE("Signals finish the step, save, and say so by the exit code; the run then goes on to the same end",
           "[reliability]") {
   const std::string folder = prepared(), data = " --data " + folder + "/data";
-  const std::string flags = small_run + data + " --max_iters=3000 --eval_interval=1000 --log_interval=1000";
+  const int steps = sanitized ? 600 : 3000;
+  const std::string flags =
+      small_run + data + text(" --max_iters=", steps, " --eval_interval=", steps / 3, " --log_interval=", steps / 3);
   REQUIRE(run(train_gpt + flags + " --out_dir " + folder + "/whole").code == 0);
   const auto want = left_in(folder + "/whole");
   for (const int number : {SIGINT, SIGTERM, SIGHUP, SIGUSR1, SIGUSR2, SIGALRM, SIGXCPU}) {
@@ -193,9 +195,10 @@ TEST_CASE("Signals finish the step, save, and say so by the exit code; the run t
 TEST_CASE("A second Ctrl-C ends the run at once, other signals do not, and what is ignored stays ignored",
           "[reliability]") {
   const std::string folder = prepared(), data = " --data " + folder + "/data";
-  // A step of this model takes a second.
-  const std::string slow = " --preset=lecture --n_layer=40 --n_embd=64 --n_head=2 --block_size=150 --batch_size=200" +
-                           data + " --eval_iters=1 --max_iters=1000000 --out_dir " + folder;
+  // A step of this model takes a second, or some with a sanitizer.
+  const std::string slow = " --preset=lecture --n_layer=" + std::string(sanitized ? "8" : "40") +
+                           " --n_embd=64 --n_head=2 --block_size=150 --batch_size=200" + data +
+                           " --eval_iters=1 --max_iters=1000000 --out_dir " + folder;
   {
     Process process(train_gpt + slow + "/slow");
     process.wait_for("step 0");
@@ -323,7 +326,8 @@ TEST_CASE("A run that was stopped after its last step finishes when it goes on",
 
 TEST_CASE("Ctrl-C while the text at the end is made leaves that for later", "[reliability]") {
   const std::string folder = prepared(), data = " --data " + folder + "/data --out_dir " + folder + "/out";
-  Process process(train_gpt + small_run + " --n_layer=60 --n_embd=64 --max_iters=1 --eval_iters=1 --threads=1" + data);
+  Process process(train_gpt + small_run + " --n_embd=64 --max_iters=1 --eval_iters=1 --threads=1 --n_layer=" +
+                  (sanitized ? "20" : "60") + data);
   process.wait_for("trained in");
   process.signal(SIGINT);
   const Run r = process.wait();

@@ -523,9 +523,10 @@ void run_grid(const cudaLaunchConfig_t& config, bool early, const void* function
     if (!error.empty()) break;
   }
   ASAN(__asan_unpoison_memory_region(smem, sizeof smem);)
-  if (!error.empty()) std::for_each(threads, threads + n_threads, give_up);
   kernel = nullptr;
   if (error.empty()) return;
+  std::for_each(threads, threads + n_threads, give_up);
+  settle();  // a thread has written the error
   throw std::runtime_error(std::exchange(error, ""));
 }
 
@@ -846,6 +847,7 @@ cudaError_t run_until(Done done) {
   if (done()) return cudaSuccess;
   watch_signals();
   open_memory(true);
+  Work last;  // not freed before settle(): until then the kernel's threads count as still reading their arguments
   try {
     while (!done()) {
       std::vector<CUstream_st*> ready_streams;
@@ -858,9 +860,10 @@ cudaError_t run_until(Done done) {
       std::sort(ready_streams.begin(), ready_streams.end(),
                 [](auto* a, auto* b) { return a->works.front().number < b->works.front().number; });
       CUstream_st& s = *ready_streams[draw(unsigned(ready_streams.size()))];
-      const Work w = std::move(s.works.front());
+      Work w = std::move(s.works.front());
       s.works.pop_front();
       if (w.run) w.run();
+      last = std::move(w);
     }
   } catch (const std::exception& e) {
     for (CUstream_st* s : streams) s->works.clear();

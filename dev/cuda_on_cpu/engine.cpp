@@ -862,7 +862,8 @@ cudaError_t run_until(Done done) {
       CUstream_st& s = *ready_streams[draw(unsigned(ready_streams.size()))];
       Work w = std::move(s.works.front());
       s.works.pop_front();
-      if (w.run) w.run();
+      if (!w.run) continue;
+      w.run();
       last = std::move(w);
     }
   } catch (const std::exception& e) {

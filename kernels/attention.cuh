@@ -259,23 +259,27 @@ inline void check(const char* who, const DeviceDropout& drop, int B, int T, int 
   require(!drop.active() || drop.step_on_device, who, ": dropout needs the step's number");
 }
 
-// Calls body(head size, where the masks come from) with both as types, so that they are constants in the kernel that it
-// launches.
+// Calls body(head size) with the size as a type, so that it is a constant in the kernel that body launches.
+template <class Body>
+void with_head_size(const char* who, int HS, Body body) {
+  require(HS == 16 || HS == 32 || HS == 64 || HS == 128, who, ": head size ", HS, " is not 16, 32, 64 or 128");
+  if (HS == 16) body(std::integral_constant<int, 16>());
+  if (HS == 32) body(std::integral_constant<int, 32>());
+  if (HS == 64) body(std::integral_constant<int, 64>());
+  if (HS == 128) body(std::integral_constant<int, 128>());
+}
+
+// Calls body(head size, where the masks come from), both as types.
 template <class Body>
 void specialize(const char* who, int HS, const DeviceDropout& drop, const void* mask, Body body) {
-  const auto with_head_size = [&](auto size) {
+  with_head_size(who, HS, [&](auto size) {
     if (!drop.active())
       body(size, std::integral_constant<Masks, Masks::none>());
     else if (mask)
       body(size, std::integral_constant<Masks, Masks::stored>());
     else
       body(size, std::integral_constant<Masks, Masks::drawn>());
-  };
-  require(HS == 16 || HS == 32 || HS == 64 || HS == 128, who, ": head size ", HS, " is not 16, 32, 64 or 128");
-  if (HS == 16) with_head_size(std::integral_constant<int, 16>());
-  if (HS == 32) with_head_size(std::integral_constant<int, 32>());
-  if (HS == 64) with_head_size(std::integral_constant<int, 64>());
-  if (HS == 128) with_head_size(std::integral_constant<int, 128>());
+  });
 }
 
 template <class Byte>

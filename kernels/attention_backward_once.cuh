@@ -76,8 +76,8 @@ struct Pair {
   __device__ int first_dS_row(int i) const { return dS_row + (i == 0 ? 0 : (late + 1) * tile); }
 };
 
-// Whether the kernel can run. smem: the bytes of shared memory that the card gives to a block. We ask for the masks'
-// bytes even where there are none: which kernel runs must not depend on them, since the two versions round differently.
+// Whether the kernel can run. smem: the bytes of shared memory that the card gives to a block. We always count the bytes
+// of the masks, stored or not. Otherwise storing them could change which kernel runs, and the two round differently.
 inline bool fits(int head_size, int T, size_t smem) {
   return head_size == HS && T <= max_T && smem_bytes + mask_bytes <= smem;
 }

@@ -269,8 +269,8 @@ __device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Dropout's masks. Backward needs the masks that forward has drawn. It draws them again, or forward stores them for it, a
-// bit for each weight: version 2 of attention_masks in choices.cuh.
+// Dropout's masks. Backward needs the masks that forward has drawn. It draws them again, or forward stores them for it,
+// a bit for each weight: version 2 of attention_masks in choices.cuh.
 //
 // The generator's call number c decides about eight weights (attention_counter in dropout_law.h), and the stored masks
 // have a byte for it: a bit is 1 if its weight is kept. So a square has 32 bytes, one for each lane, and bit i is the
@@ -293,7 +293,7 @@ __device__ inline void softmax_step(Square (&s)[N], float (&max)[2], float (&sum
 // four of the lane's weights and four of its neighbour's: bits 0, 2, 4 and 6 are the lane's if g is even, else 1, 3, 5
 // and 7. So a lane reads two bytes, and no lane needs to ask another.
 //
-// Squares above the diagonal, and those of queries from T on, have their places too. Nobody writes or reads them.
+// There is memory for squares above the diagonal and for queries from T on, too, but no kernel writes or reads it.
 
 enum class Masks {
   none,    // there is no dropout
@@ -301,8 +301,9 @@ enum class Masks {
   stored,  // forward draws and stores them, backward reads them
 };
 
-// The stored masks, as kernels get them. Calls are counted over all micro-batches of a step, but this is the memory of
-// one: byte i is that of call number first_call + i.
+// The stored masks, as kernels get them. The generator's calls are numbered over all micro-batches of a step. The
+// memory holds the masks of one micro-batch, whose first call is number first_call: byte i is that of call
+// first_call + i.
 template <class Byte>  // unsigned char, const in backward
 struct StoredMasks {
   Byte* bytes;  // (B, NH, n, n, 32), n = ceil(T / 16); null if masks are not stored

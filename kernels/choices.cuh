@@ -1,6 +1,6 @@
-// Some operations can be done in more than one way, and which is the fastest depends on the card. So each card takes what
-// won the race on a card of its kind (make lab, bench_gpu), by choices_table.h; a card without a line there takes version
-// 1, which runs on every card and at every size.
+// Some operations can be done in more than one way, and which is the fastest depends on the card. So each card takes
+// what won the race on a card of its kind (make lab, bench_gpu), by choices_table.h; a card without a line there takes
+// version 1, which runs on every card and at every size.
 // defines: Choices, choices_of, choices, choose
 #pragma once
 #include <map>

@@ -70,8 +70,8 @@ void decode_embedding(Real* out, const int* x, const Real* wte, const Real* wpe,
 // What becomes of a sum: it gets a bias and is stored; ReLU comes between; or it joins the residual stream.
 enum class Finish { bias, relu, residual };
 
-// A residual's bias is the master, which residual_layernorm_forward adds, too. The others are those of the working
-// copy.
+// The type of the bias. What joins the residual stream gets the master, as residual_layernorm_forward adds it; the
+// other products get the bias from the working copy.
 template <class Real, Finish FINISH>
 using DecodeBias = std::conditional_t<FINISH == Finish::residual, float, Real>;
 
@@ -158,7 +158,7 @@ __global__ void __launch_bounds__(decode_product_threads)
     fetch(first + at_once * 32);
   }
 
-  // 4. The lanes' sums meet. Lane k * columns + o takes that of text k and column o, finishes and stores it.
+  // 4. Add up the lanes' sums. Lane k * columns + o gets the total of text k and column o, finishes it and stores it.
   float mine = 0;
 #pragma unroll
   for (int i = 0; i < TEXTS * columns; i++) {
@@ -207,8 +207,8 @@ void decode_product(Real* out, const Real* inp, const float* norm_weight, const 
 constexpr int decode_attention_threads = 256;
 
 // Launched with (NH, B) blocks of 256 threads: a block has one head of one text. HS / 8 neighbouring lanes share a key,
-// eight channels each. Such a group has a softmax and an output of its own, over every groups-th key; they meet at the
-// end.
+// eight channels each. Each such group computes a softmax and an output over every groups-th key; the last step joins
+// the groups.
 //   out  (B, T, NH, HS)      its last rows: the weighted sums of the values
 //   qkv  (B, T, 3, NH, HS)   the keys and values of all tokens up to the last, and its query
 template <class Real, int HS>
@@ -280,7 +280,7 @@ __global__ void __launch_bounds__(decode_attention_threads)
 template <class Real>
 void decode_attention(Real* out, const Real* qkv, const LastRows& last, int B, int C, int NH, cudaStream_t stream) {
   require(B > 0 && B <= 65535 && NH > 0 && C % NH == 0, "decode_attention: B = ", B, ", C = ", C, ", NH = ", NH);
-  attention::specialize("decode_attention", C / NH, DeviceDropout(), nullptr, [&](auto size, auto) {
+  attention::with_head_size("decode_attention", C / NH, [&](auto size) {
     launch(decode_attention_kernel<Real, size>, {dim3(unsigned(NH), unsigned(B)), decode_attention_threads, 0, stream},
            out, qkv, last, NH);
   });

@@ -17,10 +17,10 @@ using fp16 = __half;
 
 constexpr unsigned all_lanes = 0xffffffffu;
 
-// Each kernel begins with this, because it may have been started before the kernel before it has ended (launch.cuh):
-// waits until that one has ended and its results can be read. As this is so for that kernel too, and for the one before
-// it, everything that came before in the stream has ended then. The second line lets the kernel behind this one start,
-// as soon as all blocks of this one have.
+// Each kernel begins with this, because it may have been started while the kernel before it still runs (launch.cuh). The
+// first line waits until that one has ended and its results can be read. That kernel has waited in the same way, so
+// everything earlier in the stream has ended, too. The second line lets the next kernel start as soon as all blocks of
+// this one have started.
 __device__ inline void wait_for_inputs() {
 #if defined(CUDA_ON_CPU) || __CUDA_ARCH__ >= 900
   cudaGridDependencySynchronize();

@@ -165,24 +165,22 @@ class Matmul {
     beside_->begin.record(stream_);
     beside_->begin.hold(beside_->stream);
     library_.multiply(p, o, beside_->products);
-    beside_->last = &beside_->has_read[dout];
-    beside_->last->record(beside_->stream);
+    beside_->has_read[dout].record(beside_->stream);
+    beside_->reading.insert(dout);
   }
 
   // Returns x, which may be written from now on: the stream waits for the gradients of weights that read it.
   template <class Real>
   Real* unread(Real* x) {
-    if (!beside_) return x;
-    const auto found = beside_->has_read.find(x);
-    if (found != beside_->has_read.end()) found->second.hold(stream_);
+    if (beside_ && beside_->reading.erase(x)) beside_->has_read[x].hold(stream_);
     return x;
   }
-  // The stream waits for all gradients of weights.
+  // The stream waits for all gradients of weights. After that a graph can be captured: it must not wait for events from
+  // before the capture.
   void join() {
-    if (!beside_ || !beside_->last) return;
-    beside_->last->hold(stream_);
-    beside_->last = nullptr;
-    beside_->has_read.clear();  // a graph that is captured next must not wait for what is no part of it
+    if (!beside_) return;
+    for (const void* dout : beside_->reading) beside_->has_read[dout].hold(stream_);
+    beside_->reading.clear();
   }
 
   // The algorithms chosen so far, as text for a file, and back. The table of another card or of another version of the
@@ -237,7 +235,7 @@ class Matmul {
     ProductStream products{stream, DeviceMemory(workspace_bytes)};
     Event begin;                            // what a gradient reads is there
     std::map<const void*, Event> has_read;  // by dout: the last gradient that reads it is computed
-    Event* last = nullptr;                  // of these, for the last gradient
+    std::set<const void*> reading;          // the douts whose event the first stream has not waited for
   };
 
   bool tf32_, fuse_, relu_mask_ = false;

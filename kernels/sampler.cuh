@@ -201,7 +201,7 @@ class DeviceSampler {
         graphs[last].capture(stream_, [&] { run_round(last, s.samples); });
       }
       begin();
-      kept = false;  // they have just been overwritten: those of a window that has rolled are others
+      kept = false;  // the rounds before the capture have written other keys and values
     }
     for (int j = 0; j < rounds; j++) {
       const Pass pass = keeps_ && kept && n + j <= T ? last : whole;

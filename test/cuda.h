@@ -11,8 +11,8 @@
 #include "numbers.h"
 #include "test.h"
 
-// The trainer's kernels are tested in the way that asks more of them: they may start early, and have to wait. The kernels
-// that the other tests have of their own don't.
+// The trainer's kernels are started early in their tests, so that one that does not wait for its inputs fails. Kernels that
+// other tests define for themselves do not wait.
 inline const bool start_early = [] {
   before_test_case = [](const std::string& tags) { choices().kernel_starts = contains(tags, "[cuda]") ? 2 : 1; };
   return true;

@@ -27,8 +27,8 @@ std::string test_folder();
 // The contents of every file under a folder, by relative path; "no file" for anything else.
 std::map<std::string, std::string> contents(const std::string& folder);
 
-// Whether this build has a sanitizer, which sees in a few tries what there is to see, and with which each takes longer.
-// Tests that try the same hundreds of times then do it less often.
+// Whether this build has a sanitizer. It makes every try slower, and a few tries show what it can find. So tests that
+// repeat something hundreds of times repeat it less often then.
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 constexpr bool sanitized = true;
 #else

@@ -431,7 +431,7 @@ TEMPLATE_TEST_CASE("Texts that are generated together are those that are generat
 // With 16 bits the two passes round at the same places, but not the same numbers: their sums have another order, and
 // one of them does not round attention's weights. So now and then a number is rounded the other way, and that goes
 // through all layers after it. Of 3900 logits, in windows of 20 tokens, the worst was off by 5 roundings.
-TEMPLATE_TEST_CASE("Token by token, the last rows' logits are those of the whole windows", "[cuda]", float, bf16,
+TEMPLATE_TEST_CASE("Computed token by token, the logits are those of a pass over whole windows", "[cuda]", float, bf16,
                    fp16) {
   const SamplingVersion chosen(2);
   Config config = tiny_config();
@@ -568,7 +568,8 @@ TEST_CASE("Whole windows are computed once, and again where keys and values are 
   CHECK(passes_of_second(3, [](std::vector<int>& text) { text.pop_back(); }) == 1);
   CHECK(passes_of_second(3, [](std::vector<int>& text) { text[3] = (text[3] + 1) % V; }) == 1);
   CHECK(model->gpt().forward_only.qkv.stride == 0);  // evaluation needs one slice
-  // The rounds before a capture let full windows roll, and so the keys and values are not those of the first call.
+  // Before it captures its graphs, the sampler runs rounds in which full windows roll. They overwrite the first call's keys
+  // and values, and so the second call has to begin anew.
   config.block_size = 5;
   model = sampling_model<float>(config);
   CHECK(passes_of_second(

@@ -510,7 +510,8 @@ void run_grid(const cudaLaunchConfig_t& config, bool early, const void* function
     threads[t].index = {i % blockDim.x, i / blockDim.x % blockDim.y, i / blockDim.x / blockDim.y};
   }
   ASAN(__asan_poison_memory_region(smem + smem_bytes, sizeof smem - smem_bytes);)
-  // The host takes in what a launch has done only here. So a kernel that starts early has not seen it, until it waits.
+  // settle() takes in what earlier launches have done. If this kernel starts early, the host releases its start before
+  // that, and so the kernel's threads have not seen the launch before until they wait for it.
   if (!starts_early) settle();
   TSAN(__tsan_release(&launch_start);)
   settle();

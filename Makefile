@@ -40,7 +40,7 @@ CUDA_LIBS  := @$(CUDA_BUILD)/libraries -lcudart_static -lpthread -ldl -lrt
 AFTER_DEPS := $(filter deps,$(MAKECMDGOALS))
 
 deps:
-	@dev/setup/install_deps.sh
+	@MPI='$(MPI)' dev/setup/install_deps.sh
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Compiling: $(BUILD)/X.o comes from X.cpp. Objects for the tests lie in $(BUILD)/test and have canaries between the
@@ -114,6 +114,17 @@ $(BUILD)/host/version.o: $(BUILD)/version
 $(BUILD)/version: FORCE
 	@mkdir -p $(@D)
 	@echo '$(VERSION)' | cmp -s - $@ || echo '$(VERSION)' > $@
+
+# MPI=1: a run may have several processes (host/ranks.h), with the MPI whose mpicc is found.
+MPICC     ?= mpicc
+MPI_FLAGS  = $(if $(MPI),$(wordlist 2,99,$(shell $(MPICC) -show 2>/dev/null)))
+LIBS      += $(filter-out -I%,$(MPI_FLAGS))
+$(BUILD)/host/ranks.o $(BUILD)/test/host/ranks.o: $(BUILD)/mpi
+$(BUILD)/host/ranks.o $(BUILD)/test/host/ranks.o: DEFINES += $(if $(MPI),-DMICROGPT_MPI $(filter -I%,$(MPI_FLAGS)))
+$(BUILD)/mpi: FORCE | $(AFTER_DEPS)
+	@mkdir -p $(@D)
+	@$(if $(MPI),command -v $(MPICC) >/dev/null || { echo '$(MPICC) was not found: make deps MPI=1 installs OpenMPI'; exit 1; })
+	@echo '$(MPI_FLAGS)' | cmp -s - $@ || echo '$(MPI_FLAGS)' > $@
 
 # We look for OpenMP and the libraries once, and for nvcc, with messages that help. What check_nvcc.sh writes tells the
 # linker where CUDA's libraries are.

@@ -3,9 +3,9 @@
 // is captured once as a CUDA graph and then launched again and again: all that changes from step to step (its number,
 // the learning rate, the batch) is read or computed on the device.
 //
-// The contract of every layer function: outputs, inputs, then sizes, and the stream last; activations' gradients are
-// written (=), parameters' gradients are written or added as `accumulate` says. Real is the type of the products'
-// operands: float, bf16 or fp16. Master weights, their gradients, moments and all statistics are float.
+// The contract of every layer function: outputs, inputs, then sizes, and the stream last; gradients are written (=).
+// Real is the type of the products' operands: float, bf16 or fp16. Master weights, their gradients, moments and all
+// statistics are float.
 
 #include <algorithm>
 #include <cmath>
@@ -18,13 +18,15 @@
 #include "host/config.h"    // defines: Config, parse_command_line
 #include "host/data.h"      // defines: Data, Split
 #include "host/error.h"     // defines: fail, run_main
-#include "host/files.h"     // defines: make_folder
 #include "host/memory.h"    // defines: MemoryPlan
+#include "host/ranks.h"     // defines: ranks, with_ranks
 #include "host/schedule.h"  // defines: learning_rate_at
 #include "host/tensors.h"   // defines: ModelShape, Params, Arena, Layout
 #include "host/trainer.h"   // defines: Trainer, trainer_type
+#include "host/tree.h"      // defines: sum_tree, tree_levels
 #include "host/version.h"   // defines: version_text
 #include "kernels/adamw.cuh"
+#include "kernels/add.cuh"
 #include "kernels/attention.cuh"
 #include "kernels/batch.cuh"
 #include "kernels/card.cuh"
@@ -155,40 +157,37 @@ struct GPT {
   static constexpr bool has_working_copy = !std::is_same_v<Real, float>;  // float is its own
 
   ModelShape shape;
-  int B;                   // windows in a batch, each of shape.T tokens
-  bool training, dropout;  // dropout: as training has it
+  Config config;
+  bool training;
+  cudaStream_t stream;
+  int B = config.batch_size;  // windows in a batch, each of shape.T tokens
+  bool dropout = config.dropout > 0;
 
   Layout param_layout = parameter_layout(shape);
-  DeviceBuffer<float> params_memory{param_layout.size(), "the parameters"};
-  DeviceBuffer<Real> working_memory;
-  DeviceBuffer<float> grads_memory, m_memory, v_memory;  // only if the model is trained
+  size_t count = param_layout.size(), trained = training ? count : 0;
+  DeviceBuffer<float> params_memory{count, "the parameters"};
+  DeviceBuffer<Real> working_memory{has_working_copy ? count : 0, "the working copy of the parameters"};
+  // The gradients, and once more for each level of the tree of a step's batches.
+  DeviceBuffer<float> grads_memory{trained * (1 + tree_levels(config.gradient_accumulation_steps)), "the gradients"};
+  DeviceBuffer<float> m_memory{trained, "AdamW's m"}, v_memory{trained, "AdamW's v"};
   DeviceBuffer<unsigned char> acts_memory{ActivationBuffer<Real>(shape, B, training, dropout).bytes(), "activations"};
   DeviceBuffer<int> x_memory{size_t(B) * shape.T, "a batch"}, y_memory{size_t(B) * shape.T, "a batch"};
   DeviceBuffer<TrainState> state_memory{1, "counters"};
 
-  Params<float> p = placed<Params<float>>(params_memory.data(), shape), dw{};  // the masters, and their gradients
-  Params<Real> w{};                                                            // the working copy
+  Params<float> p = placed<Params<float>>(params_memory.data(), shape);  // the masters
+  Params<float> dw = placed<Params<float>>(grads_memory.data(), shape);  // where backward writes
+  Params<Real> w = placed<Params<Real>>(
+      has_working_copy ? working_memory.data() : reinterpret_cast<Real*>(params_memory.data()), shape);
   ActivationBuffer<Real> acts{shape, B, training, dropout, reinterpret_cast<Real*>(acts_memory.data())};
   Activations<Real> forward_only = acts.a.without_backward();
   int *x = x_memory.data(), *y = y_memory.data();  // (B, T)
   TrainState* state = state_memory.data();
-  cudaStream_t stream;
-  Matmul matmul;
+  Matmul matmul{config.dtype == "tf32", stream};
 
-  GPT(const ModelShape& model_shape, int batch, bool train, bool with_dropout, bool tf32, cudaStream_t stream_)
-      : shape(model_shape), B(batch), training(train), dropout(with_dropout), stream(stream_), matmul(tf32, stream_) {
-    if constexpr (has_working_copy) {
-      working_memory = DeviceBuffer<Real>(param_layout.size(), "the working copy of the parameters");
-      w = placed<Params<Real>>(working_memory.data(), shape);
-    } else {
-      w = p;
-    }
-    if (!training) return;
-    grads_memory = DeviceBuffer<float>(param_layout.size(), "the gradients");
-    m_memory = DeviceBuffer<float>(param_layout.size(), "AdamW's m");
-    v_memory = DeviceBuffer<float>(param_layout.size(), "AdamW's v");
-    dw = placed<Params<float>>(grads_memory.data(), shape);
-  }
+  GPT(const ModelShape& s, const Config& c, bool train, cudaStream_t on)
+      : shape(s), config(c), training(train), stream(on) {}
+  float* grads(int level = 0) const { return grads_memory.data() + size_t(level) * count; }
+  void use_gradients(int level) { dw = placed<Params<float>>(grads(level), shape); }
   const int* step() const { return &state->step; }
 };
 
@@ -233,13 +232,13 @@ void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_bac
 
 // ---------------------------------------------------------------------------------------------------------------------
 // Backward computes the losses of the targets m.y and, for every parameter, the gradient of dloss * (their sum) times
-// the loss scale. It is forward read from bottom to top. accumulate: it adds to the gradients of the batches before.
+// the loss scale. It is forward read from bottom to top.
 
 // Adds up the partials that backward made over blocks of rows: the gradients of the token embedding, of LayerNorm's
 // own parameters and of all biases. Each LayerNorm has the bias of the branch before it; for ln1 that branch is in the
 // layer below.
 template <class Real>
-void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
+void sum_gradients(const GPT<Real>& m, int B, int T) {
   const Params<float>& dw = m.dw;
   const GradStatistics& gs = m.acts.gs;
   const int V = m.shape.V, C = m.shape.C, L = m.shape.L, rows = B * T;
@@ -252,11 +251,11 @@ void sum_gradients(const GPT<Real>& m, int B, int T, bool accumulate) {
       layernorm_sums(dw.lnfw, dw.lnfb, dw.fcprojb[L - 1], gs.lnf_partials, rows, C),
       sums_of(dw.headb, gs.head_partials, rows, V),
   };
-  add_partials(sums, accumulate, m.stream);
+  add_partials(sums, m.stream);
 }
 
 template <class Real>
-void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop, bool accumulate) {
+void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop) {
   Range range("backward");
   const Params<Real>& w = m.w;
   const Params<float>&p = m.p, &dw = m.dw;
@@ -270,34 +269,34 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
   Real* dlogits = a.logits;
   crossentropy_forward_backward(s.losses, dlogits, m.y, dloss, &m.state->loss_scale, rows, V, Vp, stream);
   m.matmul.backward_input(g.dnorm, dlogits, w.headw, rows, C, head_rows<Real>(V), Vp);
-  m.matmul.backward_weight(dw.headw, dlogits, a.lnf, accumulate, rows, C, head_rows<Real>(V), Vp);
+  m.matmul.backward_weight(dw.headw, dlogits, a.lnf, rows, C, head_rows<Real>(V), Vp);
   column_partials(gs.head_partials, dlogits, rows, V, Vp, stream);
   // From here on dstream is the residual stream's gradient, and dbranch the gradient of the branch that joined it here.
   residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_partials, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw,
                               true, drop.at(site::fc_dropout, L - 1), B, T, C, stream);
 
   for (int l = L - 1; l >= 0; l--) {
-    m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], accumulate, rows, 4 * C, C, C);
+    m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], rows, 4 * C, C, C);
     m.matmul.backward_input_relu(m.matmul.unread(g.dfc), gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.fc_mask.bytes(l),
                                  a.fc[l], rows, 4 * C, C);
     m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C);
-    m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], accumulate, rows, C, 4 * C, 4 * C);
+    m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], rows, C, 4 * C, 4 * C);
     residual_layernorm_backward(g.dstream, m.matmul.unread(g.dbranch), gs.ln2_partials[l], g.dnorm, a.mid[l],
                                 s.ln2_mean[l], s.ln2_rstd[l], p.ln2w[l], false, drop.at(site::proj_dropout, l), B, T, C,
                                 stream);
 
     m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C);
-    m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], accumulate, rows, C, C, C);
+    m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], rows, C, C, C);
     attention_backward(m.matmul.unread(g.dqkv), gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], s.att_mask.bytes(l),
                        drop.at(site::attention_dropout, l), B, T, C, NH, stream, m.matmul.tf32());
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
-    m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], accumulate, rows, C, 3 * C, 3 * C);
+    m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], rows, C, 3 * C, 3 * C);
     residual_layernorm_backward(g.dstream, l > 0 ? m.matmul.unread(g.dbranch) : nullptr, gs.ln1_partials[l], g.dnorm,
                                 a.inp[l], s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false,
                                 drop.at(site::fc_dropout, l - 1), B, T, C, stream);
   }
-  embedding_backward(dw.wpe, gs.embedding_partials, g.dstream, m.x, accumulate, B, T, C, V, stream);
-  sum_gradients(m, B, T, accumulate);
+  embedding_backward(dw.wpe, gs.embedding_partials, g.dstream, m.x, B, T, C, V, stream);
+  sum_gradients(m, B, T);
   m.matmul.join();
 }
 
@@ -307,27 +306,18 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 template <class Real>
 void update(GPT<Real>& m, const Optimizer& o) {
   Range range("update");
-  const size_t count = m.param_layout.size();
   if (o.grad_clip > 0 || o.loss_scaling)
-    prepare_update(m.state, o.norm_partials, m.grads_memory.data(), count, o.grad_clip, o.loss_scaling, m.stream);
-  adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(),
-               m.grads_memory.data(), count, o.beta1, o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
+    prepare_update(m.state, o.norm_partials, m.grads(), m.count, o.grad_clip, o.loss_scaling, m.stream);
+  adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(), m.grads(),
+               m.count, o.beta1, o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
 }
 
-template <class Real>
-void plant_all_canaries(GPT<Real>& m) {
-  plant_canaries_on_device(m.params_memory.data(), m.param_layout);
-  if (m.has_working_copy) plant_canaries_on_device(m.working_memory.data(), m.param_layout);
-  plant_canaries_on_device(m.acts.a.inp[0], m.acts.of_real);
-  plant_canaries_on_device(m.acts.s.ln1_mean[0], m.acts.of_float);
-}
-template <class Real>
-void check_all_canaries(GPT<Real>& m) {
-  check_canaries_on_device(m.params_memory.data(), m.param_layout, "params");
-  if (m.has_working_copy) check_canaries_on_device(m.working_memory.data(), m.param_layout, "working copy");
-  check_canaries_on_device(m.grads_memory.data(), m.param_layout, "grads", true);
-  check_canaries_on_device(m.acts.a.inp[0], m.acts.of_real, "activations");
-  check_canaries_on_device(m.acts.s.ln1_mean[0], m.acts.of_float, "statistics");
+template <class Real, class Visit>
+void each_buffer(const GPT<Real>& m, Visit visit) {
+  visit(m.params_memory.data(), m.param_layout, "params");
+  if (m.has_working_copy) visit(m.working_memory.data(), m.param_layout, "working copy");
+  visit(m.acts.a.inp[0], m.acts.of_real, "activations");
+  visit(m.acts.s.ln1_mean[0], m.acts.of_float, "statistics");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -337,11 +327,10 @@ template <class Real>
 class GpuModel final : public Trainer {
  public:
   GpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
-      : config_(config),
-        gpt_(shape, config.batch_size, training, config.dropout > 0, config.dtype == "tf32", stream_),
+      : gpt_(shape, config, training, stream_),
         loss_ring_(ring_size, "losses"),
         adamw_ring_(ring_size, "the learning rates"),
-        loss_total_(1, "losses"),
+        batch_losses_(ring_size, "losses"),
         sampler_(gpt_.x, config.batch_size, shape, stream_) {
     if (data)
       for (const Split split : {Split::train, Split::val}) tokens_.emplace_back((*data)[split]);
@@ -356,7 +345,7 @@ class GpuModel final : public Trainer {
     MemoryPlan plan;
     plan.add("parameters", params);
     if (GPT<Real>::has_working_copy) plan.add("their working copy", params * sizeof(Real) / 4);
-    if (training) plan.add("their gradients", params);
+    if (training) plan.add("their gradients", params * (1 + tree_levels(config.gradient_accumulation_steps)));
     if (training) plan.add("AdamW's m and v", 2 * params);
     const ActivationBuffer<Real> activations(shape, config.batch_size, training, config.dropout > 0);
     plan.add("activations", double(activations.bytes()));
@@ -395,7 +384,7 @@ class GpuModel final : public Trainer {
 
   std::string first_not_finite() const override {
     const std::string name = first_not_finite_on_device(gpt_.acts.a.inp[0], gpt_.acts.of_real, Order::forward);
-    const std::string of = first_not_finite_on_device(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
+    const std::string of = first_not_finite_on_device(gpt_.grads(), gpt_.param_layout, Order::backward);
     return !name.empty() || of.empty() ? name : "the gradient of " + of;
   }
 
@@ -436,31 +425,29 @@ class GpuModel final : public Trainer {
     std::vector<float> ring(ring_size), losses;
     copy_to_host(ring.data(), loss_ring_.data(), ring_size, stream_);
     for (int i = iteration; i < iteration + count; i++) losses.push_back(ring[size_t(i % ring_size)]);
-    check_all_canaries(gpt_);
+    each_buffer(gpt_, [](auto* buffer, auto& layout, auto name) { check_canaries_on_device(buffer, layout, name); });
+    check_canaries_on_device(gpt_.grads(), layout(), "grads", true);
     return losses;
   }
   double learning_rate(int iteration) const override { return learning_rate_at(config_, iteration); }
 
-  double random_losses(Split split, int iteration, int first, int count) override {
-    Range range("evaluate");
-    const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& from = tokens_[size_t(split)];
+  // Takes at most chunk() batches.
+  std::vector<double> random_losses(Split split, int iteration, int first, int count) override {
+    const int rows = gpt_.B * shape().T;
     const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     set_step(iteration);
-    for (int k = first; k < first + count; k++) {
-      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site, uint64_t(k) * B, B,
-                    T, stream_);
-      add_losses(k > first, B * T);
-    }
-    return read_losses() / (double(B) * T);
+    std::vector<double> means = losses_of(count, rows, [&](int k) { gather(split, site, first + k); });
+    for (double& mean : means) mean /= rows;
+    return means;
   }
 
   // Rows past B * n still hold an older batch. We compute them and ignore them (causality keeps them from changing
   // anything): the shapes stay the ones that cuBLASLt was prepared for.
   double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) override {
-    gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, stride ? stride : n, B, n, stream_);
-    add_losses(false, B * n);
-    return read_losses();
+    const DeviceTokens& from = tokens_[size_t(split)];
+    return losses_of(1, B * n, [&](int) {
+      gather_windows(gpt_.x, gpt_.y, from.tokens.data(), first, stride ? stride : n, B, n, stream_);
+    })[0];
   }
 
   // For the same reason a pass over the windows computes T tokens, whatever n is.
@@ -475,38 +462,50 @@ class GpuModel final : public Trainer {
 
   // Puts a whole training step onto the stream.
   void enqueue_step(int batches) {
-    const int B = gpt_.B, T = shape().T;
-    const DeviceTokens& from = tokens_[size_t(Split::train)];
-    const double dloss = 1.0 / (double(B) * T * batches);
-    for (int k = 0; k < batches; k++) {
-      const int first_row = k * B;
-      const DeviceDropout drop({config_.seed, 0, 0, dropout_threshold(config_.dropout), first_row}, gpt_.step());
-      gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site::batch,
-                    uint64_t(first_row), B, T, stream_);
-      forward(gpt_, B, T, drop, true);
-      backward(gpt_, B, T, float(dloss), drop, k > 0);
-      sum_losses(&gpt_.state->loss_sum, gpt_.acts.s.losses, k > 0, B * T, stream_);
-    }
+    const double dloss = 1.0 / (double(gpt_.B) * shape().T * batches);
+    const auto add_level = [&](int level) {
+      double* const loss = gpt_.state->loss_sum + level;
+      add(gpt_.grads(level), gpt_.grads(level + 1), gpt_.count, loss, loss + 1, stream_);
+    };
+    sum_tree(
+        0, batches, 0, [&](int number, int level) { one_batch(number, level, dloss); }, add_level);
+    gpt_.use_gradients(0);
     update(gpt_, optimizer_);
     end_step(gpt_.state, loss_ring_.data(), ring_size, dloss, loss_scaling, stream_);
   }
 
  private:
+  // grads(level) and loss_sum[level] = those of the batch of this number in the step
+  void one_batch(int number, int level, double dloss) {
+    const int B = gpt_.B, T = shape().T;
+    const DeviceDropout drop({config_.seed, 0, 0, dropout_threshold(config_.dropout), number * B}, gpt_.step());
+    gather(Split::train, site::batch, number);
+    gpt_.use_gradients(level);
+    forward(gpt_, B, T, drop, true);
+    backward(gpt_, B, T, float(dloss), drop);
+    sum_losses(gpt_.state->loss_sum + level, gpt_.acts.s.losses, B * T, stream_);
+  }
+
+  // The random batch of this number goes into gpt_.x and gpt_.y.
+  void gather(Split split, uint32_t site, int number) {
+    const DeviceTokens& from = tokens_[size_t(split)];
+    gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site,
+                  uint64_t(number) * gpt_.B, gpt_.B, shape().T, stream_);
+  }
+
   void prepare_training() {
     const int batches = config_.gradient_accumulation_steps;
     norm_partials_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");
     optimizer_ = {config_.beta1, config_.beta2,      1e-8,      config_.grad_clip,
                   loss_scaling,  adamw_ring_.data(), ring_size, norm_partials_.data()};
-    plant_all_canaries(gpt_);
+    each_buffer(gpt_, [](auto* buffer, auto& layout, auto) { plant_canaries_on_device(buffer, layout); });
     peak_flops_ = gpt_.matmul.template measure_peak<Real>() * 1e12;
     choose_relu();
     // One step and one evaluation load every kernel and choose the products' algorithms, which nothing may do while a
     // graph is captured; what they change is overwritten by restore and set_state.
     enqueue_step(std::min(batches, 2));
-    add_losses(false, gpt_.B * shape().T);
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    losses_of(1, gpt_.B * shape().T, [](int) {});
     algorithms_ = gpt_.matmul.name() + choices().name();
-    make_folder(config_.out_dir);
     gpt_.matmul.save_table_to(algorithms_path());
     if (batches <= graph_batches) graph_.capture(stream_, [&] { enqueue_step(batches); });
     set_state({});
@@ -528,17 +527,22 @@ class GpuModel final : public Trainer {
     });
   }
 
-  // Adds the losses of the first `rows` positions of the batch in gpt_.x, dropout off.
-  void add_losses(bool accumulate, int rows) {
+  // The losses of `count` batches with dropout off, each the sum over its first `rows` positions. get(k) puts batch k into
+  // gpt_.x and gpt_.y.
+  template <class Get>
+  std::vector<double> losses_of(int count, int rows, Get get) {
+    Range range("evaluate");
     const int V = shape().V;
-    forward(gpt_, gpt_.B, shape().T, {}, false);
-    crossentropy_forward(gpt_.acts.s.losses, gpt_.forward_only.logits, gpt_.y, rows, V, padded_vocabulary(V), stream_);
-    sum_losses(loss_total_.data(), gpt_.acts.s.losses, accumulate, rows, stream_);
-  }
-  double read_losses() {
-    double total = 0;
-    copy_to_host(&total, loss_total_.data(), 1, stream_);
-    return total;
+    for (int k = 0; k < count; k++) {
+      get(k);
+      forward(gpt_, gpt_.B, shape().T, {}, false);
+      crossentropy_forward(gpt_.acts.s.losses, gpt_.forward_only.logits, gpt_.y, rows, V, padded_vocabulary(V),
+                           stream_);
+      sum_losses(batch_losses_.data() + k, gpt_.acts.s.losses, rows, stream_);
+    }
+    std::vector<double> losses(size_t(count), 0.0);
+    copy_to_host(losses.data(), batch_losses_.data(), losses.size(), stream_);
+    return losses;
   }
 
   void set_step(int step) {
@@ -552,13 +556,13 @@ class GpuModel final : public Trainer {
   static constexpr int ring_size = 50, graph_batches = 64;  // a step of more batches is launched without a graph
   static constexpr bool loss_scaling = std::is_same_v<Real, fp16>;
 
-  Config config_;
   Stream stream_;
   GPT<Real> gpt_;
+  const Config& config_ = gpt_.config;
   std::vector<DeviceTokens> tokens_;    // by Split
   DeviceBuffer<float> loss_ring_;       // (ring_size) iteration i's is i % ring_size
   DeviceBuffer<AdamWStep> adamw_ring_;  // (ring_size) likewise
-  DeviceBuffer<double> loss_total_;
+  DeviceBuffer<double> batch_losses_;   // (ring_size) of an evaluation
   DeviceSampler sampler_;
   DeviceBuffer<double> norm_partials_;
   Optimizer optimizer_{};
@@ -571,6 +575,7 @@ class GpuModel final : public Trainer {
 // ---------------------------------------------------------------------------------------------------------------------
 
 inline int run_on_gpu(Config config) {
+  if (ranks().count() > 1) fail("several processes train on CPUs only: --device cpu");
   config.dtype = dtype_on(current_card(), config.dtype, config.dtype == "auto" ? dtype_so_far(config) : "");
   if (config.command == "train") apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
   config.device = "cuda";
@@ -584,12 +589,14 @@ int main(int argc, char** argv) {
   return run_main([&] {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
-    if (config.version) return std::fputs((version_text() + cpu::kernels_text() + cards_text()).c_str(), stdout), 0;
-    if (config.command == "train") require_one_process();
-    if (config.device == "cpu" || config.command == "export") return cpu::run(config, "");
-    const std::string why = no_gpu();
-    if (config.device == "cuda" && !why.empty()) fail("--device cuda: ", why);
-    return why.empty() ? run_on_gpu(config) : cpu::run(config, why);
+    if (config.version)
+      return std::fputs((version_text() + cpu::kernels_text() + mpi_text() + cards_text()).c_str(), stdout), 0;
+    return with_ranks(config, [&] {
+      if (config.device == "cpu" || config.command == "export") return cpu::run(config, "");
+      const std::string why = no_gpu();
+      if (config.device == "cuda" && !why.empty()) fail("--device cuda: ", why);
+      return why.empty() ? run_on_gpu(config) : cpu::run(config, why);
+    });
   });
 }
 #endif

@@ -3,7 +3,7 @@
 // model (files, flags, the loop around the steps) is in host/.
 //
 // The contract of every layer function: outputs, inputs, then sizes; activations' gradients are written (=) unless the
-// function says otherwise, parameters' gradients are added (+=), so that accumulation needs nothing special.
+// function says otherwise, parameters' gradients are added (+=) to what zero_gradients leaves.
 
 #include <omp.h>
 
@@ -18,11 +18,14 @@
 #include "host/error.h"     // defines: fail, run_main
 #include "host/machine.h"   // defines: built_for, use_threads
 #include "host/memory.h"    // defines: Buffer, MemoryPlan
+#include "host/ranks.h"     // defines: ranks, with_ranks, even_parts
 #include "host/schedule.h"  // defines: learning_rate_at
 #include "host/tensors.h"   // defines: ModelShape, Params, Arena, Layout
 #include "host/trainer.h"   // defines: Trainer, trainer_type
+#include "host/tree.h"      // defines: Part, sum_tree, tree_part, ...
 #include "host/version.h"   // defines: version_text
 #include "kernels/adamw.h"
+#include "kernels/add.h"
 #include "kernels/amx.h"
 #include "kernels/attention.h"
 #include "kernels/crossentropy.h"
@@ -113,8 +116,14 @@ struct GPT {
   Layout act_layout = layout_of<Activations<Real>>(shape, rows());
   Layout act_grad_layout = layout_of<ActivationGrads<Real>>(shape, rows());
   Buffer<Real> params_memory{param_layout}, acts_memory{act_layout};
-  Buffer<Real> grads_memory, m_memory, v_memory, act_grads_memory;  // only if the model is trained
-  Buffer<Unit<Factor>> packed_memory;                               // only if it writes text
+  // Only if the model is trained. Gradients: once, and once more for each level of the tree of batches. In a run of
+  // several processes, which are called ranks, each updates its share of the parameters: it has AdamW's m and v for these
+  // alone, and receives the others' gradients of them.
+  std::vector<Part> shares = even_parts(param_layout.size(), norm_block, ranks().count());  // by rank
+  Part own = shares[size_t(ranks().rank())];
+  std::vector<Buffer<Real>> grads_memory;
+  Buffer<Real> m_memory, v_memory, act_grads_memory, received_memory;  // received: (ranks, own.count)
+  Buffer<Unit<Factor>> packed_memory;                                  // only if it writes text
 
   Params<Real> w = placed<Params<Real>>(params_memory.data(), shape);
   Params<Real> dw{};
@@ -125,14 +134,17 @@ struct GPT {
   GPT(const ModelShape& model_shape, int batch) : shape(model_shape), max_B(batch) {}
   size_t rows() const { return size_t(max_B) * shape.T; }
 
-  void prepare_training() {
-    grads_memory = Buffer<Real>(param_layout);
-    m_memory = Buffer<Real>(param_layout);
-    v_memory = Buffer<Real>(param_layout);
+  void prepare_training(int batches = 1) {  // in a step
+    for (int level = 0; level <= tree_levels(batches); level++) grads_memory.emplace_back(param_layout);
+    m_memory = Buffer<Real>(own.count);
+    v_memory = Buffer<Real>(own.count);
+    if (ranks().count() > 1) received_memory = Buffer<Real>(own.count * size_t(ranks().count()));
     act_grads_memory = Buffer<Real>(act_grad_layout);
-    dw = placed<Params<Real>>(grads_memory.data(), shape);
+    use_gradients(0);
     g = placed<ActivationGrads<Real>>(act_grads_memory.data(), shape, rows());
   }
+  Real* grads(int level = 0) const { return grads_memory[size_t(level)].data(); }
+  void use_gradients(int level) { dw = placed<Params<Real>>(grads(level), shape); }  // backward writes to them
 };
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -244,25 +256,44 @@ void backward(GPT<Real, Factor>& m, const int* x, const int* y, int B, int T, do
 // Update: clip the gradient's norm if asked to, then AdamW over the whole buffer at once.
 
 template <class Real, class Factor>
-void zero_gradients(GPT<Real, Factor>& m) {
-  std::fill(m.grads_memory.data(), m.grads_memory.data() + m.param_layout.size(), Real(0));
-  plant_canaries(m.grads_memory.data(), m.param_layout);
+void zero_gradients(GPT<Real, Factor>& m, int level = 0) {
+  std::fill(m.grads(level), m.grads(level) + m.param_layout.size(), Real(0));
+  plant_canaries(m.grads(level), m.param_layout);
 }
 
 template <class Real, class Factor>
 void check_all_canaries(const GPT<Real, Factor>& m) {
   check_canaries(m.params_memory.data(), m.param_layout, "params");
-  check_canaries(m.grads_memory.data(), m.param_layout, "grads");
+  for (const Buffer<Real>& grads : m.grads_memory) check_canaries(grads.data(), m.param_layout, "grads");
   check_canaries(m.acts_memory.data(), m.act_layout, "activations");
   check_canaries(m.act_grads_memory.data(), m.act_grad_layout, "activation gradients");
 }
 
+// The ranks' gradients become one sum, of which each rank has its share.
+template <class Real, class Factor>
+void sum_over_ranks(GPT<Real, Factor>& m) {
+  if (ranks().count() == 1) return;
+  Real* const received = m.received_memory.data();
+  ranks().scatter(received, m.grads(), m.shares);
+  std::vector<Real*> pieces;  // by rank
+  for (int r = 0; r < ranks().count(); r++)
+    pieces.push_back(r == ranks().rank() ? m.grads() + m.own.first : received + size_t(r) * m.own.count);
+  sum_pieces(pieces.data(), ranks().count(), [&](Real* sum, const Real* x) { add(sum, x, m.own.count); });
+  if (!ranks().first()) std::copy(pieces[0], pieces[0] + m.own.count, m.grads() + m.own.first);
+}
+
 template <class Real, class Factor>
 void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip) {
-  optimizer.gradient_scale = clip_scale(m.grads_memory.data(), m.param_layout, grad_clip);
+  sum_over_ranks(m);
+  if (grad_clip > 0) {
+    std::vector<double> squares = norm_squares(m.grads(), m.param_layout, m.own);
+    ranks().gather(squares.data(), even_parts(squares.size(), 1, ranks().count()));
+    optimizer.gradient_scale = clip_scale(squares, grad_clip);
+  }
   m.packed = {};
-  adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.grads_memory.data(),
-               m.param_layout.size(), optimizer);
+  adamw_update(m.params_memory.data() + m.own.first, m.m_memory.data(), m.v_memory.data(), m.grads() + m.own.first,
+               m.own.count, optimizer);
+  ranks().gather(m.params_memory.data(), m.shares);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -278,7 +309,7 @@ class CpuModel final : public Trainer {
         gpt_(shape, config.batch_size),
         x_(size_t(config.batch_size) * shape.T),
         y_(x_.size()) {
-    if (training) gpt_.prepare_training();
+    if (training) gpt_.prepare_training(int(own_batches(config).count));
   }
 
   static MemoryPlan plan(const Config& config, const ModelShape& shape, const Data*, bool training) {
@@ -286,8 +317,10 @@ class CpuModel final : public Trainer {
     const double params = 4.0 * parameter_layout(shape).size();
     MemoryPlan plan;
     plan.add("parameters", params);
-    if (training) plan.add("their gradients", params);
-    if (training) plan.add("AdamW's m and v", 2 * params);
+    const int W = ranks().count();
+    if (training) plan.add("their gradients", params * (1 + tree_levels(int(own_batches(config).count))));
+    if (training && W > 1) plan.add("gradients from other processes", params);
+    if (training) plan.add("AdamW's m and v", 2 * params / W);
     plan.add("weights packed for sampling", 4.0 * layout_of<PackedWeights<Factor>>(shape).size());
     plan.add("activations", 4.0 * layout_of<Activations<float>>(shape, rows).size());
     if (training) plan.add("their gradients", 4.0 * layout_of<ActivationGrads<float>>(shape, rows).size());
@@ -299,8 +332,11 @@ class CpuModel final : public Trainer {
   ModelShape shape() const override { return gpt_.shape; }
   const Layout& layout() const override { return gpt_.param_layout; }
   std::string describe() const override {
-    const int threads = omp_get_max_threads();
-    return text(config_.dtype, ", ", threads, threads == 1 ? " thread" : " threads");
+    const int threads = omp_get_max_threads(), W = ranks().count();
+    const std::string each = text(config_.dtype, ", ", threads, threads == 1 ? " thread" : " threads");
+    return W == 1 ? each
+                  : text(each, " in each of ", W, " processes on ", ranks().hosts(), " host",
+                         ranks().hosts() > 1 ? "s" : "");
   }
   double peak_flops() const override { return 0; }
   int chunk() const override { return 1; }
@@ -310,19 +346,23 @@ class CpuModel final : public Trainer {
     const size_t n = layout().size();
     std::copy(params, params + n, gpt_.params_memory.data());
     gpt_.packed = {};
-    if (m) std::copy(m, m + n, gpt_.m_memory.data());
-    if (v) std::copy(v, v + n, gpt_.v_memory.data());
+    const Part& own = gpt_.own;
+    if (m) std::copy(m + own.first, m + own.first + own.count, gpt_.m_memory.data());
+    if (v) std::copy(v + own.first, v + own.first + own.count, gpt_.v_memory.data());
   }
   void snapshot(float* params, float* m, float* v) const override {
     const size_t n = layout().size();
     std::copy(gpt_.params_memory.data(), gpt_.params_memory.data() + n, params);
-    if (m) std::copy(gpt_.m_memory.data(), gpt_.m_memory.data() + n, m);
-    if (v) std::copy(gpt_.v_memory.data(), gpt_.v_memory.data() + n, v);
+    for (const auto& [from, to] : {std::pair{gpt_.m_memory.data(), m}, {gpt_.v_memory.data(), v}}) {
+      if (!to) continue;
+      std::copy(from, from + gpt_.own.count, to + gpt_.own.first);
+      ranks().gather_on_first(to, from, gpt_.shares);
+    }
   }
   std::string first_not_finite() const override {
     std::string name = ::first_not_finite(gpt_.acts_memory.data(), gpt_.act_layout, Order::forward);
     if (!name.empty()) return name;
-    name = ::first_not_finite(gpt_.grads_memory.data(), gpt_.param_layout, Order::backward);
+    name = ::first_not_finite(gpt_.grads(), gpt_.param_layout, Order::backward);
     return name.empty() ? name : "the gradient of " + name;
   }
   std::map<std::string, std::string> state() const override { return {}; }
@@ -335,16 +375,16 @@ class CpuModel final : public Trainer {
   }
   double learning_rate(int iteration) const override { return learning_rate_at(config_, iteration); }
 
-  double random_losses(Split split, int iteration, int first, int count) override {
+  std::vector<double> random_losses(Split split, int iteration, int first, int count) override {
     const int B = config_.batch_size, T = shape().T;
     const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
-    double sum = 0;
+    std::vector<double> means;
     for (int k = first; k < first + count; k++) {
       random_batch(x_.data(), y_.data(), (*data_)[split], config_.seed, iteration, site, uint64_t(k) * B, B, T);
       forward(gpt_, x_.data(), B, T);
-      sum += loss_sum(gpt_, y_.data(), B, T) / (double(B) * T);
+      means.push_back(loss_sum(gpt_, y_.data(), B, T) / (double(B) * T));
     }
-    return sum;
+    return means;
   }
 
   double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) override {
@@ -365,24 +405,42 @@ class CpuModel final : public Trainer {
   }
 
  private:
+  static Part own_batches(const Config& config) {
+    return tree_part(ranks().rank(), ranks().count(), config.gradient_accumulation_steps);
+  }
+
   // One update on the mean gradient of gradient_accumulation_steps batches; returns their mean loss.
   float train_step(int iteration) {
-    const int B = config_.batch_size, T = shape().T, steps = config_.gradient_accumulation_steps;
-    const double dloss = 1.0 / (double(B) * T * steps);
-    double loss = 0;
-    zero_gradients(gpt_);
-    for (int step = 0; step < steps; step++) {
-      const int first_row = step * B;
-      const Dropout drop = {config_.seed, uint32_t(iteration), 0, dropout_threshold(config_.dropout), first_row};
-      random_batch(x_.data(), y_.data(), data_->train, config_.seed, iteration, site::batch, first_row, B, T);
-      forward(gpt_, x_.data(), B, T, drop);
-      loss += loss_sum(gpt_, y_.data(), B, T) * dloss;
-      backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
-    }
+    const int batches = config_.gradient_accumulation_steps;
+    const double dloss = 1.0 / (double(config_.batch_size) * shape().T * batches);
+    double losses[32];  // by level, like the gradients
+    const auto one = [&](int number, int level) { losses[level] = one_batch(iteration, number, level, dloss); };
+    const auto add_level = [&](int level) {
+      add(gpt_.grads(level), gpt_.grads(level + 1), layout().size());
+      losses[level] += losses[level + 1];
+    };
+    const Part own = own_batches(config_);
+    sum_tree(int(own.first), int(own.count), 0, one, add_level);
+    gpt_.use_gradients(0);
+    std::vector<double> by_rank = ranks().all(losses[0]);
+    sum_pieces(by_rank.data(), ranks().count(), [](double& sum, double x) { sum += x; });
     update(gpt_, {learning_rate(iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1},
            config_.grad_clip);
     check_all_canaries(gpt_);
-    return float(loss);
+    return float(by_rank[0]);
+  }
+
+  // grads(level) = the gradients of the batch of this number in the step. Returns the sum of its losses times dloss.
+  double one_batch(int iteration, int number, int level, double dloss) {
+    const int B = config_.batch_size, T = shape().T, first_row = number * B;
+    const Dropout drop = {config_.seed, uint32_t(iteration), 0, dropout_threshold(config_.dropout), first_row};
+    random_batch(x_.data(), y_.data(), data_->train, config_.seed, iteration, site::batch, first_row, B, T);
+    zero_gradients(gpt_, level);
+    gpt_.use_gradients(level);
+    forward(gpt_, x_.data(), B, T, drop);
+    const double loss = loss_sum(gpt_, y_.data(), B, T) * dloss;
+    backward(gpt_, x_.data(), y_.data(), B, T, dloss, drop);
+    return loss;
   }
 
   Config config_;
@@ -425,7 +483,7 @@ inline std::string auto_dtype(const Config& config) {
     fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")
     fail("--dtype ", config.dtype, " needs a GPU; a CPU has float32 and, with AVX512_BF16, bfloat16");
-  use_threads(config.threads, train);
+  use_threads(config.threads, train && ranks().first(), ranks().sharing_cores());
   if (train) {
     if (config.preset == "auto" && config.init_from == "scratch")  // a resumed run has its own settings
       std::fprintf(stderr, "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
@@ -444,11 +502,11 @@ int main(int argc, char** argv) {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
     if (config.version)
-      return std::fputs((version_text() + cpu::kernels_text() + "built without CUDA\n").c_str(), stdout), 0;
-    if (config.command == "train") require_one_process();
+      return std::fputs((version_text() + cpu::kernels_text() + mpi_text() + "built without CUDA\n").c_str(), stdout),
+             0;
     const std::string why = "this program was built without CUDA";
     if (config.device == "cuda") fail("--device cuda: ", why, "; with nvcc on the path, make train_gpt builds it with");
-    return cpu::run(config, why);
+    return with_ranks(config, [&] { return cpu::run(config, why); });
   });
 }
 #endif

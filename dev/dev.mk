@@ -1,6 +1,6 @@
 # What you measure, check and learn with. The Makefile, which includes this file, has the programs and the tests.
 
-.PHONY: help test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
+.PHONY: help test-mpi test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
         bench bench-gpu bench-pytorch bench-scaling profile kernel-stats ladder lab
 
 define HELP
@@ -14,6 +14,7 @@ run      make deps            install the packages (apt or Homebrew); does nothi
 test     make test            all tests, CUDA kernels on the CPU; SANITIZE=address,undefined checks every access
          make test TEST=test_layers  the tests of one file of test/
          make test DEVICE=cuda  the tests of the kernels and of the GPU trainer, on a GPU
+         make test-mpi MPI=1  runs of several processes, under OpenMPI
          make test-race       kernels under ThreadSanitizer, and with their threads in shuffled order
          make test-memcheck   a short run of the CPU programs under Valgrind
          make test-threads    the same under ThreadSanitizer (clang++)
@@ -34,7 +35,8 @@ learn    make ladder          the models before the transformer, and a report (R
          make lab             the GPU's kernels in versions, from naive to shipped: the list (doc/kernels.md)
          make lab KERNEL=all  checks all versions and, on a GPU, times them (KERNEL=layernorm_forward: of one operation)
 
-variables  CXX=clang++        another compiler, for nvcc too      MARCH=x86-64-v3  another instruction set
+variables  MPI=1             programs whose runs may have several processes, also for deps (doc/scale.md)
+           CXX=clang++        another compiler, for nvcc too      MARCH=x86-64-v3  another instruction set
            ARCH=90, ARCH=all  for which GPUs; now: $(if $(NVCC),$(ARCH),no nvcc)
            NVCC=path          another nvcc; NVCC= does without CUDA
            CPPFLAGS, CXXFLAGS, LDFLAGS  go before our own flags, so -O, -std and -march are ours
@@ -54,6 +56,10 @@ test-race:
 	$(MAKE) SANITIZE=thread run-shuffled SEEDS='0 1'
 run-shuffled: $(BUILD)/test/run_cuda_tests
 	for seed in $(SEEDS); do echo "seed $$seed"; CUDA_ON_CPU_SEED=$$seed OMP_NUM_THREADS=1 $< || exit 1; done
+
+# Runs of several processes, with programs that were built with MPI=1 (test/test_ranks.cpp).
+test-mpi:
+	$(MAKE) MPI=1 TEST=test_ranks test
 
 # A short run under Valgrind, which also sees reads of unwritten memory; it knows no AVX-512.
 MEMCHECK := build/$(notdir $(COMPILER))-x86-64-v3

@@ -13,20 +13,6 @@
 #include "sampler.h"
 #include "signals.h"
 
-void require_one_process() {
-  // The innermost launcher comes first: mpirun starts its helpers by srun. SLURM_STEP_NUM_TASKS counts the processes
-  // that srun did start; SLURM_NTASKS, which we do not ask, counts the processes that a job's script may start.
-  for (const char* name : {"OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}) {
-    const char* size = std::getenv(name);
-    if (!size || (name == std::string("WORLD_SIZE") && !std::getenv("RANK"))) continue;
-    if (std::atoi(size) > 1)
-      fail(name, " is ", size, ", but a training run is one process: start it without mpirun, srun or torchrun (runs ",
-           "that have nothing to do with each other, each with an --out_dir of its own, start with that unset: env -u ",
-           name, " ./train_gpt)");
-    return;
-  }
-}
-
 std::string dtype_so_far(const Config& config) {
   const auto dtype_in = [](const std::string& path) { return recorded_dtype(Checkpoint(path, Verify::header).info()); };
   if (config.command != "train") return dtype_in(checkpoint_path(config));

@@ -1,5 +1,5 @@
 // The commands train, sample, eval and export, for any trainer.
-// defines: require_one_process, dtype_so_far, prompt_tokens, load_trainer, run_command, export_command, cpu::run
+// defines: dtype_so_far, prompt_tokens, load_trainer, run_command, export_command, cpu::run
 #pragma once
 #include <memory>
 #include <string>
@@ -9,9 +9,6 @@
 #include "config.h"
 #include "text.h"
 #include "trainer.h"
-
-// Refuses to be one of several processes, by what mpirun, srun and torchrun say in the environment.
-void require_one_process();
 
 // The type of the run that this one goes on with, samples from or evaluates; empty: none, or none is recorded.
 std::string dtype_so_far(const Config& config);

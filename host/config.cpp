@@ -78,6 +78,8 @@ std::vector<CommandFlag> flags(Config& c) {
                    "type of the matrix products; auto: 16 bits on a GPU, and on a CPU where they are faster"}},
       {computing, {"threads", &c.threads, 0, 1024, {},
                    "threads of the CPU; 0: one for each core. Results do not depend on it"}},
+      {train, {"comm_timeout", &c.comm_timeout, 1, 1e6, {},
+               "seconds that a process of a run under MPI waits for the others"}},
       {computing | recorded, {"seed", &c.seed, 0, no_limit, {}, "of all random numbers: the same seed, the same run"}},
   };
 }
@@ -209,7 +211,9 @@ std::vector<std::string> apply_settings(Config& config, const std::map<std::stri
 std::string print_config(const Config& config) {
   Config copy = config;
   std::vector<Flag> flags = flags_of(copy, config.command);
-  if (config.init_from == "resume") std::erase_if(flags, [](const Flag& f) { return f.name == "preset"; });
+  const auto leave_out = [&](const char* name) { std::erase_if(flags, [&](const Flag& f) { return f.name == name; }); };
+  if (config.init_from == "resume") leave_out("preset");
+  if (!config.given.count("comm_timeout")) leave_out("comm_timeout");
   return print_flags(flags);
 }
 

@@ -48,6 +48,7 @@ struct Config {
   std::string device = "auto";
   std::string dtype = "auto";
   int threads = 0;  // 0: see use_threads, host/machine.h
+  double comm_timeout = 60;
   uint64_t seed = 1337;
 
   std::string start = "\n";

@@ -89,8 +89,7 @@ int usable_cores(const std::vector<int>& processors, const std::string& root) {
   return int(std::max(1.0, std::min(cores ? double(cores) : double(processors.size()), cpu_quota(root))));
 }
 
-// The logical processors that this process may use.
-static std::vector<int> allowed_processors() {
+std::vector<int> allowed_processors() {
   std::vector<int> processors;
 #ifdef __linux__
   cpu_set_t allowed;
@@ -110,8 +109,8 @@ static std::vector<int> allowed_processors() {
   return processors;
 }
 
-void use_threads(int threads, bool say) {
-  const int cores = usable_cores(allowed_processors());
+void use_threads(int threads, bool say, int sharing) {
+  const int cores = std::max(1, usable_cores(allowed_processors()) / sharing);
   const char* variable = std::getenv("OMP_NUM_THREADS");
   const bool told = threads == 0 && variable && std::atoi(variable) > 0;
   if (threads == 0) threads = told ? omp_get_max_threads() : cores;

@@ -1,5 +1,5 @@
 // The machine that a program runs on: what of it the program may use, and whether it can run there at all.
-// defines: cpu_quota, memory_limit, physical_cores, usable_cores, use_threads, CpuFeatures, built_for
+// defines: cpu_quota, memory_limit, physical_cores, allowed_processors, usable_cores, use_threads, CpuFeatures, built_for
 #pragma once
 #include <string>
 #include <vector>
@@ -12,6 +12,9 @@ double memory_limit(const std::string& root = "");  // in bytes (docker --memory
 // How many cores these logical processors belong to; 0 if the system does not tell.
 int physical_cores(const std::vector<int>& processors, const std::string& root = "");
 
+// The logical processors that this process may use, by number.
+std::vector<int> allowed_processors();
+
 // How many threads these logical processors keep busy: one for each core, within the quota; at least 1.
 int usable_cores(const std::vector<int>& processors, const std::string& root = "");
 
@@ -22,8 +25,9 @@ int usable_cores(const std::vector<int>& processors, const std::string& root = "
 // divided evenly.
 //
 // OMP_NUM_THREADS wins because somebody set it. Often that was a container's image, so if it is not the number of
-// cores, a line on stderr says so; say = false keeps that line away.
-void use_threads(int threads, bool say = true);
+// cores, a line on stderr says so; say = false keeps that line away. sharing: so many processes, this one included, divide
+// the cores among them.
+void use_threads(int threads, bool say = true, int sharing = 1);
 
 // Which instruction sets the kernels were built for. This is data, so that asking executes none of them. A processor
 // that lacks one of them ends the program with a sentence, before main begins.

@@ -27,6 +27,7 @@ class Buffer {
   explicit Buffer(const Layout& layout) : pages_(allocate_pages(layout.size() * sizeof(Real))) {
     if constexpr (std::is_floating_point_v<Real>) plant_canaries(data(), layout);
   }
+  explicit Buffer(size_t count) : pages_(allocate_pages(count * sizeof(Real))) {}  // count numbers that have no layout
   Real* data() const { return static_cast<Real*>(pages_.get()); }
 
  private:

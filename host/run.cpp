@@ -1,5 +1,6 @@
 #include "run.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
@@ -8,8 +9,10 @@
 #include "error.h"
 #include "evaluation.h"
 #include "files.h"
+#include "ranks.h"
 #include "sampler.h"
 #include "signals.h"
+#include "version.h"
 
 double flops_per_token(const ModelShape& s) {
   const double C = s.C, products = s.L * 12.0 * C * C + C * s.V;  // multiply-adds of the linear layers
@@ -58,25 +61,57 @@ std::unique_ptr<Checkpoint> TrainingRun::open_resumed(Config& config) {
   return resumed;
 }
 
+// Divides the batches of a step until each rank has one, into as few pieces as possible.
+static void divide_batches(Config& config, int ranks) {
+  const int windows = config.batch_size, batches = config.gradient_accumulation_steps;
+  if (batches >= ranks) return;
+  for (int pieces = 2; pieces <= windows; pieces++) {
+    if (windows % pieces != 0 || int64_t(batches) * pieces < ranks) continue;
+    config.batch_size = windows / pieces;
+    config.gradient_accumulation_steps = batches * pieces;
+    std::fprintf(stderr,
+                 "%d processes share a step: --batch_size %d --gradient_accumulation_steps %d. With these two numbers "
+                 "one process makes the same run\n",
+                 ranks, config.batch_size, config.gradient_accumulation_steps);
+    return;
+  }
+  fail(ranks, " processes cannot share the ", int64_t(windows) * batches, " windows of a step (--batch_size times ",
+       "--gradient_accumulation_steps): start fewer, or raise one of them");
+}
+
 TrainingRun::TrainingRun(const TrainerType& type, Config config)
     : config_(std::move(config)),
-      resumed_(open_resumed(config_)),
-      data_(open_data(config_.data, resumed_ ? &resumed_->vocabulary() : nullptr)),
-      shape_(model_shape(config_, data_.vocabulary.size())) {
-  prepare(type);
+      resumed_(ranks().agree([&] { return open_resumed(config_); })),
+      data_(ranks().agree([&] { return open_data(config_.data, resumed_ ? &resumed_->vocabulary() : nullptr); })),
+      shape_(ranks().agree([&] { return model_shape(config_, data_.vocabulary.size()); })) {
+  ranks().agree([&] { check(); });
+  ranks().require_same(version_text(), "program");
+  ranks().require_same(print_config(config_), "settings");
+  ranks().require_same(data_.fingerprint, "text");
+  ranks().agree([&] { prepare(type); });
+  prepare_parameters();
+  ranks().agree([&] {
+    if (ranks().first()) files_.emplace(config_, info_.iteration);
+  });
   start_ = last_save_ = Clock::now();
 }
 
-void TrainingRun::prepare(const TrainerType& type) {
+// Refuses what cannot work.
+void TrainingRun::check() {
   data_.train.require_window(shape_.T);
   data_.val.require_window(shape_.T);
   if (resumed_) check_resumed(config_, *resumed_, data_);
+  divide_batches(config_, ranks().count());
+}
 
+void TrainingRun::prepare(const TrainerType& type) {
   std::fprintf(stderr, "%s\n", print_config(config_).c_str());
   std::fprintf(stderr, "%s\n", possible_plan(type, config_, shape_, &data_, true).print().c_str());
-  make_folder(config_.out_dir);
-  lock_.emplace(config_.out_dir);
-  if (!resumed_) set_aside_older_run(config_.out_dir);
+  if (ranks().first()) {
+    make_folder(config_.out_dir);
+    lock_.emplace(config_.out_dir);
+    if (!resumed_) set_aside_older_run(config_.out_dir);
+  }
   trainer_ = type.make(config_, shape_, &data_, true);
   const Layout& layout = trainer_->layout();
   std::fprintf(stderr, "%zu parameters, %.1f MFLOP a token, %s\n", layout.count(), flops_per_token(shape_) / 1e6,
@@ -87,8 +122,6 @@ void TrainingRun::prepare(const TrainerType& type) {
   info_.best_loss = std::numeric_limits<double>::infinity();
   info_.data = data_.fingerprint;
   writer_.emplace(data_.vocabulary, layout);
-  prepare_parameters();
-  files_.emplace(config_, info_.iteration);
 }
 
 // Fills the trainer with the parameters and moments of the checkpoint, or of a new run.
@@ -100,9 +133,11 @@ void TrainingRun::prepare_parameters() {
     info_.best_loss = resumed_->info().best_loss;
     info_.best_iteration = resumed_->info().best_iteration;
     if (std::isnan(info_.best_loss)) score_best_again();
-    resumed_->load_params(start.params.data(), layout);
-    resumed_->load_moments(start.m.data(), start.v.data(), layout);
-    trainer_->set_state(resumed_->info().state);
+    ranks().agree([&] {
+      resumed_->load_params(start.params.data(), layout);
+      resumed_->load_moments(start.m.data(), start.v.data(), layout);
+      trainer_->set_state(resumed_->info().state);
+    });
     resumed_.reset();
     std::fprintf(stderr, "going on at iteration %d\n", info_.iteration);
   } else {
@@ -117,13 +152,17 @@ void TrainingRun::score_best_again() {
   info_.best_loss = std::numeric_limits<double>::infinity();
   const std::string path = best_checkpoint(config_.out_dir);
   if (!std::filesystem::exists(path)) return;
-  const Checkpoint best(path);
-  if (best.info().shape != info_.shape || best.info().data != info_.data) return;  // another run's
   const Buffer<float> params(trainer_->layout());
-  best.load_params(params.data(), trainer_->layout());
+  const int iteration = ranks().agree([&] {  // -1: it is another run's
+    const Checkpoint best(path);
+    if (best.info().shape != info_.shape || best.info().data != info_.data) return -1;
+    best.load_params(params.data(), trainer_->layout());
+    return best.info().iteration;
+  });
+  if (iteration < 0) return;
   trainer_->restore(params.data(), nullptr, nullptr);
   info_.best_loss = fixed_val_loss();
-  info_.best_iteration = best.info().iteration;
+  info_.best_iteration = iteration;
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -143,6 +182,9 @@ int TrainingRun::go() {
   } catch (const NotFinite& bad) {
     writer_->wait();
     if (info_.iteration == 0 && writer_->saved() < 0) fail(bad.what, " from the start");
+    if (ranks().count() > 1)
+      fail(bad.what, ". ", last, " is the last good state; one process that goes on from it by --init_from resume ",
+           "repeats these steps and says where it began");
     std::fprintf(stderr, "%s; the steps since the last checkpoint are repeated, to see where it began\n",
                  bad.what.c_str());
     fail(bad.what, "; ", find_not_finite(bad), ". ", last, " is the last good state; ",
@@ -164,7 +206,7 @@ void TrainingRun::train() {
     } else if (checkpoint_is_due()) {
       save(false);
     }
-    if (stop_signal()) throw Interrupted();
+    if (stopped()) throw Interrupted();
     step(bar);
     if ((info_.iteration - 1) % config_.log_interval == 0) {
       bar.clear();
@@ -180,8 +222,17 @@ void TrainingRun::train() {
 // the same weights as one that was long from the start, if it had ended where that one evaluates.
 bool TrainingRun::judged() const { return info_.iteration % config_.eval_interval == 0; }
 
+// Rank 0 decides, by its clock.
 bool TrainingRun::checkpoint_is_due() {
-  return !writer_->busy() && config_.checkpoint_secs > 0 && seconds_since(last_save_) >= config_.checkpoint_secs;
+  const bool due = ranks().first() && !writer_->busy() && config_.checkpoint_secs > 0 &&
+                   seconds_since(last_save_) >= config_.checkpoint_secs;
+  return ranks().all(char(due))[0];
+}
+
+// Whether a signal has come to one of the ranks.
+bool TrainingRun::stopped() {
+  const std::vector<int> signals = ranks().all(stop_signal());
+  return *std::max_element(signals.begin(), signals.end()) > 0;
 }
 
 void TrainingRun::evaluate_and_save() {
@@ -192,7 +243,7 @@ void TrainingRun::evaluate_and_save() {
     throw NotFinite{text("the losses of the evaluation before iteration ", iteration, " are not finite"), iteration - 1,
                     true};
   std::printf("step %d: train loss %.4f, val loss %.4f\n", iteration, point.train, point.val);
-  files_->metrics().add_eval(iteration, point.train, point.val, point.fixed);
+  if (files_) files_->metrics().add_eval(iteration, point.train, point.val, point.fixed);
   save(judged() && note_if_best(point.fixed));
 }
 
@@ -223,7 +274,7 @@ void TrainingRun::log() {
   const double each = step_seconds_ / steps_, rate = tokens / each, flops = rate * flops_per_token(shape_);
   std::printf("iter %d: loss %.4f, time %.2fms, %.0f tokens/s, %s\n", newest, newest_loss_, each * 1e3, rate,
               flops_text(flops, trainer_->peak_flops()).c_str());
-  files_->metrics().add_iter(newest, newest_loss_, trainer_->learning_rate(newest), each * 1e3, rate);
+  if (files_) files_->metrics().add_iter(newest, newest_loss_, trainer_->learning_rate(newest), each * 1e3, rate);
   step_seconds_ = steps_ = 0;
 }
 
@@ -240,9 +291,10 @@ void TrainingRun::finish() {
   const double val_exact = fixed_windows(data_.val.size(), shape_.T) == 0
                                ? val_fixed
                                : exact_loss(*trainer_, Split::val, data_.val.size(), config_.batch_size);
+  if (!ranks().first()) return;
   std::printf("val exact: %s\n", loss_text(val_exact).c_str());
   const Layout& layout = trainer_->layout();
-  export_pth(files_->path("microGPT_model.pth"), shape_, layout, take_snapshot().params.data());
+  export_pth(files_->path("microGPT_model.pth"), shape_, layout, writer_->snapshot().params.data());
   const bool plotted = files_->plot(text("microGPT, ", layout.count(), " parameters"), {info_.iteration, val_fixed},
                                     {info_.best_iteration, info_.best_loss}, fixed_name(data_.val.size(), shape_.T));
   std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());
@@ -289,7 +341,8 @@ bool TrainingRun::note_if_best(double loss) {
 Snapshot& TrainingRun::take_snapshot() {
   Snapshot& snapshot = writer_->snapshot();
   trainer_->snapshot(snapshot.params.data(), snapshot.m.data(), snapshot.v.data());
-  if (!snapshot.all_finite(trainer_->layout()))
+  const bool finite = !ranks().first() || snapshot.all_finite(trainer_->layout());  // rank 0 alone has all of it
+  if (!ranks().all(char(finite))[0])
     throw NotFinite{text("the weights after iteration ", info_.iteration - 1, " are not finite"), info_.iteration - 1};
   info_.state = trainer_->state();
   info_.state["dtype"] = config_.dtype;
@@ -299,9 +352,10 @@ Snapshot& TrainingRun::take_snapshot() {
 // Writes ckpt_last, and ckpt_best too if best, in the background.
 void TrainingRun::save(bool best) {
   take_snapshot();
+  last_save_ = Clock::now();
+  if (!ranks().first()) return;
   files_->metrics().flush();  // a checkpoint never knows of an iteration that the record does not
   writer_->write(info_, last_checkpoint(config_.out_dir), best ? best_checkpoint(config_.out_dir) : "");
-  last_save_ = Clock::now();
 }
 
 // Repeats the steps of a run since its last checkpoint one by one, up to the bad one, and says which step and which of

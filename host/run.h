@@ -36,6 +36,7 @@ class TrainingRun {
 
   // Before the first step: run.cpp says what each does.
   static std::unique_ptr<Checkpoint> open_resumed(Config& config);
+  void check();
   void prepare(const TrainerType& type);
   void prepare_parameters();
   void score_best_again();
@@ -44,6 +45,7 @@ class TrainingRun {
   void train();
   bool judged() const;
   bool checkpoint_is_due();
+  static bool stopped();
   void evaluate_and_save();
   void step(ProgressBar& bar);
   void log();

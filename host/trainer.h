@@ -24,9 +24,9 @@ struct Scorer {
   // How many steps, or random batches, are best asked for in one call. The CPU gains nothing from more than 1.
   virtual int chunk() const = 0;
 
-  // The sum of the mean losses of `count` random batches of (batch_size, T) tokens, whose numbers begin with `first`.
+  // The mean loss of each of `count` random batches, at most chunk() of them, the first of which has the number `first`.
   // Which batches these are depends on the seed, the split, the iteration and their numbers alone.
-  virtual double random_losses(Split split, int iteration, int first, int count) = 0;
+  virtual std::vector<double> random_losses(Split split, int iteration, int first, int count) = 0;
 
   // The sum of the losses of all B * n targets in B windows of n <= T tokens, B <= batch_size. The first window begins
   // at token `first` of the split, each of the others `stride` tokens after the one before it; stride 0 means n.

@@ -19,7 +19,7 @@
 #include "launch.cuh"
 
 struct TrainState {
-  double loss_sum = 0;           // the sum over all rows of this step's batches
+  double loss_sum[32] = {};      // of all rows of a step, and at each level of the tree of its batches (host/tree.h)
   int step = 0;                  // the iteration, counted from 0
   float loss_scale = 1;          // a power of two, so that scaling rounds nothing; 1 without loss scaling
   int steps_since_overflow = 0;  // or since the scale was doubled
@@ -184,7 +184,7 @@ static __global__ void end_step_kernel(TrainState* state, float* loss_ring, int 
                                        bool loss_scaling) {
   wait_for_inputs();
   if (threadIdx.x != 0) return;
-  loss_ring[state->step % ring_size] = float(state->loss_sum * dloss);
+  loss_ring[state->step % ring_size] = float(state->loss_sum[0] * dloss);
   // A step without an update counts too, in Adam's bias correction as well: everything that depends on the iteration
   // (batch, masks, learning rate) depends on it alone.
   state->step++;
@@ -198,7 +198,7 @@ static __global__ void end_step_kernel(TrainState* state, float* loss_ring, int 
   }
 }
 
-// loss_ring[step % ring_size] = loss_sum * dloss, the step's mean loss; then the next step begins
+// loss_ring[step % ring_size] = loss_sum[0] * dloss, the step's mean loss; then the next step begins
 inline void end_step(TrainState* state, float* loss_ring, int ring_size, double dloss, bool loss_scaling,
                      cudaStream_t stream) {
   require(ring_size > 0, "end_step: ring_size = ", ring_size);

@@ -1,11 +1,15 @@
 // AdamW: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019, algorithm 2, in PyTorch's form: the
 // decay is applied to every parameter, and eps is added after the bias-corrected root.
-// defines: AdamW, adamw_update, gradient_norm_squared, clip_scale
+// defines: AdamW, adamw_update, gradient_norm_squared, norm_block, norm_squares, clip_scale
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <numeric>
+#include <vector>
 
 #include "../host/tensors.h"
+#include "../host/tree.h"
 #include "simd.h"
 
 struct AdamW {
@@ -39,16 +43,37 @@ double gradient_norm_squared(const Real* grads, size_t count) {
   return sum;
 }
 
-// The factor that shrinks the gradients in a buffer of this layout to a norm of grad_clip; 1 if their norm is no
-// larger, or if grad_clip is 0. Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks",
-// 2013, algorithm 1.
+// The squares of gradients are summed in blocks of so many numbers of the buffer, and then block by block. So the sum has
+// the same order wherever the blocks are computed.
+constexpr size_t norm_block = 4096;
+
+// For each block of a buffer of this layout, the sum of the squares of grads in it; 0 for blocks outside of `part`, which
+// begins and ends with whole blocks. The gaps between tensors are left out.
+template <class Real>
+std::vector<double> norm_squares(const Real* grads, const Layout& layout, const Part& part) {
+  std::vector<double> squares((layout.size() + norm_block - 1) / norm_block);
+  for (const TensorSpec& spec : layout.tensors())
+    for (int l = 0; l < spec.layers; l++) {
+      const size_t begin = spec.offset + size_t(l) * spec.stride;
+      const size_t end = std::min(begin + spec.slice, part.first + part.count);
+      for (size_t at = std::max(begin, part.first); at < end;) {
+        const size_t block = at / norm_block, next = std::min((block + 1) * norm_block, end);
+        squares[block] += gradient_norm_squared(grads + at, next - at);
+        at = next;
+      }
+    }
+  return squares;
+}
+
+// The factor that shrinks gradients, of which these are the sums of squares, to a norm of grad_clip; 1 if their norm is no
+// larger. Pascanu, Mikolov, Bengio, "On the difficulty of training recurrent neural networks", 2013, algorithm 1.
+inline double clip_scale(const std::vector<double>& squares, double grad_clip) {
+  const double norm = std::sqrt(std::accumulate(squares.begin(), squares.end(), 0.0));
+  return norm > grad_clip ? grad_clip / norm : 1;
+}
+
+// The same for all gradients in a buffer of this layout; grad_clip 0: 1.
 template <class Real>
 double clip_scale(const Real* grads, const Layout& layout, double grad_clip) {
-  if (grad_clip <= 0) return 1;
-  double squares = 0;  // one sum for each tensor and layer, added in this order
-  for (const TensorSpec& spec : layout.tensors())
-    for (int l = 0; l < spec.layers; l++)
-      squares += gradient_norm_squared(grads + spec.offset + l * spec.stride, spec.slice);
-  const double norm = std::sqrt(squares);
-  return norm > grad_clip ? grad_clip / norm : 1;
+  return grad_clip > 0 ? clip_scale(norm_squares(grads, layout, {0, layout.size()}), grad_clip) : 1;
 }

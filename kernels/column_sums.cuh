@@ -121,7 +121,7 @@ struct SumsList {
 // Launched with 256 threads a block, and for each job and layer as many blocks as it has 32 columns. A block adds up 32
 // columns of a layer's partials: eight groups of 32 threads take turns at the rows of partials.
 [[maybe_unused]] static __global__ void __launch_bounds__(adding_columns* adding_groups)
-    add_partials_kernel(SumsList list, bool accumulate) {
+    add_partials_kernel(SumsList list) {
   wait_for_inputs();
   __shared__ float group_partials[adding_groups][adding_columns];
   // 1. Which job is it, which layer of it, which column?
@@ -148,14 +148,13 @@ struct SumsList {
     float total = 0;
 #pragma unroll
     for (int k = 0; k < adding_groups; k++) total += group_partials[k][column];
-    out += l * s.stride[part] + c % s.C;
-    *out = accumulate ? *out + total : total;
+    out[l * s.stride[part] + c % s.C] = total;
   }
 }
 
-// Does all jobs of the list: each one's vectors = or += its partials, added up.
+// Does all jobs of the list: each one's vectors = its partials, added up.
 template <size_t N>
-void add_partials(const Sums (&list)[N], bool accumulate, cudaStream_t stream) {
+void add_partials(const Sums (&list)[N], cudaStream_t stream) {
   static_assert(N <= max_sums);
   SumsList all{};
   unsigned blocks = 0;
@@ -168,5 +167,5 @@ void add_partials(const Sums (&list)[N], bool accumulate, cudaStream_t stream) {
   }
   std::fill(all.blocks_before + N, all.blocks_before + max_sums, blocks);
   require(blocks > 0, "add_partials: there is nothing to add");
-  launch(add_partials_kernel, {blocks, adding_columns * adding_groups, 0, stream}, all, accumulate);
+  launch(add_partials_kernel, {blocks, adding_columns * adding_groups, 0, stream}, all);
 }

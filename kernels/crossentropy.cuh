@@ -107,16 +107,16 @@ void crossentropy_forward_backward(float* losses, Real* logits, const int* targe
 constexpr int sum_losses_block = 1024;
 
 static __global__ void __launch_bounds__(sum_losses_block)
-    sum_losses_kernel(double* sum, const float* losses, bool accumulate, int rows) {
+    sum_losses_kernel(double* sum, const float* losses, int rows) {
   wait_for_inputs();
   double own = 0;
 #pragma unroll 8
   for (int r = threadIdx.x; r < rows; r += sum_losses_block) own += losses[r];
   own = block_sum<sum_losses_block>(own);
-  if (threadIdx.x == 0) *sum = accumulate ? *sum + own : own;
+  if (threadIdx.x == 0) *sum = own;
 }
 
-// sum (1) = or += the sum of losses (rows), in double. One block does it; 16384 rows take it a few microseconds.
-inline void sum_losses(double* sum, const float* losses, bool accumulate, int rows, cudaStream_t stream) {
-  launch(sum_losses_kernel, {1, sum_losses_block, 0, stream}, sum, losses, accumulate, rows);
+// sum (1) = the sum of losses (rows), in double. One block does it; 16384 rows take it a few microseconds.
+inline void sum_losses(double* sum, const float* losses, int rows, cudaStream_t stream) {
+  launch(sum_losses_kernel, {1, sum_losses_block, 0, stream}, sum, losses, rows);
 }

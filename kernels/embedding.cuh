@@ -120,14 +120,14 @@ __device__ inline void add_rows(Float8& sum, const Real* dout, Row row, int n, c
 
 // Launched with T + segments * V blocks of 256 threads. Block t < T adds the rows of position t. Block
 // T + segment * V + token adds the rows of one token in one segment.
-//   dwpe     (T, C) = or +=        dout summed over B
+//   dwpe     (T, C) =              dout summed over B
 //   partials (segments, V, C) =    for each segment and token, the sum of the rows in which the token stands, or zeros
 //   dout     (B, T, C)
 //   x        (B, T)                the tokens
 template <class Real>
 __global__ void __launch_bounds__(embedding_threads)
-    embedding_backward_kernel(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate,
-                              int segment_rows, int B, int T, int C, int V) {
+    embedding_backward_kernel(float* dwpe, float* partials, const Real* dout, const int* x, int segment_rows, int B,
+                              int T, int C, int V) {
   wait_for_inputs();
   __shared__ int list[embedding_piece];
   __shared__ __align__(16) float group_partials[embedding_threads * 8];  // (groups, C)
@@ -149,7 +149,6 @@ __global__ void __launch_bounds__(embedding_threads)
       add_rows(sum, dout, of_token, n, own, C);
     }
     out = partials + size_t(sum_number) * C;
-    accumulate = false;
   }
   // 2. The groups' sums, added in order.
   if (own.group < own.groups) store8(group_partials + own.group * C + own.c, sum);
@@ -157,27 +156,27 @@ __global__ void __launch_bounds__(embedding_threads)
   for (int c = threadIdx.x; c < C; c += embedding_threads) {
     float total = 0;
     for (int g = 0; g < own.groups; g++) total += group_partials[g * C + c];
-    out[c] = accumulate ? out[c] + total : total;
+    out[c] = total;
   }
 }
 
 // How many floats embedding_backward writes to `partials`: no more than dout or wte has, whichever is larger.
 inline size_t embedding_partials(int B, int T, int C, int V) { return size_t(embedding_segments(B * T, V)) * V * C; }
 
-// dwpe = or += the gradient of wpe, from dout. The kernel above has the shapes. partials has
+// dwpe = the gradient of wpe, from dout. The kernel above has the shapes. partials has
 // embedding_partials(B, T, C, V) floats; add_partials makes dwte of them, see embedding_sums.
 template <class Real>
-void embedding_backward(float* dwpe, float* partials, const Real* dout, const int* x, bool accumulate, int B, int T,
-                        int C, int V, cudaStream_t stream) {
+void embedding_backward(float* dwpe, float* partials, const Real* dout, const int* x, int B, int T, int C, int V,
+                        cudaStream_t stream) {
   require(C % 8 == 0 && C > 0 && C <= 8 * embedding_threads, "embedding_backward: C = ", C,
           " is not a multiple of 8 up to ", 8 * embedding_threads);
   require(B > 0 && T > 0 && V > 0, "embedding_backward: B = ", B, ", T = ", T, ", V = ", V);
   const int segments = embedding_segments(B * T, V), segment_rows = pieces_per_segment(B * T, V) * embedding_piece;
   launch(embedding_backward_kernel<Real>, {unsigned(T) + unsigned(segments) * V, embedding_threads, 0, stream}, dwpe,
-         partials, dout, x, accumulate, segment_rows, B, T, C, V);
+         partials, dout, x, segment_rows, B, T, C, V);
 }
 
-// The job for add_partials after embedding_backward: dwte (V, C) = or += partials, summed over the segments.
+// The job for add_partials after embedding_backward: dwte (V, C) = partials, summed over the segments.
 inline Sums embedding_sums(float* dwte, const float* partials, int B, int T, int C, int V) {
   return {embedding_segments(B * T, V), V * C, 1, 1, partials, 0, {dwte}, {}};
 }

@@ -80,7 +80,7 @@ inline Vec<Unit<Factor>> units_across(const Vec<Sum<Factor>>& x, const Vec<Sum<F
 // sum + a * b for each lane of b. A pair of bfloat16 adds both its products.
 template <class Real>
 inline Vec<Real> multiply_add(const Vec<Real>& sum, Real a, const Vec<Real>& b) {
-  return sum + a * b;
+  return fused_multiply_add<Real>(sum, broadcast(a), b);
 }
 inline Vec<float> multiply_add(const Vec<float>& sum, uint32_t a, const Vec<uint32_t>& b) {
 #ifdef __AVX512BF16__
@@ -94,6 +94,6 @@ inline Vec<float> multiply_add(const Vec<float>& sum, uint32_t a, const Vec<uint
   Vec<float> a_low, a_high, b_low, b_high;
   halves(broadcast(a), a_low, a_high);
   halves(b, b_low, b_high);
-  return sum + a_high * b_high + a_low * b_low;
+  return fused_multiply_add<float>(fused_multiply_add<float>(sum, a_high, b_high), a_low, b_low);
 #endif
 }

@@ -151,16 +151,15 @@ class Matmul {
     }
   }
 
-  // dweight (OC, C) = or += dout (rows, OC)^T @ inp (rows, C); a row of dout is ldd elements long
+  // dweight (OC, C) = dout (rows, OC)^T @ inp (rows, C); a row of dout is ldd elements long
   // No other product waits for a gradient of weights. So they may have a stream of their own (Choices::weight_gradients),
   // where they fill multiprocessors that the other kernels leave free. Before inp or dweight is used otherwise, call
   // join(); before dout is written again, unread(dout).
   template <class Real>
-  void backward_weight(float* dweight, const Real* dout, const Real* inp, bool accumulate, int rows, int C, int OC,
-                       int ldd) {
+  void backward_weight(float* dweight, const Real* dout, const Real* inp, int rows, int C, int OC, int ldd) {
     check("backward_weight", {dweight, dout, inp}, rows, C, OC, ldd);
     const Product p = {operand<Real>(), true, false, true, C, OC, rows, C, ldd, C};
-    const Operands o = {.d = dweight, .a = inp, .b = dout, .accumulate = accumulate};
+    const Operands o = {.d = dweight, .a = inp, .b = dout};
     if (!beside_) return library_.multiply(p, o);
     beside_->begin.record(stream_);
     beside_->begin.hold(beside_->stream);
@@ -187,7 +186,10 @@ class Matmul {
   // library, and a damaged one, is ignored.
   std::string save_table() { return library_.table().save(); }
   void load_table(const std::string& text) { library_.table().load(text); }
-  void save_table_to(const std::string& path) { write_file(path, save_table()); }
+  void save_table_to(const std::string& path) {  // in a folder that may not be there yet
+    make_folder(std::filesystem::path(path).parent_path());
+    write_file(path, save_table());
+  }
   void load_table_from(const std::string& path) {  // if there is such a file
     if (std::filesystem::exists(path)) load_table(read_file(path));
   }

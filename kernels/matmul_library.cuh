@@ -14,7 +14,6 @@
 #include <compare>
 #include <cstdio>
 #include <map>
-#include <optional>
 #include <set>
 #include <sstream>
 #include <stdexcept>
@@ -80,7 +79,6 @@ struct Product {
 struct Operands {
   void* d;
   const void *a, *b;
-  bool accumulate = false;        // d += instead of =; not with an epilogue
   const void* bias = nullptr;     // (m), of d's type, is added to every column
   float* dbias = nullptr;         // (n) = the sums of op(b) over k; d is float, too
   unsigned char* mask = nullptr;  // a bit for each element of d; its columns begin mask_stride(m) bits apart
@@ -155,7 +153,7 @@ constexpr int simple_tile = 16;
 template <class Real, class D>
 __global__ void __launch_bounds__(simple_tile* simple_tile)
     simple_product_kernel(D* d, const Real* a, const Real* b, bool transpose_a, bool transpose_b, int m, int n, int K,
-                          int lda, int ldb, int ldd, bool accumulate) {
+                          int lda, int ldb, int ldd) {
   wait_for_inputs();
   __shared__ float a_tile[simple_tile][simple_tile + 1], b_tile[simple_tile][simple_tile + 1];  // k comes first
   const int x = threadIdx.x % simple_tile, y = threadIdx.x / simple_tile;
@@ -177,8 +175,7 @@ __global__ void __launch_bounds__(simple_tile* simple_tile)
   }
   const int i = first_i + x, j = first_j + y;
   if (i >= m || j >= n) return;
-  D& out = d[size_t(j) * ldd + i];
-  out = D((accumulate ? float(out) : 0) + sum);
+  d[size_t(j) * ldd + i] = D(sum);
 }
 
 // body(Real(), D()): the types of the operands, and of d
@@ -198,7 +195,7 @@ inline void simple_product(const Product& p, const Operands& o, cudaStream_t str
   with_types_of(p, [&]<class Real, class D>(Real, D) {
     launch(simple_product_kernel<Real, D>, {grid, simple_tile * simple_tile, 0, stream}, static_cast<D*>(o.d),
            static_cast<const Real*>(o.a), static_cast<const Real*>(o.b), p.transpose_a, p.transpose_b, p.m, p.n, p.k,
-           p.lda, p.ldb, p.ldd, o.accumulate);
+           p.lda, p.ldb, p.ldd);
   });
 }
 
@@ -258,7 +255,7 @@ void multiply_on_cpu(const Product& p, const Operands& o) {
     for (size_t i = 0; i < m; i++) {
       if (p.epilogue == Epilogue::relu_mask && sum[i] > 0) mask[i / 8] |= 1 << i % 8;
       const bool passes = p.epilogue == Epilogue::drelu ? mask[i / 8] >> i % 8 & 1 : !relu || sum[i] > 0;
-      d[i] = D((o.accumulate ? float(d[i]) : 0) + (passes ? sum[i] : 0));
+      d[i] = D(passes ? sum[i] : 0);
     }
   }
 }
@@ -405,7 +402,7 @@ class MatmulLibrary {
     }
     if (!plan.usable) return simple_product(p, o, where.stream);
     set_pointers(plan, p, o);
-    check(run(plan, plan.algorithm, o, o.d, o.accumulate, where), "cublasLtMatmul");
+    check(run(plan, plan.algorithm, o, where), "cublasLtMatmul");
   }
   // Milliseconds of work on the stream, one of several ways to compute the same: its products are not in use yet.
   template <class Work>
@@ -438,7 +435,7 @@ class MatmulLibrary {
   bool multiply_by(const Algorithm& algorithm, const Product& p, const Operands& o) {
     Plan plan = describe(p);
     set_pointers(plan, p, o);
-    return run(plan, algorithm, o, o.d, o.accumulate, own_) == CUBLAS_STATUS_SUCCESS;
+    return run(plan, algorithm, o, own_) == CUBLAS_STATUS_SUCCESS;
   }
   // "66/393/24/1/3": number of the algorithm, of its tile, of its stages, pieces of k, number of the cluster's shape
   static std::string about(const Algorithm& algorithm) {
@@ -478,7 +475,7 @@ class MatmulLibrary {
       float best = INFINITY, spent = 0;
       for (size_t i = 0; !candidates.empty() && i < 12 && spent < 50; i++) {
         const Algorithm& algorithm = candidates[i % std::min<size_t>(candidates.size(), 4)];
-        const float t = milliseconds_of(plan, algorithm, o, o.d, 1);
+        const float t = milliseconds_of(plan, algorithm, o, 1);
         best = std::min(best, t);
         spent += 2 * t;
       }
@@ -570,11 +567,10 @@ class MatmulLibrary {
     if (p.epilogue == Epilogue::bias_grad) set(plan, CUBLASLT_MATMUL_DESC_BIAS_POINTER, static_cast<void*>(o.dbias));
     if (p.has_mask()) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_POINTER, static_cast<void*>(o.mask));
   }
-  cublasStatus_t run(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, bool accumulate,
-                     const ProductStream& where) {
-    const float alpha = 1, beta = accumulate;
-    return cublasLt().Matmul(handle_, &plan.product, &alpha, o.a, &plan.a, o.b, &plan.b, &beta, d, &plan.d, d, &plan.d,
-                             &algorithm.opaque, where.workspace.as<void>(), workspace_bytes, where.stream);
+  cublasStatus_t run(Plan& plan, const Algorithm& algorithm, const Operands& o, const ProductStream& where) {
+    const float alpha = 1, beta = 0;
+    return cublasLt().Matmul(handle_, &plan.product, &alpha, o.a, &plan.a, o.b, &plan.b, &beta, o.d, &plan.d, o.d,
+                             &plan.d, &algorithm.opaque, where.workspace.as<void>(), workspace_bytes, where.stream);
   }
 
   // An algorithm is 64 bytes, which may be kept for the same version of the library.
@@ -636,29 +632,24 @@ class MatmulLibrary {
     return value;
   }
 
-  // Gives the plan the fastest algorithm and returns its milliseconds; infinity: there is none. Overwrites d, or memory
-  // of the same size where d is to be added to.
+  // Gives the plan the fastest algorithm and returns its milliseconds; infinity: there is none. Overwrites d.
   float choose(Plan& plan, const Product& p, const Operands& o) {
     const std::vector<Algorithm> candidates = heuristics(plan, p.k, Request());
     std::vector<float> times(candidates.size(), INFINITY);
-    std::optional<DeviceMemory> instead;
-    if (o.accumulate) instead.emplace(size_t(p.n) * p.ldd * sizeof(float));
-    void* const d = instead ? instead->as<void>() : o.d;
     float best = INFINITY;
     for (int round = 0; round < 3; round++)
       for (size_t i = 0; i < candidates.size(); i++) {
         if (round > 0 && !(times[i] < 1.2f * best)) continue;  // out of the race
-        times[i] = std::min(times[i], milliseconds_of(plan, candidates[i], o, d, 4));
+        times[i] = std::min(times[i], milliseconds_of(plan, candidates[i], o, 4));
         if (times[i] >= best) continue;
         best = times[i];
         plan.algorithm = candidates[i];
       }
     return best;
   }
-  float milliseconds_of(Plan& plan, const Algorithm& algorithm, const Operands& o, void* d, int calls) {
+  float milliseconds_of(Plan& plan, const Algorithm& algorithm, const Operands& o, int calls) {
     bool fails = false;
-    const float t =
-        milliseconds([&] { fails |= run(plan, algorithm, o, d, false, own_) != CUBLAS_STATUS_SUCCESS; }, calls);
+    const float t = milliseconds([&] { fails |= run(plan, algorithm, o, own_) != CUBLAS_STATUS_SUCCESS; }, calls);
     return fails ? INFINITY : t;
   }
 

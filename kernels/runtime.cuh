@@ -40,7 +40,9 @@ template <class Element>
 class DeviceBuffer {
  public:
   DeviceBuffer() = default;
-  DeviceBuffer(size_t count, const char* what) : memory_(allocate(count * sizeof(Element), what)) {
+  DeviceBuffer(size_t count, const char* what) {
+    if (count == 0) return;
+    memory_ = allocate(count * sizeof(Element), what);
     CUDA_CHECK(cudaMemset(data(), 0, count * sizeof(Element)));
     CUDA_CHECK(cudaDeviceSynchronize());
   }

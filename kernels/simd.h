@@ -1,8 +1,8 @@
 // Vectors of whatever width the target has, in the compiler's vector extensions: one source for AVX-512, AVX2, NEON and
 // plain machines. Vectors live in registers only. Memory is loaded and stored through memcpy, so that you need not
 // think about alignment and aliasing.
-// defines: worth_threads, lanes, Vec, load, store, broadcast, shuffle, repeat, horizontal_sum, horizontal_max,
-// transpose, exp_vec, multiply_low_halves, scratch
+// defines: worth_threads, lanes, Vec, load, store, broadcast, fused_multiply_add, shuffle, repeat, horizontal_sum,
+//          horizontal_max, transpose, exp_vec, multiply_low_halves, scratch
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -15,6 +15,8 @@
 #include <utility>
 #ifdef __SSE2__
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
@@ -52,6 +54,31 @@ inline void store(Real* to, const Vec<Real>& v) {
 template <class Real>
 inline Vec<Real> broadcast(Real x) {
   return x - Vec<Real>{};
+}
+
+// sum + a * b, rounded once where the machine can. Left to itself, a compiler takes the one instruction or two depending
+// on the code around (g++ -mtune=znver3 takes two where a single sum grows in a loop), and then the bits of a row would
+// depend on how many rows are computed with it.
+template <class Real>
+inline Vec<Real> fused_multiply_add(const Vec<Real>& sum, const Vec<Real>& a, const Vec<Real>& b) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Real) == 4)
+    return Vec<Real>(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(sum)));
+  else
+    return Vec<Real>(_mm512_fmadd_pd(__m512d(a), __m512d(b), __m512d(sum)));
+#elif defined(__AVX__) && defined(__FMA__)
+  if constexpr (sizeof(Real) == 4)
+    return Vec<Real>(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(sum)));
+  else
+    return Vec<Real>(_mm256_fmadd_pd(__m256d(a), __m256d(b), __m256d(sum)));
+#elif defined(__aarch64__)
+  if constexpr (sizeof(Real) == 4)
+    return Vec<Real>(vfmaq_f32(float32x4_t(sum), float32x4_t(a), float32x4_t(b)));
+  else
+    return Vec<Real>(vfmaq_f64(float64x2_t(sum), float64x2_t(a), float64x2_t(b)));
+#else
+  return sum + a * b;
+#endif
 }
 
 // Lane i of the result is lane index(i) of a and b, one behind the other: 0 ... W - 1 are a's lanes, W ... 2 W - 1 are

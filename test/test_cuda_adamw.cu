@@ -249,7 +249,7 @@ TEST_CASE("A scaled loss leads to the same update, bit for bit", "[cuda]") {
 }
 
 TEST_CASE("The end of a step records the loss and counts", "[cuda]") {
-  DeviceArray<TrainState> state(std::vector<TrainState>{{.loss_sum = 12, .step = 4}});
+  DeviceArray<TrainState> state(std::vector<TrainState>{{.loss_sum = {12}, .step = 4}});
   DeviceArray<float> ring(3);
   end_step(state.data(), ring.data(), 3, 0.25, false, nullptr);
   const std::vector<float> losses = ring.read();

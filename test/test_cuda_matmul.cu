@@ -55,7 +55,7 @@ std::vector<float> without_padding(const DeviceArray<Real>& from, int rows, int 
 template <class Real>
 struct Layer {
   int rows, C, OC;
-  std::vector<float> inp, weight, bias, dout, dweight;  // backward adds to dweight
+  std::vector<float> inp, weight, bias, dout;
   explicit Layer(const Shape& s)
       : rows(s.rows),
         C(s.C),
@@ -63,8 +63,7 @@ struct Layer {
         inp(noise(size_t(rows) * C, 1)),
         weight(noise(size_t(OC) * C, 2, 0.3)),
         bias(noise(OC, 3, 2)),
-        dout(noise(size_t(rows) * OC, 4, 0.1)),
-        dweight(noise(size_t(OC) * C, 5)) {}
+        dout(noise(size_t(rows) * OC, 4, 0.1)) {}
 
   std::vector<double> forward(bool with_bias) const {
     std::vector<double> out(size_t(rows) * OC);
@@ -75,9 +74,8 @@ struct Layer {
   struct Gradients {
     std::vector<double> dinp, dweight;
   };
-  Gradients backward(bool accumulate) const {
-    Gradients g = {std::vector<double>(size_t(rows) * C), std::vector<double>(dweight.size())};
-    if (accumulate) g.dweight.assign(dweight.begin(), dweight.end());
+  Gradients backward() const {
+    Gradients g = {std::vector<double>(size_t(rows) * C), std::vector<double>(size_t(OC) * C)};
     matmul_backward(g.dinp.data(), g.dweight.data(), static_cast<double*>(nullptr), rounded<Real>(dout).data(),
                     rounded<Real>(inp).data(), rounded<Real>(weight).data(), rows, C, OC);
     return g;
@@ -304,21 +302,16 @@ TEMPLATE_TEST_CASE("matmul backward on the GPU agrees with the CPU's", "[cuda][m
     const DeviceArray<Real> dout(with_padding(layer.dout, s.rows, s.OC, s.ld));
     CAPTURE(s.rows, s.C, s.OC);
     matmul.backward_input(dinp.data(), dout.data(), weight.data(), s.rows, s.C, s.OC, s.ld);
-    check_close(dinp.floats(), layer.backward(false).dinp, tolerance<Real>(s.OC));
+    check_close(dinp.floats(), layer.backward().dinp, tolerance<Real>(s.OC));
 
-    for (const bool accumulate : {false, true}) {
-      CAPTURE(accumulate);
-      const std::vector<double> want = layer.backward(accumulate).dweight;
-      std::vector<float> first;
-      for (int run = 0; run < 2; run++) {
-        const DeviceArray<float> fresh(layer.dweight.size()), old(layer.dweight);
-        const DeviceArray<float>& dweight = accumulate ? old : fresh;
-        matmul.backward_weight(dweight.data(), dout.data(), inp.data(), accumulate, s.rows, s.C, s.OC, s.ld);
-        if (run == 0)
-          check_close(first = dweight.read(), want, tolerance<float>(s.rows));
-        else
-          CHECK(same_bits(dweight.read(), first));
-      }
+    std::vector<float> first;
+    for (int run = 0; run < 2; run++) {
+      const DeviceArray<float> dweight(layer.weight.size());
+      matmul.backward_weight(dweight.data(), dout.data(), inp.data(), s.rows, s.C, s.OC, s.ld);
+      if (run == 0)
+        check_close(first = dweight.read(), layer.backward().dweight, tolerance<float>(s.rows));
+      else
+        CHECK(same_bits(dweight.read(), first));
     }
   }
 }
@@ -332,9 +325,10 @@ TEST_CASE("a gradient of weights on a second stream is waited for", "[cuda][matm
   const Shape s = {31, 48, 65, 72};
   const Layer<float> layer(s);
   const std::vector<float> padded = with_padding(layer.dout, s.rows, s.OC, s.ld);
-  const DeviceArray<float> inp(layer.inp), dout(padded), other(padded), dweight(layer.dweight), second(layer.dweight);
+  const DeviceArray<float> inp(layer.inp), dout(padded), other(padded), dweight(layer.weight.size()),
+      second(layer.weight.size());
   const auto backward = [&](const DeviceArray<float>& to, const DeviceArray<float>& from) {
-    matmul.backward_weight(to.data(), from.data(), inp.data(), false, s.rows, s.C, s.OC, s.ld);
+    matmul.backward_weight(to.data(), from.data(), inp.data(), s.rows, s.C, s.OC, s.ld);
   };
   const auto overwrite = [&](float* x, size_t count) {
     CUDA_CHECK(cudaMemsetAsync(x, 0, count * sizeof(float), stream));
@@ -354,8 +348,8 @@ TEST_CASE("a gradient of weights on a second stream is waited for", "[cuda][matm
       overwrite(from->data(), dweight.size());
     }
     CUDA_CHECK(cudaStreamSynchronize(stream));
-    check_close(copy.read(), layer.backward(false).dweight, tolerance<float>(s.rows));
-    check_close(second_copy.read(), layer.backward(false).dweight, tolerance<float>(s.rows));
+    check_close(copy.read(), layer.backward().dweight, tolerance<float>(s.rows));
+    check_close(second_copy.read(), layer.backward().dweight, tolerance<float>(s.rows));
   }
 }
 
@@ -389,28 +383,24 @@ TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all
   const OperandType type = std::is_same_v<Real, float>  ? OperandType::float32
                            : std::is_same_v<Real, bf16> ? OperandType::bfloat16
                                                         : OperandType::float16;
-  const auto check_product = [&]<class D>(const Product& p, bool accumulate, D) {
+  const auto check_product = [&]<class D>(const Product& p, D) {
     const int a_rows = p.transpose_a ? p.m : p.k, b_rows = p.transpose_b ? p.k : p.n;  // as a and b lie in memory
     const std::vector<float> a = noise(size_t(a_rows) * p.lda, 1), b = noise(size_t(b_rows) * p.ldb, 2);
-    const std::vector<float> before = noise(size_t(p.n) * p.m, 3);
-    std::vector<double> want = rounded<D>(before);
+    std::vector<double> want(size_t(p.n) * p.m);
     const std::vector<double> ra = rounded<Real>(a), rb = rounded<Real>(b);
     for (int j = 0; j < p.n; j++)
       for (int i = 0; i < p.m; i++) {
         double& sum = want[size_t(j) * p.m + i];
-        if (!accumulate) sum = 0;
         for (int k = 0; k < p.k; k++)
           sum += ra[p.transpose_a ? size_t(i) * p.lda + k : size_t(k) * p.lda + i] *
                  rb[p.transpose_b ? size_t(k) * p.ldb + j : size_t(j) * p.ldb + k];
       }
     const DeviceArray<Real> da(a), db(b);
-    // Like fresh memory, padding included; with accumulate it holds the numbers that the product adds to.
     std::vector<D> padded(size_t(p.n) * p.ldd);
     std::memset(static_cast<void*>(padded.data()), 0xff, padded.size() * sizeof(D));
-    for (size_t i = 0; accumulate && i < before.size(); i++) padded[i / p.m * p.ldd + i % p.m] = D(before[i]);
     const DeviceArray<D> d(padded);
-    CAPTURE(p.text(), accumulate);
-    simple_product(p, {.d = d.data(), .a = da.data(), .b = db.data(), .accumulate = accumulate}, nullptr);
+    CAPTURE(p.text());
+    simple_product(p, {.d = d.data(), .a = da.data(), .b = db.data()}, nullptr);
     check_close(without_padding(d, p.n, p.m, p.ldd), want, tolerance<D>(p.k, 2));
   };
   for (const bool transpose_a : {false, true})
@@ -419,11 +409,10 @@ TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all
         const Product p = {
             type, false, transpose_a, transpose_b, m, n, k, (transpose_a ? k : m) + 3, (transpose_b ? n : k) + 5,
             m + 2};
-        check_product(p, false, Real());
+        check_product(p, Real());
         Product to_float = p;
         to_float.float_d = true;
-        check_product(to_float, false, 0.0f);
-        check_product(to_float, true, 0.0f);
+        check_product(to_float, 0.0f);
       }
   CHECK_THROWS_WITH(
       simple_product(Product{type, false, true, false, 8, 8, 8, 8, 8, 8, Epilogue::drelu}, Operands{}, nullptr),
@@ -441,15 +430,15 @@ TEST_CASE("a layer whose products cuBLASLt has no algorithm for works, and repea
         "float32 NN m 48 n 60 k 72 ld 48 72 48", "float32 to float32 NT m 48 n 72 k 60 ld 48 72 48"})
     none.set(product, "unfused");
   const auto run = [&](const std::string& table) {
-    const DeviceArray<float> out(layer.dout.size()), dinp(layer.inp.size()), dweight(layer.dweight);
+    const DeviceArray<float> out(layer.dout.size()), dinp(layer.inp.size()), dweight(layer.weight.size());
     Matmul matmul(false, nullptr);
     matmul.load_table(table);
     matmul.forward(out.data(), inp.data(), weight.data(), bias.data(), s.rows, s.C, s.OC, s.OC);
     matmul.backward_input(dinp.data(), dout.data(), weight.data(), s.rows, s.C, s.OC, s.OC);
-    matmul.backward_weight(dweight.data(), dout.data(), inp.data(), true, s.rows, s.C, s.OC, s.OC);
+    matmul.backward_weight(dweight.data(), dout.data(), inp.data(), s.rows, s.C, s.OC, s.OC);
     check_close(out.read(), layer.forward(true), tolerance<float>(s.C, 2));
-    check_close(dinp.read(), layer.backward(true).dinp, tolerance<float>(s.OC));
-    check_close(dweight.read(), layer.backward(true).dweight, tolerance<float>(s.rows));
+    check_close(dinp.read(), layer.backward().dinp, tolerance<float>(s.OC));
+    check_close(dweight.read(), layer.backward().dweight, tolerance<float>(s.rows));
     return std::pair(matmul.save_table(), matmul.name());
   };
   const auto first = run(none.save());
@@ -582,7 +571,7 @@ TEST_CASE("with the table of an earlier run matmul repeats it", "[cuda][matmul]"
     Matmul matmul(false, nullptr);
     matmul.load_table(table);
     matmul.forward(out.data(), inp.data(), weight.data(), bias.data(), s.rows, s.C, s.OC, s.OC);
-    matmul.backward_weight(dweight.data(), dout.data(), inp.data(), false, s.rows, s.C, s.OC, s.OC);
+    matmul.backward_weight(dweight.data(), dout.data(), inp.data(), s.rows, s.C, s.OC, s.OC);
     return Result{matmul.save_table(), matmul.name(), out.read(), dweight.read()};
   };
   const Result first = run(""), second = run(first.table);

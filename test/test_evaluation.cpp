@@ -14,7 +14,7 @@ struct Counting final : Scorer {
   int most_windows = 0;
   explicit Counting(int length) : T(length) {}
   int chunk() const override { return 1; }
-  double random_losses(Split, int, int, int) override { return 0; }
+  std::vector<double> random_losses(Split, int, int, int count) override { return std::vector<double>(size_t(count)); }
   ModelShape shape() const override {
     ModelShape shape;
     shape.T = T;

@@ -96,7 +96,7 @@ void check_model(double tolerance) {
   zero_gradients(m);
   backward(m, batch.x.data(), batch.y.data(), B, T, 1 / rows);
   for (const ExportTensor& tensor : export_table(m.shape, m.param_layout))
-    check_close("grad." + tensor.name, m.grads_memory.data() + tensor.offset,
+    check_close("grad." + tensor.name, m.grads() + tensor.offset,
                 numbers("grad." + tensor.name, tensor.size()), tensor.size(), tolerance);
 
   double losses[10];
@@ -128,7 +128,7 @@ TEST_CASE("gradients are added, not written") {
     backward(m, batch.x.data(), batch.y.data(), B, T, share / (double(B) * T));
   }
   for (const ExportTensor& tensor : export_table(m.shape, m.param_layout))
-    check_close("grad." + tensor.name, m.grads_memory.data() + tensor.offset,
+    check_close("grad." + tensor.name, m.grads() + tensor.offset,
                 numbers("grad." + tensor.name, tensor.size()), tensor.size(), 1e-9);
 }
 

@@ -38,7 +38,7 @@ std::vector<Real> gradients(GPT<Real, Factor>& m) {
   std::vector<Real> all;
   for (const TensorSpec& spec : m.param_layout.tensors())
     for (int l = 0; l < spec.layers; l++) {
-      const Real* from = m.grads_memory.data() + spec.offset + l * spec.stride;
+      const Real* from = m.grads() + spec.offset + l * spec.stride;
       all.insert(all.end(), from, from + spec.slice);
     }
   return all;
@@ -128,7 +128,7 @@ TEST_CASE("The model's gradient is that of its loss, dropout on") {
         p = kept - h;
         const double down = loss();
         p = kept;
-        got.push_back(m.grads_memory.data()[spec.offset + l * spec.stride + i]);
+        got.push_back(m.grads()[spec.offset + l * spec.stride + i]);
         want.push_back((up - down) / (2 * h));
       }
       // A hidden unit within h of ReLU's kink would fail the test, but these numbers have none.

@@ -259,11 +259,13 @@ TEST_CASE("A small stack is enough, or it is said that it is not", "[reliability
     CHECK(run("ulimit -s unlimited; " + train_gpt + flags + "/unlimited").code == 0);
 }
 
-TEST_CASE("One of several processes refuses to train, and nothing is touched", "[reliability]") {
+TEST_CASE("Without MPI one of several processes refuses to train, and nothing is touched", "[reliability]") {
+  if (with_mpi()) return skip("built with MPI=1");
   const std::string folder = prepared(), flags = small_run + " --data " + folder + "/data --out_dir " + folder;
   for (const std::string several :
        {"OMPI_COMM_WORLD_SIZE=2", "PMI_SIZE=3", "SLURM_STEP_NUM_TASKS=4 SLURM_NTASKS=4", "WORLD_SIZE=8 RANK=0"}) {
     check_refused(several + " " + train_gpt + flags + "/out", several.substr(0, several.find('=')) + " is ");
+    check_refused(several + " " + train_gpt + flags + "/out", "make train_gpt MPI=1");
     CHECK(!fs::exists(folder + "/out"));
   }
   // A job's script that may start four processes, mpirun with a single process, and one of torchrun's variables alone.

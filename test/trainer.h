@@ -1,5 +1,5 @@
 // The trainer as tests run it: a small model on a text of two letters, done in a moment.
-// defines: train_gpt, small_run, prepared, train, lines_of, check_refused
+// defines: train_gpt, small_run, prepared, train, lines_of, check_refused, with_mpi
 #pragma once
 #include <filesystem>
 #include <fstream>
@@ -50,4 +50,10 @@ inline void check_refused(const std::string& command, const std::string& part) {
   CHECK(r.code == 1);
   CHECK(contains(r.err, "error: "));
   CHECK(contains(r.err, part));
+}
+
+// Whether the program was built with MPI=1.
+inline bool with_mpi() {
+  static const bool with = contains(run(train_gpt + " --version").out, "with MPI");
+  return with;
 }

@@ -179,7 +179,7 @@ class ProductTable {
       relu_backward(d, sums_.data(), x_.data() + size_t(i % sets) * hidden_, rows_, p.m, stream_);
     else if (p.epilogue == Epilogue::bias_grad) {
       column_partials(sums_.data(), static_cast<const Real*>(o.b), rows_, p.n, p.ldb, stream_);
-      add_partials({sums_of(o.dbias, sums_.data(), rows_, p.n)}, false, stream_);
+      add_partials({sums_of(o.dbias, sums_.data(), rows_, p.n)}, stream_);
     }
   }
   bool multiply_by(const Algorithm& algorithm, const Product& p, int i) {
@@ -660,14 +660,12 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   table.row_of_one("crossentropy_forward_backward", 1, 0, 2 * logits + 8.0 * rows, [&](int) {
     crossentropy_forward_backward(s.losses, a.logits, m.y, 1.0f / float(rows), &m.state->loss_scale, rows, V, Vp, st);
   });
-  table.row_of_one("sum_losses", 1, 0, 4.0 * rows,
-                   [&](int) { sum_losses(&m.state->loss_sum, s.losses, false, rows, st); });
+  table.row_of_one("sum_losses", 1, 0, 4.0 * rows, [&](int) { sum_losses(m.state->loss_sum, s.losses, rows, st); });
 
   table.row_of_one("head dX", 1, head, A + logits,
                    [&](int) { m.matmul.backward_input(g.dnorm, a.logits, w.headw, rows, C, head_rows<Real>(V), Vp); });
-  table.row_of_one("head dW", 1, head, A + logits + 4.0 * V * C, [&](int) {
-    m.matmul.backward_weight(dw.headw, a.logits, a.lnf, false, rows, C, head_rows<Real>(V), Vp);
-  });
+  table.row_of_one("head dW", 1, head, A + logits + 4.0 * V * C,
+                   [&](int) { m.matmul.backward_weight(dw.headw, a.logits, a.lnf, rows, C, head_rows<Real>(V), Vp); });
   table.row_of_one("head's column_partials", 1, 0, logits,
                    [&](int) { column_partials(gs.head_partials, a.logits, rows, V, Vp, st); });
   table.row("residual_layernorm_backward", 2 * L + 1, 0, 5 * A + stats + partials, [&](int l) {
@@ -679,15 +677,15 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
                                  4 * C, C);
   });
   table.row("fcproj dW", L, 4 * FCC, 5 * A + 16 * CC,
-            [&](int l) { m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], false, rows, 4 * C, C, C); });
+            [&](int l) { m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], rows, 4 * C, C, C); });
   table.row("fc dX", L, 4 * FCC, 5 * A + 4 * CC * R,
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dfc, w.fcw[l], rows, C, 4 * C, 4 * C); });
   table.row("fc dW", L, 4 * FCC, 5 * A + 16 * CC,
-            [&](int l) { m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], false, rows, C, 4 * C, 4 * C); });
+            [&](int l) { m.matmul.backward_weight(dw.fcw[l], g.dfc, a.ln2[l], rows, C, 4 * C, 4 * C); });
   table.row("attproj dX", L, FCC, 2 * A + CC * R,
             [&](int l) { m.matmul.backward_input(g.datt, g.dbranch, w.attprojw[l], rows, C, C, C); });
   table.row("attproj dW", L, FCC, 2 * A + 4 * CC,
-            [&](int l) { m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], false, rows, C, C, C); });
+            [&](int l) { m.matmul.backward_weight(dw.attprojw[l], g.dbranch, a.att[l], rows, C, C, C); });
   // Five products: the weights are not kept, so they have to be made again.
   table.row("attention_backward", L, 2.5 * attention, 8 * A + 2 * lse, [&](int l) {
     attention_backward(g.dqkv, gs.datt_out, g.datt, a.qkv[l], a.att[l], s.lse[l], s.att_mask.bytes(l),
@@ -696,14 +694,13 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   table.row("qkv dX", L, 3 * FCC, 4 * A + 3 * CC * R,
             [&](int l) { m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C); });
   table.row("qkv dW", L, 3 * FCC, 4 * A + 12 * CC,
-            [&](int l) { m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], false, rows, C, 3 * C, 3 * C); });
-  table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables, [&](int) {
-    embedding_backward(dw.wpe, gs.embedding_partials, g.dstream, m.x, false, B, T, C, V, st);
-  });
+            [&](int l) { m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], rows, C, 3 * C, 3 * C); });
+  table.row_of_one("embedding_backward", 1, 0, A + 4.0 * rows + 4 * tables,
+                   [&](int) { embedding_backward(dw.wpe, gs.embedding_partials, g.dstream, m.x, B, T, C, V, st); });
   const double all_partials =
       4.0 * double(partials_size(rows, V) + 4 * L * partials_size(rows, C) + embedding_partials(B, T, C, V)) +
       (2 * L + 1) * partials;
-  table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, B, T, false); });
+  table.row_of_one("add_partials", 1, 0, all_partials, [&](int) { sum_gradients(m, B, T); });
 
   for (const bool by_mask : {false, true}) {
     m.matmul.use_relu_mask(by_mask);
@@ -760,12 +757,11 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
 
   const DeviceBuffer<double> norm_partials(gradient_norm_partials, "the gradient's norm");
   table.row_of_one("prepare_update", 0, 0, 4 * count, [&](int) {
-    prepare_update(m.state, norm_partials.data(), m.grads_memory.data(), m.param_layout.size(), 1, false, st);
+    prepare_update(m.state, norm_partials.data(), m.grads(), m.param_layout.size(), 1, false, st);
   });
   table.row_of_one("adamw_update", 1, 0, count * (28 + (m.has_working_copy ? R : 0)), [&](int) {
-    adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(),
-                 m.grads_memory.data(), m.param_layout.size(), config.beta1, config.beta2, 1e-8, rates.data(), 1,
-                 m.state, st);
+    adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(), m.grads(),
+                 m.param_layout.size(), config.beta1, config.beta2, 1e-8, rates.data(), 1, m.state, st);
   });
   const DeviceBuffer<float> ring(1, "losses");
   table.row_of_one("end_step", 1, 0, 0, [&](int) { end_step(m.state, ring.data(), 1, 1.0 / rows, false, st); });

@@ -107,11 +107,11 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   });
   lab.version({4, "the second step by eight threads a column", 9}, [=](int set, cudaStream_t stream) {
     launch(column_sums_3, {{strips, blocks}, 256, 0, stream}, partials[set], x[set], rows, OC, ld);
-    add_partials({sums_of(sums[set], partials[set], rows, OC)}, false, stream);
+    add_partials({sums_of(sums[set], partials[set], rows, OC)}, stream);
   });
   lab.version({5, "shipped: 16 bytes at a time, four rows at once", 7}, [=](int set, cudaStream_t stream) {
     column_partials(partials[set], x[set], rows, OC, ld, stream);
-    add_partials({sums_of(sums[set], partials[set], rows, OC)}, false, stream);
+    add_partials({sums_of(sums[set], partials[set], rows, OC)}, stream);
   });
 }
 // Sizes: one row; a last block of rows that is not full; columns for several strips of 32, the last not full.

@@ -115,11 +115,11 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   lab.version({4, "16 bytes at a time", 65}, [=](int set, cudaStream_t stream) {
     const int all_rows = ceil_div(s.rows(), embedding_piece) * embedding_piece;  // one segment: its partials are sums
     launch(embedding_backward_kernel<bf16>, {unsigned(T + V), embedding_threads, 0, stream}, dwpe[set], dwte[set],
-           dout[set], x[set], false, all_rows, B, T, C, V);
+           dout[set], x[set], all_rows, B, T, C, V);
   });
   lab.version({5, "shipped: a block has a token in a segment", 28}, [=](int set, cudaStream_t stream) {
-    embedding_backward(dwpe[set], partials[set], dout[set], x[set], false, B, T, C, V, stream);
-    add_partials({embedding_sums(dwte[set], partials[set], B, T, C, V)}, false, stream);
+    embedding_backward(dwpe[set], partials[set], dout[set], x[set], B, T, C, V, stream);
+    add_partials({embedding_sums(dwte[set], partials[set], B, T, C, V)}, stream);
   });
 }
 const lab::Listed listed({"embedding_backward",

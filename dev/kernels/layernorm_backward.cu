@@ -197,7 +197,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
            mean[set], rstd[set], weight[set], rows, C);
   };
   const auto add = [=](int set, cudaStream_t stream) {
-    add_partials({Sums{blocks, C, 1, 2, partials[set], 0, {gradients[set], gradients[set] + C}, {}}}, false, stream);
+    add_partials({Sums{blocks, C, 1, 2, partials[set], 0, {gradients[set], gradients[set] + C}, {}}}, stream);
   };
   const auto partial_columns = [=](int set, cudaStream_t stream) {
     launch(layernorm_backward_1_columns, {{strips, unsigned(blocks)}, 128, 0, stream}, partials[set], dnorm[set],
@@ -232,7 +232,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
   lab.version({5, "shipped: the next row is on its way", 26}, [=](int set, cudaStream_t stream) {
     residual_layernorm_backward<bf16>(dstream[set], nullptr, partials[set], dnorm[set], inp[set], mean[set], rstd[set],
                                       weight[set], false, {}, s.B, s.T, C, stream);
-    add_partials({layernorm_sums(gradients[set], gradients[set] + C, nullptr, partials[set], rows, C)}, false, stream);
+    add_partials({layernorm_sums(gradients[set], gradients[set] + C, nullptr, partials[set], rows, C)}, stream);
   });
 }
 // Sizes: one row; a last block of rows that is not full; rows of one chunk, of six, and of more chunks than lanes.

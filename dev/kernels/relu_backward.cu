@@ -115,7 +115,7 @@ void describe(lab::Lab& lab, const lab::Sizes& s) {
 
   const dim3 grid(ceil_div(OC, 256), ceil_div(rows, sums_block_rows));
   const auto add = [=](int set, cudaStream_t stream) {
-    add_partials({sums_of(dbias[set], partials[set], rows, OC)}, false, stream);
+    add_partials({sums_of(dbias[set], partials[set], rows, OC)}, stream);
   };
   lab.version({1, "a thread has a column", 11000}, [=](int set, cudaStream_t stream) {
     launch(relu_backward_1, {unsigned(ceil_div(OC, 128)), 128, 0, stream}, dx[set], dbias[set], out[set], rows, OC);

@@ -104,14 +104,14 @@ class LanguageModel final : public Scorer {
     return loss;
   }
 
-  double random_losses(Split split, int iteration, int first, int count) override {
-    double sum = 0;
+  std::vector<double> random_losses(Split split, int iteration, int first, int count) override {
+    std::vector<double> means;
     for (int k = first; k < first + count; k++) {
       draw(data_[split], iteration, split == Split::train ? site::eval_train : site::eval_val,
            uint64_t(k) * config_.batch_size);
-      sum += loss_of_batch(config_.batch_size, net_.T, {}) / double(rows());
+      means.push_back(loss_of_batch(config_.batch_size, net_.T, {}) / double(rows()));
     }
-    return sum;
+    return means;
   }
 
   double window_losses(Split split, uint64_t at, int B, int n, uint64_t stride = 0) override {

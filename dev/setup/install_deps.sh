@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs what the build and the tests need, from the distribution's packages. Does nothing when all is there.
+# Installs what the build and the tests need, from the distribution's packages. Does nothing when all is there. MPI: not
+# empty if programs are to be built with MPI=1.
 set -eu
 
 # Whether the compiler finds the libraries already, whoever installed them.
@@ -20,7 +21,7 @@ case ${CXX:-} in
     ;;
 esac
 if command -v apt-get >/dev/null; then
-  packages="g++ make pkg-config libcli11-dev nlohmann-json3-dev libzip-dev gnuplot-nox catch2 curl ca-certificates bible-kjv"
+  packages="g++ make pkg-config libcli11-dev nlohmann-json3-dev libzip-dev gnuplot-nox catch2 curl ca-certificates bible-kjv${MPI:+ libopenmpi-dev}"
   missing=""
   for package in $packages; do
     [ "$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null)" = "install ok installed" ] || missing="$missing $package"
@@ -36,7 +37,7 @@ if command -v apt-get >/dev/null; then
   $root apt-get update -qq
   $root apt-get install -y -qq --no-install-recommends $missing >/dev/null
 elif command -v brew >/dev/null; then
-  for package in libomp cli11 nlohmann-json libzip gnuplot catch2; do
+  for package in libomp cli11 nlohmann-json libzip gnuplot catch2 ${MPI:+open-mpi}; do
     brew list "$package" >/dev/null 2>&1 || brew install "$package"
   done
 else

@@ -1,0 +1,26 @@
+// defines: add
+#pragma once
+#include "device.cuh"
+#include "launch.cuh"
+
+// Launched with ceil(count / 2048) blocks of 256 threads, each of which has eight neighbouring elements.
+//   sum (count) +=;  x (count);  loss_sum (1) +=;  loss (1)
+static __global__ void __launch_bounds__(256)
+    add_kernel(float* sum, const float* x, size_t count, double* loss_sum, const double* loss) {
+  wait_for_inputs();
+  const size_t i = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (i == 0) *loss_sum += *loss;
+  if (i >= count) return;
+  Float8 total = load8(sum + i);
+  const Float8 other = load8(x + i);
+#pragma unroll
+  for (int j = 0; j < 8; j++) total[j] += other[j];
+  store8(sum + i, total);
+}
+
+// The gradients and the loss of one half of a step's batches join those of the other half (host/tree.h):
+// sum (count) += x (count); count is a multiple of 8. loss_sum (1) += loss (1).
+inline void add(float* sum, const float* x, size_t count, double* loss_sum, const double* loss, cudaStream_t stream) {
+  require(count > 0 && count % 8 == 0, "add: count = ", count, " is not a multiple of 8");
+  launch(add_kernel, {unsigned(ceil_div(count / 8, 256)), 256, 0, stream}, sum, x, count, loss_sum, loss);
+}

@@ -1,7 +1,6 @@
-// Trains a GPT on an NVIDIA GPU. Read it beside train_gpt_cpu.cpp: the same sections in the same order, the tensors,
-// forward, backward, update, main; each layer is one call, whose kernel stands in kernels/<layer>.cuh. A training step
-// is captured once as a CUDA graph and then launched again and again: all that changes from step to step (its number,
-// the learning rate, the batch) is read or computed on the device.
+// Trains a GPT on an NVIDIA GPU. Read it beside train_gpt_cpu.cpp: the same sections in the same order; each layer is one
+// call, whose kernel stands in kernels/<layer>.cuh. A training step is captured once as a CUDA graph and then launched
+// again and again: all that changes from step to step (its number, the learning rate, the batch) is read on the device.
 //
 // The contract of every layer function: outputs, inputs, then sizes, and the stream last; gradients are written (=).
 // Real is the type of the products' operands: float, bf16 or fp16. Master weights, their gradients, moments and all
@@ -36,6 +35,7 @@
 #include "kernels/embedding.cuh"
 #include "kernels/layernorm.cuh"
 #include "kernels/matmul.cuh"
+#include "kernels/ranks.cuh"
 #include "kernels/runtime.cuh"
 #include "kernels/sampler.cuh"
 
@@ -158,26 +158,26 @@ struct GPT {
 
   ModelShape shape;
   Config config;
-  bool training;
+  bool training, dropout = config.dropout > 0;
   cudaStream_t stream;
   int B = config.batch_size;  // windows in a batch, each of shape.T tokens
-  bool dropout = config.dropout > 0;
 
   Layout param_layout = parameter_layout(shape);
   size_t count = param_layout.size(), trained = training ? count : 0;
+  DeviceRanks cards{trained, norm_unit(count)};  // several processes share the update of the parameters
   DeviceBuffer<float> params_memory{count, "the parameters"};
   DeviceBuffer<Real> working_memory{has_working_copy ? count : 0, "the working copy of the parameters"};
   // The gradients, and once more for each level of the tree of a step's batches.
-  DeviceBuffer<float> grads_memory{trained * (1 + tree_levels(config.gradient_accumulation_steps)), "the gradients"};
-  DeviceBuffer<float> m_memory{trained, "AdamW's m"}, v_memory{trained, "AdamW's v"};
+  DeviceBuffer<float> grads_memory{trained * (1 + tree_levels(int(own_batches(config).count))), "the gradients"};
+  DeviceBuffer<float> m_memory{cards.own().count, "AdamW's m"}, v_memory{cards.own().count, "AdamW's v"};
   DeviceBuffer<unsigned char> acts_memory{ActivationBuffer<Real>(shape, B, training, dropout).bytes(), "activations"};
   DeviceBuffer<int> x_memory{size_t(B) * shape.T, "a batch"}, y_memory{size_t(B) * shape.T, "a batch"};
   DeviceBuffer<TrainState> state_memory{1, "counters"};
 
   Params<float> p = placed<Params<float>>(params_memory.data(), shape);  // the masters
   Params<float> dw = placed<Params<float>>(grads_memory.data(), shape);  // where backward writes
-  Params<Real> w = placed<Params<Real>>(
-      has_working_copy ? working_memory.data() : reinterpret_cast<Real*>(params_memory.data()), shape);
+  Real* working = has_working_copy ? working_memory.data() : reinterpret_cast<Real*>(params_memory.data());
+  Params<Real> w = placed<Params<Real>>(working, shape);
   ActivationBuffer<Real> acts{shape, B, training, dropout, reinterpret_cast<Real*>(acts_memory.data())};
   Activations<Real> forward_only = acts.a.without_backward();
   int *x = x_memory.data(), *y = y_memory.data();  // (B, T)
@@ -306,10 +306,19 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 template <class Real>
 void update(GPT<Real>& m, const Optimizer& o) {
   Range range("update");
-  if (o.grad_clip > 0 || o.loss_scaling)
-    prepare_update(m.state, o.norm_partials, m.grads(), m.count, o.grad_clip, o.loss_scaling, m.stream);
-  adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(), m.grads(),
-               m.count, o.beta1, o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
+  const Part& own = m.cards.own();
+  m.cards.sum(m.grads(), m.state->loss_sum, m.stream);
+  if (o.grad_clip > 0 || o.loss_scaling) {
+    gradient_norm(o.norm_partials, m.grads(), m.count, m.cards.own_units(), m.stream);
+    m.cards.gather(o.norm_partials, m.cards.units(), m.stream);
+    prepare_update(m.state, o.norm_partials, m.count, o.grad_clip, o.loss_scaling, m.stream);
+  }
+  if (own.count > 0)
+    adamw_update(m.params_memory.data() + own.first, m.m_memory.data(), m.v_memory.data(),
+                 m.cards.several() ? nullptr : m.working_memory.data(), m.grads() + own.first, own.count, o.beta1,
+                 o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
+  m.cards.gather(m.params_memory.data(), m.cards.shares(), m.stream);
+  if (m.cards.several() && m.has_working_copy) round_to(m.working, m.params_memory.data(), m.count, m.stream);
 }
 
 template <class Real, class Visit>
@@ -327,15 +336,11 @@ template <class Real>
 class GpuModel final : public Trainer {
  public:
   GpuModel(const Config& config, const ModelShape& shape, const Data* data, bool training)
-      : gpt_(shape, config, training, stream_),
-        loss_ring_(ring_size, "losses"),
-        adamw_ring_(ring_size, "the learning rates"),
-        batch_losses_(ring_size, "losses"),
-        sampler_(gpt_.x, config.batch_size, shape, stream_) {
+      : gpt_(shape, config, training, stream_) {
     if (data)
       for (const Split split : {Split::train, Split::val}) tokens_.emplace_back((*data)[split]);
     set_state({});
-    gpt_.matmul.load_table_from(algorithms_path());
+    if (ranks().first()) gpt_.matmul.load_table_from(algorithms_path());
     if (training) prepare_training();
   }
 
@@ -345,8 +350,7 @@ class GpuModel final : public Trainer {
     MemoryPlan plan;
     plan.add("parameters", params);
     if (GPT<Real>::has_working_copy) plan.add("their working copy", params * sizeof(Real) / 4);
-    if (training) plan.add("their gradients", params * (1 + tree_levels(config.gradient_accumulation_steps)));
-    if (training) plan.add("AdamW's m and v", 2 * params);
+    if (training) plan_training(plan, params, config);
     const ActivationBuffer<Real> activations(shape, config.batch_size, training, config.dropout > 0);
     plan.add("activations", double(activations.bytes()));
     if (data) plan.add("the text", 2.0 * double(data->train.size() + data->val.size()));
@@ -359,27 +363,28 @@ class GpuModel final : public Trainer {
   const Layout& layout() const override { return gpt_.param_layout; }
   std::string describe() const override {
     return text(config_.dtype, " on ", card_text(),
-                peak_flops_ > 0 ? text(", measured peak ", std::round(peak_flops_ / 1e12), " TFLOP/s") : "");
+                peak_flops_ > 0 ? text(", measured peak ", std::round(peak_flops_ / 1e12), " TFLOP/s") : "",
+                ranks().shared_by());
   }
   double peak_flops() const override { return peak_flops_; }
   int chunk() const override { return ring_size; }
 
   void restore(const float* params, const float* m, const float* v) override {
-    const size_t count = layout().size();
+    const Part& own = gpt_.cards.own();
     CUDA_CHECK(cudaStreamSynchronize(stream_));
-    copy_to_device(gpt_.params_memory.data(), params, count);
-    if (m) copy_to_device(gpt_.m_memory.data(), m, count);
-    if (v) copy_to_device(gpt_.v_memory.data(), v, count);
-    if constexpr (GPT<Real>::has_working_copy) {
-      std::vector<Real> working(params, params + count);
-      copy_to_device(gpt_.working_memory.data(), working.data(), count);
-    }
+    copy_to_device(gpt_.params_memory.data(), params, gpt_.count);
+    if (m) copy_to_device(gpt_.m_memory.data(), m + own.first, own.count);
+    if (v) copy_to_device(gpt_.v_memory.data(), v + own.first, own.count);
+    if (gpt_.has_working_copy) round_to(gpt_.working, gpt_.params_memory.data(), gpt_.count, stream_);
   }
   void snapshot(float* params, float* m, float* v) const override {
-    const size_t count = layout().size();
-    copy_to_host(params, gpt_.params_memory.data(), count, stream_);
-    if (m) copy_to_host(m, gpt_.m_memory.data(), count, stream_);
-    if (v) copy_to_host(v, gpt_.v_memory.data(), count, stream_);
+    const Part& own = gpt_.cards.own();
+    copy_to_host(params, gpt_.params_memory.data(), gpt_.count, stream_);
+    for (const auto& [to, from] : {std::pair{m, gpt_.m_memory.data()}, {v, gpt_.v_memory.data()}}) {
+      if (!to) continue;
+      copy_to_host(to + own.first, from, own.count, stream_);
+      ranks().gather_on_first(to, to + own.first, gpt_.cards.shares());
+    }
   }
 
   std::string first_not_finite() const override {
@@ -420,7 +425,9 @@ class GpuModel final : public Trainer {
         graph_.launch(stream_);
       else
         enqueue_step(c.gradient_accumulation_steps);
+      gpt_.cards.mark(stream_);
     }
+    gpt_.cards.wait(stream_);
     step_ += count;
     std::vector<float> ring(ring_size), losses;
     copy_to_host(ring.data(), loss_ring_.data(), ring_size, stream_);
@@ -434,9 +441,9 @@ class GpuModel final : public Trainer {
   // Takes at most chunk() batches.
   std::vector<double> random_losses(Split split, int iteration, int first, int count) override {
     const int rows = gpt_.B * shape().T;
-    const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     set_step(iteration);
-    std::vector<double> means = losses_of(count, rows, [&](int k) { gather(split, site, first + k); });
+    std::vector<double> means =
+        losses_of(count, rows, [&](int k) { gather(split, evaluation_site(split), first + k); });
     for (double& mean : means) mean /= rows;
     return means;
   }
@@ -444,9 +451,8 @@ class GpuModel final : public Trainer {
   // Rows past B * n still hold an older batch. We compute them and ignore them (causality keeps them from changing
   // anything): the shapes stay the ones that cuBLASLt was prepared for.
   double window_losses(Split split, uint64_t first, int B, int n, uint64_t stride = 0) override {
-    const DeviceTokens& from = tokens_[size_t(split)];
     return losses_of(1, B * n, [&](int) {
-      gather_windows(gpt_.x, gpt_.y, from.tokens.data(), first, stride ? stride : n, B, n, stream_);
+      gather_windows(gpt_.x, gpt_.y, tokens_[size_t(split)].tokens.data(), first, stride ? stride : n, B, n, stream_);
     })[0];
   }
 
@@ -460,21 +466,26 @@ class GpuModel final : public Trainer {
   GPT<Real>& gpt() { return gpt_; }
   bool use_graph = true;  // false: every kernel is launched by itself, which a profiler shows more clearly
 
-  // Puts a whole training step onto the stream.
+  // Puts a whole training step onto the stream, of so many batches in all.
   void enqueue_step(int batches) {
     const double dloss = 1.0 / (double(gpt_.B) * shape().T * batches);
-    const auto add_level = [&](int level) {
-      double* const loss = gpt_.state->loss_sum + level;
-      add(gpt_.grads(level), gpt_.grads(level + 1), gpt_.count, loss, loss + 1, stream_);
-    };
-    sum_tree(
-        0, batches, 0, [&](int number, int level) { one_batch(number, level, dloss); }, add_level);
-    gpt_.use_gradients(0);
+    enqueue_gradients(tree_part(ranks().rank(), ranks().count(), batches), dloss);
     update(gpt_, optimizer_);
     end_step(gpt_.state, loss_ring_.data(), ring_size, dloss, loss_scaling, stream_);
   }
 
  private:
+  // grads() and loss_sum[0] = the sums of these batches' gradients and losses. host/tree.h has the order.
+  void enqueue_gradients(const Part& batches, double dloss) {
+    const auto add_level = [&](int level) {
+      double* const loss = gpt_.state->loss_sum + level;
+      add(gpt_.grads(level), gpt_.grads(level + 1), gpt_.count, loss, loss + 1, stream_);
+    };
+    const auto one = [&](int number, int level) { one_batch(number, level, dloss); };
+    sum_tree(int(batches.first), int(batches.count), 0, one, add_level);
+    gpt_.use_gradients(0);
+  }
+
   // grads(level) and loss_sum[level] = those of the batch of this number in the step
   void one_batch(int number, int level, double dloss) {
     const int B = gpt_.B, T = shape().T;
@@ -495,36 +506,23 @@ class GpuModel final : public Trainer {
 
   void prepare_training() {
     const int batches = config_.gradient_accumulation_steps;
-    norm_partials_ = DeviceBuffer<double>(gradient_norm_partials, "the gradient's norm");
-    optimizer_ = {config_.beta1, config_.beta2,      1e-8,      config_.grad_clip,
-                  loss_scaling,  adamw_ring_.data(), ring_size, norm_partials_.data()};
     each_buffer(gpt_, [](auto* buffer, auto& layout, auto) { plant_canaries_on_device(buffer, layout); });
     peak_flops_ = gpt_.matmul.template measure_peak<Real>() * 1e12;
-    choose_relu();
-    // One step and one evaluation load every kernel and choose the products' algorithms, which nothing may do while a
-    // graph is captured; what they change is overwritten by restore and set_state.
-    enqueue_step(std::min(batches, 2));
+    // Gradients and an evaluation choose the products' algorithms, and a step loads the other kernels; nothing may do that
+    // while a graph is captured. What this changes is overwritten by restore and set_state. Rank 0 chooses for all.
+    const Part own = own_batches(config_);
+    if (!ranks().first()) gpt_.matmul.load_table(ranks().all_texts("")[0]);
+    const auto batch = [&] { one_batch(int(own.first), 0, 1); };  // its time decides which way of ReLU is taken
+    gpt_.matmul.template choose_relu<Real>(gpt_.B * shape().T, shape().C, 4 * shape().C, batch);
+    enqueue_gradients({own.first, std::min<size_t>(own.count, 2)}, 1);
     losses_of(1, gpt_.B * shape().T, [](int) {});
     algorithms_ = gpt_.matmul.name() + choices().name();
-    gpt_.matmul.save_table_to(algorithms_path());
+    if (ranks().first()) gpt_.matmul.save_table_to(algorithms_path());
+    if (ranks().first()) ranks().all_texts(gpt_.matmul.save_table());
+    enqueue_step(gpt_.cards.several() ? batches : std::min(batches, 2));
+    gpt_.cards.wait(stream_);
     if (batches <= graph_batches) graph_.capture(stream_, [&] { enqueue_step(batches); });
     set_state({});
-  }
-
-  // The library times the products of a hidden layer, forward and backward, with the ReLU computed in either of two
-  // ways, and takes the faster one. The layers take turns, so that most of what a product reads comes from memory, as
-  // in a step.
-  void choose_relu() {
-    GPT<Real>& m = gpt_;
-    const int C = shape().C, rows = gpt_.B * shape().T;
-    m.matmul.template choose_relu<Real>(rows, C, 4 * C, [&] {
-      for (int l = 0; l < shape().L; l++)
-        m.matmul.forward_relu(m.acts.a.fc[l], m.acts.s.fc_mask.bytes(l), m.acts.a.ln2[l], m.w.fcw[l], m.w.fcb[l], rows,
-                              C, 4 * C);
-      for (int l = shape().L - 1; l >= 0; l--)
-        m.matmul.backward_input_relu(m.acts.g.dfc, m.acts.gs.fc_partials[l], m.acts.g.dbranch, m.w.fcprojw[l],
-                                     m.acts.s.fc_mask.bytes(l), m.acts.a.fc[l], rows, 4 * C, C);
-    });
   }
 
   // The losses of `count` batches with dropout off, each the sum over its first `rows` positions. get(k) puts batch k into
@@ -559,13 +557,14 @@ class GpuModel final : public Trainer {
   Stream stream_;
   GPT<Real> gpt_;
   const Config& config_ = gpt_.config;
-  std::vector<DeviceTokens> tokens_;    // by Split
-  DeviceBuffer<float> loss_ring_;       // (ring_size) iteration i's is i % ring_size
-  DeviceBuffer<AdamWStep> adamw_ring_;  // (ring_size) likewise
-  DeviceBuffer<double> batch_losses_;   // (ring_size) of an evaluation
-  DeviceSampler sampler_;
-  DeviceBuffer<double> norm_partials_;
-  Optimizer optimizer_{};
+  std::vector<DeviceTokens> tokens_;                                     // by Split
+  DeviceBuffer<float> loss_ring_{ring_size, "losses"};                   // iteration i's is i % ring_size
+  DeviceBuffer<AdamWStep> adamw_ring_{ring_size, "the learning rates"};  // likewise
+  DeviceBuffer<double> batch_losses_{ring_size, "losses"};               // of an evaluation
+  DeviceSampler sampler_{gpt_.x, config_.batch_size, gpt_.shape, stream_};
+  DeviceBuffer<double> norm_partials_{gradient_norm_partials, "the gradient's norm"};
+  Optimizer optimizer_{config_.beta1, config_.beta2,      1e-8,      config_.grad_clip,
+                       loss_scaling,  adamw_ring_.data(), ring_size, norm_partials_.data()};
   Graph graph_;
   std::string algorithms_;  // names what computes the products of training and evaluation, and choices()
   int step_ = 0;            // state->step, as far as the host knows
@@ -575,7 +574,6 @@ class GpuModel final : public Trainer {
 // ---------------------------------------------------------------------------------------------------------------------
 
 inline int run_on_gpu(Config config) {
-  if (ranks().count() > 1) fail("several processes train on CPUs only: --device cpu");
   config.dtype = dtype_on(current_card(), config.dtype, config.dtype == "auto" ? dtype_so_far(config) : "");
   if (config.command == "train") apply_preset(config, config.preset == "auto" ? "lecture" : config.preset);
   config.device = "cuda";
@@ -589,12 +587,11 @@ int main(int argc, char** argv) {
   return run_main([&] {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
-    if (config.version)
-      return std::fputs((version_text() + cpu::kernels_text() + mpi_text() + cards_text()).c_str(), stdout), 0;
+    if (config.version) return std::fputs((version_text() + cpu::kernels_text() + cards_text()).c_str(), stdout), 0;
     return with_ranks(config, [&] {
       if (config.device == "cpu" || config.command == "export") return cpu::run(config, "");
-      const std::string why = no_gpu();
-      if (config.device == "cuda" && !why.empty()) fail("--device cuda: ", why);
+      const std::string why = ranks().first_of(no_gpu(ranks().number_on_host()));  // one device for all
+      if (config.device == "cuda" && !why.empty()) ranks().fail_alike("--device cuda: " + why);
       return why.empty() ? run_on_gpu(config) : cpu::run(config, why);
     });
   });

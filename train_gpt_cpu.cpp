@@ -317,10 +317,7 @@ class CpuModel final : public Trainer {
     const double params = 4.0 * parameter_layout(shape).size();
     MemoryPlan plan;
     plan.add("parameters", params);
-    const int W = ranks().count();
-    if (training) plan.add("their gradients", params * (1 + tree_levels(int(own_batches(config).count))));
-    if (training && W > 1) plan.add("gradients from other processes", params);
-    if (training) plan.add("AdamW's m and v", 2 * params / W);
+    if (training) plan_training(plan, params, config);
     plan.add("weights packed for sampling", 4.0 * layout_of<PackedWeights<Factor>>(shape).size());
     plan.add("activations", 4.0 * layout_of<Activations<float>>(shape, rows).size());
     if (training) plan.add("their gradients", 4.0 * layout_of<ActivationGrads<float>>(shape, rows).size());
@@ -332,11 +329,8 @@ class CpuModel final : public Trainer {
   ModelShape shape() const override { return gpt_.shape; }
   const Layout& layout() const override { return gpt_.param_layout; }
   std::string describe() const override {
-    const int threads = omp_get_max_threads(), W = ranks().count();
-    const std::string each = text(config_.dtype, ", ", threads, threads == 1 ? " thread" : " threads");
-    return W == 1 ? each
-                  : text(each, " in each of ", W, " processes on ", ranks().hosts(), " host",
-                         ranks().hosts() > 1 ? "s" : "");
+    const int threads = omp_get_max_threads();
+    return text(config_.dtype, ", ", threads, threads == 1 ? " thread" : " threads", ranks().shared_by());
   }
   double peak_flops() const override { return 0; }
   int chunk() const override { return 1; }
@@ -377,10 +371,10 @@ class CpuModel final : public Trainer {
 
   std::vector<double> random_losses(Split split, int iteration, int first, int count) override {
     const int B = config_.batch_size, T = shape().T;
-    const uint32_t site = split == Split::train ? site::eval_train : site::eval_val;
     std::vector<double> means;
     for (int k = first; k < first + count; k++) {
-      random_batch(x_.data(), y_.data(), (*data_)[split], config_.seed, iteration, site, uint64_t(k) * B, B, T);
+      random_batch(x_.data(), y_.data(), (*data_)[split], config_.seed, iteration, evaluation_site(split),
+                   uint64_t(k) * B, B, T);
       forward(gpt_, x_.data(), B, T);
       means.push_back(loss_sum(gpt_, y_.data(), B, T) / (double(B) * T));
     }
@@ -405,10 +399,6 @@ class CpuModel final : public Trainer {
   }
 
  private:
-  static Part own_batches(const Config& config) {
-    return tree_part(ranks().rank(), ranks().count(), config.gradient_accumulation_steps);
-  }
-
   // One update on the mean gradient of gradient_accumulation_steps batches; returns their mean loss.
   float train_step(int iteration) {
     const int batches = config_.gradient_accumulation_steps;
@@ -502,8 +492,7 @@ int main(int argc, char** argv) {
     const Config config = parse_command_line(argc, argv);
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
     if (config.version)
-      return std::fputs((version_text() + cpu::kernels_text() + mpi_text() + "built without CUDA\n").c_str(), stdout),
-             0;
+      return std::fputs((version_text() + cpu::kernels_text() + "built without CUDA\n").c_str(), stdout), 0;
     const std::string why = "this program was built without CUDA";
     if (config.device == "cuda") fail("--device cuda: ", why, "; with nvcc on the path, make train_gpt builds it with");
     return with_ranks(config, [&] { return cpu::run(config, why); });

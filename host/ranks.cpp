@@ -43,6 +43,9 @@ int Ranks::sharing_cores() const {
     sharing += hosts_[r] == hosts_[size_t(rank_)] && processors_[r] == processors_[size_t(rank_)];
   return sharing;
 }
+int Ranks::number_on_host() const {
+  return int(std::count(hosts_.begin(), hosts_.begin() + rank_, hosts_[size_t(rank_)]));
+}
 std::string Ranks::about(int rank) const { return text("rank ", rank, " on ", hosts_[size_t(rank)]); }
 
 std::vector<std::string> Ranks::all_texts(const std::string& mine) const {
@@ -70,13 +73,29 @@ enum class Ending {
 };
 static Ending ending = Ending::own;
 
+void Ranks::fail_alike(const std::string& words) const {
+  ending = Ending::all;
+  fail(words);
+}
+
+std::string Ranks::first_of(const std::string& mine) const {
+  const std::vector<std::string> texts = all_texts(mine);
+  for (size_t r = 0; r < texts.size(); r++)
+    if (!texts[r].empty()) return count() == 1 ? texts[r] : about(int(r)) + ": " + texts[r];
+  return "";
+}
+
+std::string Ranks::shared_by() const {
+  return count() == 1 ? ""
+                      : text(" in each of ", count(), " processes on ", hosts(), hosts() == 1 ? " host" : " hosts");
+}
+
 void Ranks::fail_together(const std::string& failure) const {
   if (count() == 1) return;
   const std::vector<std::string> failures = all_texts(failure);
   for (size_t r = 0; r < failures.size(); r++) {
     if (failures[r].empty()) continue;
-    ending = Ending::all;
-    fail(r == 0 ? "" : about(int(r)) + ": ", failures[r]);
+    fail_alike((r == 0 ? "" : about(int(r)) + ": ") + failures[r]);
   }
 }
 
@@ -100,8 +119,7 @@ void Ranks::require_same(const std::string& mine, const std::string& what) const
     const std::vector<std::string> got = settings_in(texts[r]);
     for (size_t i = 0; i < std::min(got.size(), wanted.size()); i++)
       if (got[i] != wanted[i]) differences += text(differences.empty() ? "" : "; ", got[i], " instead of ", wanted[i]);
-    ending = Ending::all;
-    fail(about(int(r)), " differs from ", about(0), " in its ", what, ": ", differences);
+    fail_alike(text(about(int(r)), " differs from ", about(0), " in its ", what, ": ", differences));
   }
 }
 
@@ -123,6 +141,7 @@ static int launched_processes(const char*& variable) {
 // Built without MPI: one rank.
 
 void Ranks::exchange(const std::vector<Message>&, const std::vector<Message>&) const {}
+void Ranks::lost() const { fail("a rank is lost"); }
 std::string mpi_text() { return ""; }
 
 int with_ranks(const Config& config, const std::function<int()>& body) {
@@ -293,7 +312,13 @@ std::string Ranks::silent_ranks() const {
   return names.empty() ? "any rank" : names;
 }
 
-std::string mpi_text() { return "with MPI: " + mpi_version() + "\n"; }
+void Ranks::lost() const {
+  const std::string silent = silent_ranks();
+  ending = Ending::lost;
+  fail("no answer from ", silent, " for ", timeout_, " s (--comm_timeout)");
+}
+
+std::string mpi_text() { return ", with MPI (" + mpi_version() + ")"; }
 
 void Ranks::start(const Config& config, int expected) {
   timeout_ = config.comm_timeout;
@@ -319,6 +344,10 @@ void Ranks::start(const Config& config, int expected) {
   for (const int cpu : allowed_processors()) processors += text(cpu, " ");
   processors_ = all_texts(processors);
   if (!first()) keep_quiet();
+  const long cores = sysconf(_SC_NPROCESSORS_ONLN);
+  if (first() && allowed_processors().size() == 1 && cores > on_this_host())
+    std::fprintf(stderr, "each process may use one of the %ld processors here; mpirun --bind-to none gives it more\n",
+                 cores);
 }
 
 int with_ranks(const Config& config, const std::function<int()>& body) {

@@ -8,7 +8,7 @@
 //
 // All ranks call the same functions in the same order, and each waits for what the others send. If one is missing, the
 // others end: doc/scale.md says after what time, and with which words.
-// defines: Ranks, ranks, mpi_text, with_ranks, even_parts
+// defines: Ranks, ranks, mpi_text, with_ranks, own_batches, even_parts
 #pragma once
 #include <exception>
 #include <functional>
@@ -31,7 +31,10 @@ class Ranks {
   int hosts() const;          // how many different ones
   int on_this_host() const;   // how many ranks
   int sharing_cores() const;  // how many ranks of this host, this one included, may use the same processors as this one
-  std::string about(int rank) const;  // "rank 2 on node7"
+  int number_on_host() const;  // how many ranks before this one run on its host
+  std::string host() const { return hosts_[size_t(rank_)]; }
+  std::string about(int rank) const;           // "rank 2 on node7"
+  double timeout() const { return timeout_; }  // seconds
 
   // data (of T): afterwards each rank has all of it, where rank r had the elements parts[r].
   template <class T>
@@ -96,6 +99,15 @@ class Ranks {
     if constexpr (!std::is_void_v<decltype(body())>) return std::move(*result);
   }
 
+  // For a failure that every rank has found: rank 0 alone says it.
+  [[noreturn]] void fail_alike(const std::string& words) const;
+  // When this rank has waited in vain, not for a message but for what a card does: fails, and says which ranks are silent.
+  [[noreturn]] void lost() const;
+
+  // The first of the ranks' texts that is not empty, with its rank; empty: all are.
+  std::string first_of(const std::string& mine) const;
+  std::string shared_by() const;  // " in each of 4 processes on 1 host"; empty for one process
+
   // Fails on every rank if `mine` is not the same text on all. what: for the message, "settings".
   void require_same(const std::string& mine, const std::string& what) const;
 
@@ -124,11 +136,16 @@ class Ranks {
 };
 
 const Ranks& ranks();
-std::string mpi_text();  // a line for --version: which MPI this was built with; empty: none
+std::string mpi_text();  // ", with MPI (Open MPI v4.1.4)", for --version; empty: built without MPI
 
 // Runs body, the program after its flags are known. A training run that MPI has started as one of several begins and
 // ends together with the others. Without MPI this refuses to be one of several.
 int with_ranks(const Config& config, const std::function<int()>& body);
+
+// The batches of a step that this rank computes.
+inline Part own_batches(const Config& config) {
+  return tree_part(ranks().rank(), ranks().count(), config.gradient_accumulation_steps);
+}
 
 // 0 ... count - 1, divided among the ranks in their order, as evenly as multiples of `unit` allow.
 std::vector<Part> even_parts(size_t count, size_t unit, int ranks);

@@ -89,6 +89,7 @@ TrainingRun::TrainingRun(const TrainerType& type, Config config)
   ranks().require_same(print_config(config_), "settings");
   ranks().require_same(data_.fingerprint, "text");
   ranks().agree([&] { prepare(type); });
+  make_trainer(type);
   prepare_parameters();
   ranks().agree([&] {
     if (ranks().first()) files_.emplace(config_, info_.iteration);
@@ -112,6 +113,10 @@ void TrainingRun::prepare(const TrainerType& type) {
     lock_.emplace(config_.out_dir);
     if (!resumed_) set_aside_older_run(config_.out_dir);
   }
+}
+
+// All ranks together, because their trainers may exchange something already.
+void TrainingRun::make_trainer(const TrainerType& type) {
   trainer_ = type.make(config_, shape_, &data_, true);
   const Layout& layout = trainer_->layout();
   std::fprintf(stderr, "%zu parameters, %.1f MFLOP a token, %s\n", layout.count(), flops_per_token(shape_) / 1e6,

@@ -38,6 +38,7 @@ class TrainingRun {
   static std::unique_ptr<Checkpoint> open_resumed(Config& config);
   void check();
   void prepare(const TrainerType& type);
+  void make_trainer(const TrainerType& type);
   void prepare_parameters();
   void score_best_again();
 

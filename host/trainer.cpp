@@ -4,6 +4,14 @@
 #include <limits>
 
 #include "error.h"
+#include "ranks.h"
+
+void plan_training(MemoryPlan& plan, double params, const Config& config) {
+  const int W = ranks().count();
+  plan.add("their gradients", params * (1 + tree_levels(int(own_batches(config).count))));
+  if (W > 1) plan.add("gradients from other processes", params);
+  plan.add("AdamW's m and v", 2 * params / W);
+}
 
 void require_imaginable(const Config& config, const ModelShape& s, double available) {
   const double windows = double(config.batch_size) * config.gradient_accumulation_steps;

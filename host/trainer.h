@@ -1,7 +1,7 @@
 // A model as the loop around it sees it: the interface between host/ and the two trainers. train_gpt_cpu.cpp's CpuModel
 // and train_gpt.cu's GpuModel implement it; a call through it happens once in a step or a batch, which costs nothing.
 // Whatever fails raises an Error (host/error.h).
-// defines: Scorer, Trainer, TrainerType, trainer_type, require_imaginable, possible_plan
+// defines: Scorer, Trainer, TrainerType, trainer_type, plan_training, require_imaginable, possible_plan
 #pragma once
 #include <cstdint>
 #include <map>
@@ -87,6 +87,8 @@ TrainerType trainer_type() {
   return {make, Model::plan, Model::memory, Model::samples_together};
 }
 
+// Adds what training takes besides a model of so many bytes of parameters, in this process: gradients and moments.
+void plan_training(MemoryPlan& plan, double params, const Config& config);
 // Refuses sizes for which the plan itself, or the number of a window, could not be computed.
 void require_imaginable(const Config& config, const ModelShape& shape, double available);
 // The plan of a trainer for whose memory there is room. Raises an Error if there is none.

@@ -1,6 +1,7 @@
 #include "version.h"
 
 #include "error.h"
+#include "ranks.h"
 
 // What git says where the program is built (Makefile). Without a repository: the commit, which git writes here into
 // every archive that it makes (.gitattributes), or nothing.
@@ -20,4 +21,4 @@ std::string commit() {
   return archived[0] == '$' ? "of unknown version" : archived;
 }
 
-std::string version_text() { return text("microGPT ", commit(), ", by ", compiler, "\n"); }
+std::string version_text() { return text("microGPT ", commit(), ", by ", compiler, mpi_text(), "\n"); }

@@ -4,5 +4,5 @@
 
 // Which commit this program was built from.
 std::string commit();
-// The same, and by which compiler: what a report of a fault begins with.
+// The same, by which compiler, and with which MPI if there is one: what a report of a fault begins with.
 std::string version_text();

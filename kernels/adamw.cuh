@@ -4,8 +4,8 @@
 // With float16 the loss is multiplied by a scale that keeps small gradients from vanishing: Micikevicius et al., "Mixed
 // Precision Training", 2018, section 3.2. The scale follows the gradients: an update whose gradients are not finite is
 // left out and the scale halved; after many good ones it is doubled.
-// defines: TrainState, AdamWStep, adamw_step, adamw_update, prepare_update, gradient_norm_partials, initial_state,
-//          end_step, loss_scale_start, save_loss_scale, load_loss_scale, Optimizer
+// defines: TrainState, AdamWStep, adamw_step, adamw_update, gradient_norm_partials, norm_unit, gradient_norm,
+//          prepare_update, initial_state, end_step, loss_scale_start, save_loss_scale, load_loss_scale, Optimizer
 #pragma once
 #include <cmath>
 #include <iomanip>
@@ -14,6 +14,7 @@
 #include <string>
 
 #include "../host/error.h"
+#include "../host/tree.h"
 #include "block.cuh"
 #include "device.cuh"
 #include "launch.cuh"
@@ -109,28 +110,34 @@ void adamw_update(float* params, float* m, float* v, Real* working, const float*
 // The gradient's norm, for clipping, and whether it is finite, for loss scaling. A trainer that does neither skips
 // this, and gradient_scale stays 1. The squares are summed in double, in an order that does not depend on the device.
 
-constexpr int gradient_norm_partials = 512;  // blocks: about four for each multiprocessor of an H100
+// So many partial sums, at most: about four thread blocks for each multiprocessor of an H100. Each is of the same number of
+// neighbouring elements, a multiple of 1024. Where ranks share the gradients, each has some of the partials.
+constexpr int gradient_norm_partials = 512;
+constexpr size_t norm_unit(size_t count) { return ceil_div(ceil_div(count, 1024), gradient_norm_partials) * 1024; }
 
-// Launched with 512 blocks of 256 threads. partials (512) = each block's sum of squares of grads (count).
-static __global__ void __launch_bounds__(256) gradient_norm_kernel(double* partials, const float* grads, size_t count) {
+// Launched with 256 threads and a block for each partial sum, the first of which has the number first_unit.
+//   partials (ceil(count / unit)) = at the blocks' numbers, the sums of squares of `unit` elements of grads (count)
+static __global__ void __launch_bounds__(256)
+    gradient_norm_kernel(double* partials, const float* grads, size_t count, size_t unit, size_t first_unit) {
   wait_for_inputs();
+  const size_t number = first_unit + blockIdx.x, begin = number * unit, end = min(begin + unit, count);
   double squares = 0;
 #pragma unroll 4
-  for (size_t i = 4 * (blockIdx.x * 256 + threadIdx.x); i < count; i += 4 * 256 * gradient_norm_partials) {
+  for (size_t i = begin + 4 * threadIdx.x; i < end; i += 4 * 256) {
     const Four<float> g = load4(grads + i);
 #pragma unroll
     for (int j = 0; j < 4; j++) squares += double(g.v[j]) * double(g.v[j]);
   }
   squares = block_sum<256>(squares);
-  if (threadIdx.x == 0) partials[blockIdx.x] = squares;
+  if (threadIdx.x == 0) partials[number] = squares;
 }
 
-// Launched with one block of 256 threads: adds partials (512), and thread 0 writes the state.
+// Launched with one block of 256 threads: adds partials (n), and thread 0 writes the state.
 static __global__ void __launch_bounds__(256)
-    prepare_update_kernel(TrainState* state, const double* partials, double grad_clip, bool loss_scaling) {
+    prepare_update_kernel(TrainState* state, const double* partials, int n, double grad_clip, bool loss_scaling) {
   wait_for_inputs();
   double squares = 0;
-  for (int i = threadIdx.x; i < gradient_norm_partials; i += 256) squares += partials[i];
+  for (int i = threadIdx.x; i < n; i += 256) squares += partials[i];
   squares = block_sum<256>(squares);
   if (threadIdx.x != 0) return;
   const double scale = state->loss_scale, norm = sqrt(squares) / scale;
@@ -139,16 +146,24 @@ static __global__ void __launch_bounds__(256)
   state->overflow = loss_scaling && !(squares < INFINITY);
 }
 
-// state->gradient_scale = 1 / loss_scale, or less if the norm of grads (count) / loss_scale exceeds grad_clip.
-// grad_clip 0 does not clip. Gaps between tensors have to be 0.
+// partials (ceil(count / norm_unit(count))) = the sums of squares of grads (count), which prepare_update adds up; of these
+// only the units units.first ... units.first + units.count - 1. Gaps between tensors have to be 0.
+inline void gradient_norm(double* partials, const float* grads, size_t count, const Part& units, cudaStream_t stream) {
+  require(count % 4 == 0, "gradient_norm: count = ", count, " is not a multiple of 4");
+  if (units.count == 0) return;
+  launch(gradient_norm_kernel, {unsigned(units.count), 256, 0, stream}, partials, grads, count, norm_unit(count),
+         units.first);
+}
+
+// state->gradient_scale = 1 / loss_scale, or less if the norm of the gradients / loss_scale exceeds grad_clip.
+// grad_clip 0 does not clip.
 // state->overflow = whether a gradient is not finite, with loss scaling. Without it overflow stays 0: a gradient that
 // is not finite then means that training has failed, and the parameters should show it, as they do on the CPU.
-// partials (gradient_norm_partials): scratch memory
-inline void prepare_update(TrainState* state, double* partials, const float* grads, size_t count, double grad_clip,
-                           bool loss_scaling, cudaStream_t stream) {
-  require(count % 4 == 0, "prepare_update: count = ", count, " is not a multiple of 4");
-  launch(gradient_norm_kernel, {gradient_norm_partials, 256, 0, stream}, partials, grads, count);
-  launch(prepare_update_kernel, {1, 256, 0, stream}, state, partials, grad_clip, loss_scaling);
+// partials: of the gradients (count), from gradient_norm
+inline void prepare_update(TrainState* state, const double* partials, size_t count, double grad_clip, bool loss_scaling,
+                           cudaStream_t stream) {
+  launch(prepare_update_kernel, {1, 256, 0, stream}, state, partials, int(ceil_div(count, norm_unit(count))), grad_clip,
+         loss_scaling);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

@@ -1,5 +1,7 @@
-// defines: add
+// defines: add, round_to
 #pragma once
+#include <algorithm>
+
 #include "device.cuh"
 #include "launch.cuh"
 
@@ -21,6 +23,22 @@ static __global__ void __launch_bounds__(256)
 // The gradients and the loss of one half of a step's batches join those of the other half (host/tree.h):
 // sum (count) += x (count); count is a multiple of 8. loss_sum (1) += loss (1).
 inline void add(float* sum, const float* x, size_t count, double* loss_sum, const double* loss, cudaStream_t stream) {
-  require(count > 0 && count % 8 == 0, "add: count = ", count, " is not a multiple of 8");
-  launch(add_kernel, {unsigned(ceil_div(count / 8, 256)), 256, 0, stream}, sum, x, count, loss_sum, loss);
+  require(count % 8 == 0, "add: count = ", count, " is not a multiple of 8");
+  const unsigned blocks = std::max(1u, unsigned(ceil_div(count / 8, 256)));
+  launch(add_kernel, {blocks, 256, 0, stream}, sum, x, count, loss_sum, loss);
+}
+
+// Launched with ceil(count / 2048) blocks of 256 threads.
+template <class Real>
+__global__ void __launch_bounds__(256) round_to_kernel(Real* to, const float* from, size_t count) {
+  wait_for_inputs();
+  const size_t i = 8 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x);
+  if (i < count) store8(to + i, load8(from + i));
+}
+
+// to (count) = from (count), rounded to Real; count is a multiple of 8.
+template <class Real>
+void round_to(Real* to, const float* from, size_t count, cudaStream_t stream) {
+  require(count > 0 && count % 8 == 0, "round_to: count = ", count, " is not a multiple of 8");
+  launch(round_to_kernel<Real>, {unsigned(ceil_div(count / 8, 256)), 256, 0, stream}, to, from, count);
 }

@@ -80,16 +80,19 @@ inline int count_cards(std::string& why) {
   return 0;
 }
 
-// Why no GPU can be used; empty: one can, and the program uses it from now on. The cards behind it are not touched.
-inline std::string no_gpu() {
+// Why no GPU can be used; empty: one can, and the program uses it from now on. The cards behind it are not touched. In a
+// run of several processes each takes the next one of the cards of its host, or the only one that it is shown.
+inline std::string no_gpu(int number_on_host = 0) {
   std::string none, passed_over;
   const int count = count_cards(none);
+  if (count > 0) number_on_host %= count;
   for (int device = 0; device < count; device++) {
     const std::string why = try_card(device);
     if (!why.empty()) {
       passed_over += (passed_over.empty() ? "" : "; ") + why;
       continue;
     }
+    if (number_on_host-- > 0) continue;
     try {
       MatmulLibrary::load();
     } catch (const Error& e) { return e.what(); }

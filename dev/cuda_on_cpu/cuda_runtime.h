@@ -445,6 +445,7 @@ cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp*, int device);
+cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device);
 cudaError_t cudaRuntimeGetVersion(int* version);
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaDeviceSynchronize();
@@ -467,6 +468,7 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t*, unsigned flags);
 cudaError_t cudaEventDestroy(cudaEvent_t);
 cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t = nullptr);
 cudaError_t cudaEventSynchronize(cudaEvent_t);
+cudaError_t cudaEventQuery(cudaEvent_t);  // does the work before the event, as far as no other process is waited for
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end);
 cudaError_t cudaStreamBeginCapture(cudaStream_t, cudaStreamCaptureMode);
 cudaError_t cudaStreamEndCapture(cudaStream_t, cudaGraph_t*);
@@ -486,6 +488,7 @@ cudaError_t launch(const cudaLaunchConfig_t&, const void* kernel, std::function<
 // Queues a function of the host on a stream, in place of a library's kernel. It may touch device memory, later work in
 // the stream waits for it, and a captured graph contains it.
 cudaError_t enqueue(cudaStream_t, std::function<void()> work);
+struct NotYet {};  // thrown by such work if it has to wait for another process: it gets another turn
 
 }  // namespace cuda_on_cpu
 

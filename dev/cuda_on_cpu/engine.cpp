@@ -840,9 +840,10 @@ std::map<const void*, size_t> smem_limits;  // of kernels that asked for more th
 
 CUstream_st& stream_of(cudaStream_t s) { return s ? *s : default_stream; }
 
-// Does queued work until done(): in the order of the calls, or, drawn by seed, from any stream that can go on.
+// Does queued work until done(): in the order of the calls, or, drawn by seed, from any stream that can go on. Work that
+// waits for another process is tried again and again or, if `once`, cudaErrorNotReady is returned.
 template <class Done>
-cudaError_t run_until(Done done) {
+cudaError_t run_until(Done done, bool once = false) {
   if (const cudaError_t e = earlier_failure()) return e;
   if (const cudaError_t e = capture_in_progress()) return e;
   if (done()) return cudaSuccess;
@@ -864,7 +865,18 @@ cudaError_t run_until(Done done) {
       Work w = std::move(s.works.front());
       s.works.pop_front();
       if (!w.run) continue;
-      w.run();
+      try {
+        w.run();
+      } catch (const NotYet&) {
+        s.works.push_front(std::move(w));
+        if (once) {
+          settle();
+          open_memory(false);
+          return cudaErrorNotReady;
+        }
+        usleep(20);
+        continue;
+      }
       last = std::move(w);
     }
   } catch (const std::exception& e) {
@@ -999,16 +1011,18 @@ struct Card {
   std::string name;
   int capability;
   cudaError_t error;
+  size_t number;  // among all of the machine
 };
 std::vector<Card> cards() {  // the visible cards
   const char *described = getenv("CUDA_ON_CPU_DEVICES"), *chosen = getenv("CUDA_VISIBLE_DEVICES");
-  if (!described) return {{"CUDA on the CPU", 90, cudaSuccess}};
+  if (!described) return {{"CUDA on the CPU", 90, cudaSuccess, 0}};
   std::vector<Card> all, visible;
   std::istringstream words(described);
   for (std::string word; words >> word;) {
     int capability = 0, error = 0;
     sscanf(word.c_str(), "%d:%d", &capability, &error);
-    if (capability) all.push_back({format("card %zu on the CPU", all.size()), capability, cudaError_t(error)});
+    if (capability)
+      all.push_back({format("card %zu on the CPU", all.size()), capability, cudaError_t(error), all.size()});
   }
   if (!chosen) return all;
   std::istringstream numbers(chosen);  // up to the first number of no card
@@ -1047,6 +1061,12 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp* properties, int device) {
   *properties = {"", memory_bytes, default_smem, max_smem, max_smem + 1024, card.capability / 10, card.capability % 10,
                  4,  2048,         50 << 20};
   snprintf(properties->name, sizeof properties->name, "%s", card.name.c_str());
+  return cudaSuccess;
+}
+cudaError_t cudaDeviceGetPCIBusId(char* id, int bytes, int device) {
+  const std::vector<Card> all = cards();
+  if (size_t(device) >= all.size()) return result(cudaErrorInvalidDevice);
+  snprintf(id, size_t(bytes), "0000:%02zx:00.0", all[size_t(device)].number);
   return cudaSuccess;
 }
 cudaError_t cudaDeviceSynchronize() { return run_all(); }
@@ -1164,6 +1184,9 @@ cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned
 }
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   return run_until([=] { return event->done >= event->recorded; });
+}
+cudaError_t cudaEventQuery(cudaEvent_t event) {
+  return run_until([=] { return event->done >= event->recorded; }, true);
 }
 cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   if (!start->done || !end->done) return result(cudaErrorInvalidValue, "the event was not recorded");

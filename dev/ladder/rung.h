@@ -107,8 +107,7 @@ class LanguageModel final : public Scorer {
   std::vector<double> random_losses(Split split, int iteration, int first, int count) override {
     std::vector<double> means;
     for (int k = first; k < first + count; k++) {
-      draw(data_[split], iteration, split == Split::train ? site::eval_train : site::eval_val,
-           uint64_t(k) * config_.batch_size);
+      draw(data_[split], iteration, evaluation_site(split), uint64_t(k) * config_.batch_size);
       means.push_back(loss_of_batch(config_.batch_size, net_.T, {}) / double(rows()));
     }
     return means;

@@ -61,6 +61,9 @@ else ifeq ($(ARCH),all)
 else
   GENCODE := -gencode arch=compute_$(ARCH),code=sm_$(ARCH)
 endif
+# Where NCCL may be, for several processes on GPUs (MPI=1). The last of these is Python's package.
+NCCL_FOLDERS = $(NCCL_HOME) $(patsubst %/bin/nvcc,%,$(NVCC)) /usr/local /usr \
+               $(shell python3 -c "import nvidia.nccl; print(*nvidia.nccl.__path__)" 2>/dev/null)
 # -lineinfo lets the profiler show source lines. No --use_fast_math: see above. clang warns of every function in CUDA's
 # headers that is not called.
 NVCC_FLAGS := $(CCBIN) $(filter -I% -isystem=%,$(subst -isystem ,-isystem=,$(USER_FLAGS))) \

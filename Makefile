@@ -64,6 +64,8 @@ $(BUILD)/test/%.o: %.cu $(BUILD)/openmp | $(AFTER_DEPS)
 	$(call compile,$(CUDA_ON_CPU))
 $(CUDA_BUILD)/%.o: %.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
 	$(compile_cuda)
+$(CUDA_BUILD)/kernels/%.o: kernels/%.cpp $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
+	$(compile_cuda)
 $(CUDA_BUILD)/test/%.o: %.cu $(CUDA_BUILD)/libraries | $(AFTER_DEPS)
 	$(compile_cuda)
 
@@ -101,7 +103,7 @@ $(BUILD)/train_gpt_cpu $(BUILD)/data_prep: %: %.o $(HOST)
 	$(CXX) $^ $(LIBS) -o $@
 
 # The GPU trainer; it falls back to the CPU trainer, of which it contains all but `main`.
-$(CUDA_BUILD)/train_gpt: %: %.o $(CUDA_BUILD)/kernels/nccl.o $(BUILD)/train_gpt_fallback.o $(HOST)
+$(CUDA_BUILD)/train_gpt: %: %.o $(CUDA_BUILD)/kernels/link.o $(BUILD)/train_gpt_fallback.o $(HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
 $(BUILD)/train_gpt_fallback.o: DEFINES = -DMICROGPT_NO_MAIN
 $(BUILD)/train_gpt_fallback.o: train_gpt_cpu.cpp $(BUILD)/openmp | $(AFTER_DEPS)
@@ -122,15 +124,15 @@ LIBS      += $(filter-out -I%,$(MPI_FLAGS))
 $(BUILD)/host/ranks.o $(BUILD)/test/host/ranks.o: $(BUILD)/mpi
 $(BUILD)/host/ranks.o $(BUILD)/test/host/ranks.o: DEFINES += $(if $(MPI),-DMICROGPT_MPI $(filter -I%,$(MPI_FLAGS)))
 # The GPUs of several processes exchange by NCCL: NVIDIA's or, on the CPU, dev/cuda_on_cpu/nccl.cpp.
-NCCL_ON_CPU  := $(BUILD)/kernels/nccl_on_cpu.o $(if $(MPI),$(BUILD)/dev/cuda_on_cpu/nccl.o)
+NCCL_ON_CPU  := $(BUILD)/kernels/link_on_cpu.o $(if $(MPI),$(BUILD)/dev/cuda_on_cpu/nccl.o)
 NCCL_FOLDER   = $(if $(MPI),$(patsubst %/include/nccl.h,%,$(firstword $(wildcard $(addsuffix /include/nccl.h,$(NCCL_FOLDERS))))))
 NCCL_LIBS     = $(if $(NCCL_FOLDER),$(addprefix -L,$(wildcard $(NCCL_FOLDER)/lib64 $(NCCL_FOLDER)/lib)) \
                 $(addprefix -Wl$(comma)-rpath$(comma),$(wildcard $(NCCL_FOLDER)/lib64 $(NCCL_FOLDER)/lib))) $(if $(MPI),-l:libnccl.so.2)
 CUDA_LIBS    += $(NCCL_LIBS)
-$(CUDA_BUILD)/kernels/nccl.o $(NCCL_ON_CPU): $(BUILD)/mpi
-$(CUDA_BUILD)/kernels/nccl.o: DEFINES = $(if $(MPI),-DMICROGPT_MPI $(addprefix -I,$(addsuffix /include,$(NCCL_FOLDER))))
+$(CUDA_BUILD)/kernels/link.o $(NCCL_ON_CPU): $(BUILD)/mpi
+$(CUDA_BUILD)/kernels/link.o: DEFINES = $(if $(MPI),-DMICROGPT_MPI $(addprefix -I,$(addsuffix /include,$(NCCL_FOLDER))))
 $(NCCL_ON_CPU): DEFINES = $(if $(MPI),-DMICROGPT_MPI $(filter -I%,$(MPI_FLAGS)))
-$(BUILD)/kernels/nccl_on_cpu.o: kernels/nccl.cu $(BUILD)/openmp | $(AFTER_DEPS)
+$(BUILD)/kernels/link_on_cpu.o: kernels/link.cpp $(BUILD)/openmp | $(AFTER_DEPS)
 	$(call compile,$(CUDA_ON_CPU))
 $(BUILD)/dev/cuda_on_cpu/nccl.o: FLAGS = -Idev/cuda_on_cpu -O2
 
@@ -191,7 +193,7 @@ $(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) $(LAB
 
 $(BUILD)/test/run_test_%: $(addprefix $(BUILD)/test/,test_%.o main.o cuda_on_cpu.o) $(NCCL_ON_CPU) $(TEST_LADDER) $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
-$(CUDA_BUILD)/test/run_test_%: $(CUDA_BUILD)/test/test_%.o $(CUDA_BUILD)/kernels/nccl.o $(BUILD)/test/main.o $(TEST_HOST)
+$(CUDA_BUILD)/test/run_test_%: $(CUDA_BUILD)/test/test_%.o $(CUDA_BUILD)/kernels/link.o $(BUILD)/test/main.o $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
 
 $(BUILD)/test/run_test_lab: $(addprefix $(BUILD)/test/,$(LAB))
@@ -200,7 +202,7 @@ $(CUDA_BUILD)/test/run_test_lab: $(addprefix $(CUDA_BUILD)/,$(LAB))
 # The kernels' tests alone: on the CPU, for make test-race, and on a GPU.
 $(BUILD)/test/run_cuda_tests: $(addprefix $(BUILD)/test/,$(CUDA_TESTS) $(LAB) main.o cuda_on_cpu.o) $(NCCL_ON_CPU) $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CATCH2_LIBS) -ldl -rdynamic -o $@
-$(CUDA_BUILD)/test/run_tests: $(addprefix $(CUDA_BUILD)/,$(CUDA_TESTS:%=test/%) $(LAB) kernels/nccl.o) $(BUILD)/test/main.o $(TEST_HOST)
+$(CUDA_BUILD)/test/run_tests: $(addprefix $(CUDA_BUILD)/,$(CUDA_TESTS:%=test/%) $(LAB) kernels/link.o) $(BUILD)/test/main.o $(TEST_HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) $(CATCH2_LIBS) -o $@
 
 # CUDA on the CPU (dev/cuda_on_cpu) runs the kernels' tests, and the whole GPU trainer in the tests of its command line.

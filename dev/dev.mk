@@ -147,7 +147,7 @@ bench-gpu: $(BENCH_GPU)
 	$(BENCH_GPU) kernels
 	$(BENCH_GPU) step
 	$(BENCH_GPU) sample
-$(BENCH_GPU): %: %.o $(CUDA_BUILD)/kernels/nccl.o $(HOST)
+$(BENCH_GPU): %: %.o $(CUDA_BUILD)/kernels/link.o $(HOST)
 	$(CXX) $^ $(LIBS) $(CUDA_LIBS) -o $@
 
 ifeq ($(DEVICE),cuda)

@@ -1,6 +1,6 @@
 // The cards of a run's ranks (host/ranks.h) exchange gradients and parameters, as work on a stream. What they exchange, and
-// the order in which it is added up, are the same as between CPUs. NCCL carries it (nccl.cu).
-// defines: DeviceMessage, DeviceLink, DeviceRanks
+// the order in which it is added up, are the same as between CPUs. NCCL carries it (link.h).
+// defines: DeviceRanks
 #pragma once
 #include <cuda_runtime.h>
 
@@ -10,33 +10,8 @@
 #include "../host/ranks.h"
 #include "../host/tree.h"
 #include "add.cuh"
+#include "link.h"
 #include "runtime.cuh"
-
-struct DeviceMessage {
-  int rank;    // to which, or from which
-  void* data;  // on the device
-  size_t bytes;
-};
-
-// The connection between the cards. Its functions are in nccl.cu, which is compiled by itself.
-class DeviceLink {
- public:
-  DeviceLink();  // all ranks call this together, each with a card of its own as the current one
-  ~DeviceLink();
-  DeviceLink(const DeviceLink&) = delete;
-  // Puts an exchange onto the stream, which goes on when all of it has been sent and received.
-  void exchange(const std::vector<DeviceMessage>& out, const std::vector<DeviceMessage>& in, cudaStream_t stream);
-  // Notes a point in the stream for wait: the work of a step ends here.
-  void mark(cudaStream_t stream);
-  // Waits until the stream has done its work. When it takes longer than --comm_timeout from one mark to the next, this
-  // cuts the connection, so that the card can go on, and raises an Error that names the rank which does not answer.
-  void wait(cudaStream_t stream);
-
- private:
-  std::vector<std::unique_ptr<Event>> marks_;
-  size_t marked_ = 0;
-  void* communicator_ = nullptr;
-};
 
 // Which part of the parameters this rank updates, and how it gets their gradients. With one rank it is all of them, and
 // nothing is exchanged.

@@ -1,4 +1,4 @@
-// NCCL on the CPU (nccl.cpp): the functions that kernels/nccl.cu calls. The ranks are processes under MPI, and each has
+// NCCL on the CPU (nccl.cpp): the functions that kernels/link.cpp calls. The ranks are processes under MPI, and each has
 // a card of its own that engine.cpp plays.
 //
 // A group of sends and receives is one piece of work on its stream. When its turn comes, each message goes out with its

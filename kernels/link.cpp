@@ -1,5 +1,8 @@
-// The connection between the cards of a run's ranks, by NCCL; see ranks.cuh. Without MPI=1 there is never one.
-#include "ranks.cuh"
+// NCCL between the ranks' cards. Without MPI=1 there is never a connection.
+#include "link.h"
+
+#include "../host/ranks.h"
+#include "check.cuh"
 
 #ifndef MICROGPT_MPI
 
@@ -50,6 +53,7 @@ DeviceLink::DeviceLink() {
 }
 
 DeviceLink::~DeviceLink() {
+  for (const cudaEvent_t mark : marks_) cudaEventDestroy(mark);
   if (communicator_) ncclCommDestroy(of(communicator_));
 }
 
@@ -62,8 +66,11 @@ void DeviceLink::exchange(const std::vector<DeviceMessage>& out, const std::vect
 }
 
 void DeviceLink::mark(cudaStream_t stream) {
-  if (marked_ == marks_.size()) marks_.push_back(std::make_unique<Event>());
-  marks_[marked_++]->record(stream);
+  if (marked_ == marks_.size()) {
+    marks_.emplace_back();
+    CUDA_CHECK(cudaEventCreateWithFlags(&marks_.back(), cudaEventDisableTiming));
+  }
+  CUDA_CHECK(cudaEventRecord(marks_[marked_++], stream));
 }
 
 void DeviceLink::wait(cudaStream_t stream) {
@@ -73,7 +80,7 @@ void DeviceLink::wait(cudaStream_t stream) {
   for (size_t i = 0; i < marked_;) {
     ncclResult_t result = ncclSuccess;
     ncclCommGetAsyncError(of(communicator_), &result);
-    const cudaError_t state = cudaEventQuery(*marks_[i]);
+    const cudaError_t state = cudaEventQuery(marks_[i]);
     if (state == cudaSuccess) {
       i++;
       deadline = Clock::now() + patience;

@@ -1,7 +1,7 @@
 # What you measure, check and learn with. The Makefile, which includes this file, has the programs and the tests.
 
 .PHONY: help test-mpi test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
-        bench bench-gpu bench-pytorch bench-scaling profile kernel-stats ladder lab
+        bench bench-gpu bench-mpi bench-pytorch bench-scaling profile kernel-stats ladder lab
 
 define HELP
 run      make deps            install the packages (apt or Homebrew); does nothing when all are there
@@ -25,6 +25,7 @@ test     make test            all tests, CUDA kernels on the CPU; SANITIZE=addre
 
 measure  make bench           each layer's time, as a share of the peak that the machine sustains
          make bench-scaling   how a CPU step grows with T, C, L, B, V, threads: doc/cpu_scaling.csv and .png (SIZES=T)
+         make bench-mpi MPI=1  two processes beside one with as many threads, and the parts of a step
          make bench-pytorch   the same step and products by PyTorch, in turn with ours (PYTHON=python3; DEVICE=cuda: the
                               step on a GPU)
          make bench-gpu       what the GPU can do, kernel by kernel, whole steps and sampling in every type
@@ -140,6 +141,13 @@ $(BUILD)/dev/bench/bench.o: FLAGS = $(KERNEL_FLAGS)
 # SIZES='T V' measures these anew; the other rows of the table stay.
 bench-scaling: $(BUILD)/bench
 	dev/bench/bench_scaling.sh $(BUILD)/bench $(SIZES)
+
+# One process with two threads and two with one, in turn.
+bench-mpi: $(BUILD)/bench_mpi
+	for round in 1 2 3 4 5; do $< 2 && mpirun -n 2 $< 1 || exit 1; done
+$(BUILD)/bench_mpi: $(BUILD)/dev/bench/bench_mpi.o $(HOST)
+	$(CXX) $^ $(LIBS) -o $@
+$(BUILD)/dev/bench/bench_mpi.o: FLAGS = $(KERNEL_FLAGS)
 
 BENCH_GPU := $(CUDA_BUILD)/dev/bench/bench_gpu
 bench-gpu: $(BENCH_GPU)

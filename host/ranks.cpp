@@ -175,8 +175,9 @@ std::string mpi_version() {
   char words[MPI_MAX_LIBRARY_VERSION_STRING] = "";
   int length = 0;
   MPI_Get_library_version(words, &length);
-  const std::string all = words;
-  return all.substr(0, all.find_first_of(",\n"));
+  std::string first = std::string(words).substr(0, std::string(words).find_first_of(",\n"));
+  std::replace(first.begin(), first.end(), '\t', ' ');
+  return first;
 }
 
 // Ends the process if MPI has not started after so many seconds. It waits for every process of the run, and one that

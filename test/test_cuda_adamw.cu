@@ -169,13 +169,25 @@ TEST_CASE("AdamW on the device refuses a count that is not a multiple of 4", "[c
 
 namespace {
 
+size_t units_of(size_t count) { return ceil_div(count, norm_unit(count)); }
+
+// Each unit's sum of squares, in two launches: as two ranks compute them.
+void norm_of(const DeviceArray<double>& partials, const DeviceArray<float>& grads) {
+  const size_t units = units_of(grads.size()), first = units / 2;
+  CHECK(partials.size() == units);
+  CHECK(units <= gradient_norm_partials);
+  gradient_norm(partials.data(), grads.data(), grads.size(), {first, units - first}, nullptr);
+  gradient_norm(partials.data(), grads.data(), grads.size(), {0, first}, nullptr);
+}
+
 // The state after prepare_update has computed the norm of the gradients. The last block gets fewer of them.
 TrainState prepare(const std::vector<float>& gradients, double grad_clip, bool loss_scaling, float loss_scale = 1) {
   DeviceArray<float> grads(gradients);
-  DeviceArray<double> partials(gradient_norm_partials);
+  DeviceArray<double> partials(units_of(gradients.size()));
   DeviceArray<TrainState> state(
       std::vector<TrainState>{{.loss_scale = loss_scale, .overflow = 7, .gradient_scale = a_nan}});
-  prepare_update(state.data(), partials.data(), grads.data(), gradients.size(), grad_clip, loss_scaling, nullptr);
+  norm_of(partials, grads);
+  prepare_update(state.data(), partials.data(), gradients.size(), grad_clip, loss_scaling, nullptr);
   double sum = 0;
   for (const double partial : partials.read()) sum += partial;
   const double want = gradient_norm_squared(gradients.data(), gradients.size());
@@ -240,8 +252,9 @@ TEST_CASE("A scaled loss leads to the same update, bit for bit", "[cuda]") {
   const std::vector<float> p = noise(count, 5), zeros(count, 0);
   const auto run = [&](const std::vector<float>& grads, float loss_scale) {
     Training<float> a(p, zeros, zeros, grads, {.loss_scale = loss_scale});
-    DeviceArray<double> partials(gradient_norm_partials);
-    prepare_update(a.state.data(), partials.data(), a.grads.data(), count, 1, true, nullptr);
+    DeviceArray<double> partials(units_of(count));
+    norm_of(partials, a.grads);
+    prepare_update(a.state.data(), partials.data(), count, 1, true, nullptr);
     a.update();
     return a.params.read();
   };

@@ -17,6 +17,19 @@ TEST_CASE("Gradients and losses are added on the device as on the CPU", "[cuda]"
   }
 }
 
+TEMPLATE_TEST_CASE("Parameters are rounded for the products", "[cuda]", bf16, fp16) {
+  for (const size_t count : {8, 2048, 2056}) {
+    const std::vector<float> x = noise(count, 1);
+    const DeviceArray<float> from(x);
+    const DeviceArray<TestType> to(count);
+    round_to(to.data(), from.data(), count, nullptr);
+    CHECK((to.floats() == rounded<TestType, float>(x)));
+  }
+  const DeviceArray<TestType> to(16);
+  const DeviceArray<float> from(16);
+  CHECK_THROWS_WITH(round_to(to.data(), from.data(), 12, nullptr), ContainsSubstring("12 is not a multiple of 8"));
+}
+
 TEST_CASE("Gradients on the device are added by eights", "[cuda]") {
   const DeviceArray<float> a(16);
   const DeviceArray<double> loss(1);

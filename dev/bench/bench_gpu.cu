@@ -757,7 +757,8 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
 
   const DeviceBuffer<double> norm_partials(gradient_norm_partials, "the gradient's norm");
   table.row_of_one("prepare_update", 0, 0, 4 * count, [&](int) {
-    prepare_update(m.state, norm_partials.data(), m.grads(), m.param_layout.size(), 1, false, st);
+    gradient_norm(norm_partials.data(), m.grads(), m.count, m.cards.own_units(), st);
+    prepare_update(m.state, norm_partials.data(), m.count, 1, false, st);
   });
   table.row_of_one("adamw_update", 1, 0, count * (28 + (m.has_working_copy ? R : 0)), [&](int) {
     adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(), m.grads(),

@@ -468,7 +468,7 @@ inline std::string auto_dtype(const Config& config) {
   if (config.command == "export") return export_command(config);
   const bool train = config.command == "train";
   if (train && config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
-  if (config.dtype == "auto") config.dtype = auto_dtype(config);
+  if (config.dtype == "auto") config.dtype = ranks().all_texts(auto_dtype(config))[0];  // one type for all
   if (config.dtype == "bfloat16" && !built_for.avx512_bf16)
     fail("--dtype bfloat16 on a CPU needs AVX512_BF16, which this one, or what this was built for, does not have");
   if (config.dtype != "float32" && config.dtype != "bfloat16")

@@ -217,7 +217,7 @@ void keep_quiet() {
 }
 void speak_up() {
   std::fflush(stderr);
-  if (loud_stderr >= 0 && dup2(loud_stderr, 2) < 0) return;
+  if (loud_stderr >= 0) dup2(loud_stderr, 2);
 }
 
 }  // namespace

@@ -180,16 +180,16 @@ int TrainingRun::go() {
     try {
       train();
     } catch (const Interrupted&) {
-      save(false);
+      if (saved_iteration_ != info_.iteration) save(false);
       writer_->wait();
       std::fprintf(stderr, "\nstopped before iteration %d and saved; --init_from resume goes on\n", info_.iteration);
     }
   } catch (const NotFinite& bad) {
     writer_->wait();
-    if (info_.iteration == 0 && writer_->saved() < 0) fail(bad.what, " from the start");
+    if (info_.iteration == 0 && saved_iteration_ < 0) ranks().fail_alike(bad.what + " from the start");
     if (ranks().count() > 1)
-      fail(bad.what, ". ", last, " is the last good state; one process that goes on from it by --init_from resume ",
-           "repeats these steps and says where it began");
+      ranks().fail_alike(text(bad.what, ". ", last, " is the last good state; one process that goes on from it by ",
+                              "--init_from resume repeats these steps and says where it began"));
     std::fprintf(stderr, "%s; the steps since the last checkpoint are repeated, to see where it began\n",
                  bad.what.c_str());
     fail(bad.what, "; ", find_not_finite(bad), ". ", last, " is the last good state; ",
@@ -358,6 +358,7 @@ Snapshot& TrainingRun::take_snapshot() {
 void TrainingRun::save(bool best) {
   take_snapshot();
   last_save_ = Clock::now();
+  saved_iteration_ = info_.iteration;
   if (!ranks().first()) return;
   files_->metrics().flush();  // a checkpoint never knows of an iteration that the record does not
   writer_->write(info_, last_checkpoint(config_.out_dir), best ? best_checkpoint(config_.out_dir) : "");

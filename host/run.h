@@ -74,4 +74,5 @@ class TrainingRun {
   double step_seconds_ = 0;  // time and number of the steps since the last line of the log
   int steps_ = 0;
   double newest_loss_ = 0;
+  int saved_iteration_ = -1;  // of the newest checkpoint; -1: this process has written none
 };

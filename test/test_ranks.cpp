@@ -16,7 +16,7 @@ namespace {
 // ended after two minutes.
 std::string mpirun(int processes, const std::string& command) {
   return text("env OMPI_ALLOW_RUN_AS_ROOT=1 OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1 OMPI_MCA_rmaps_base_oversubscribe=1 ",
-              "timeout 120 mpirun -n ", processes, " ", command);
+              "timeout --foreground 120 mpirun -n ", processes, " ", command);
 }
 
 bool without_mpi() {
@@ -215,6 +215,16 @@ TEST_CASE("SIGTERM to mpirun saves the run once", "[mpi]") {
   CHECK(contains(r.err, "and saved; --init_from resume goes on\n"));
   CHECK(r.err.find("and saved;") == r.err.rfind("and saved;"));
   CHECK(Checkpoint(last_checkpoint(folder + "/out")).info().iteration >= 100);
+}
+
+TEST_CASE("A loss that is not finite ends all processes, and rank 0 says so", "[mpi]") {
+  if (without_mpi()) return;
+  const std::string folder = prepared();
+  const Run r = run(mpirun(3, command(folder, "/out", "--learning_rate=10 --weight_decay=10 --max_iters=2000")));
+  INFO(r.err);
+  CHECK(r.code == 1);
+  CHECK(contains(r.err, "one process that goes on from it by --init_from resume repeats these steps"));
+  CHECK(r.err.find("error: ") == r.err.rfind("error: "));
 }
 
 TEST_CASE("An error of rank 0 ends all processes", "[mpi]") {

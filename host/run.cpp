@@ -174,7 +174,7 @@ void TrainingRun::score_best_again() {
 // The loop
 
 int TrainingRun::go() {
-  catch_signals();
+  catch_signals(ranks().count() > 1);
   const std::string last = last_checkpoint(config_.out_dir);
   try {
     try {

@@ -5,6 +5,7 @@
 #pragma once
 
 // From now on these signals are only noted, unless they are ignored anyway (nohup), and a closed pipe is an error when
-// it is written to, not the end.
-void catch_signals();
+// it is written to, not the end. launched: the process is one of several of a launcher, which passes a signal on, perhaps
+// more than once, and kills what does not end in time; so a signal that comes again does not end this process.
+void catch_signals(bool launched = false);
 int stop_signal();  // the one that came, or 0

@@ -252,6 +252,24 @@ TEST_CASE("Threads of processes on one host divide its cores", "[mpi]") {
   CHECK(std::stoi(shared[1]) == std::max(1, std::stoi(alone[1]) / 2));
 }
 
+TEST_CASE("Two hosts share a run, and a cable that is cut ends it", "[mpi]") {
+  if (without_mpi()) return;
+  const std::string folder = prepared(), two_hosts = "dev/check/two_hosts.sh ";
+  const Run r = run(two_hosts + "0 " + command(folder, "/hosts"));
+  if (r.code == 77) return skip("two hosts take root, ip, unshare and OpenMPI");
+  INFO(r.err);
+  REQUIRE(r.code == 0);
+  CHECK(contains(r.err, " in each of 4 processes on 2 hosts\n"));
+  REQUIRE(run(command(folder, "/one")).code == 0);
+  CHECK((left_by(folder + "/hosts") == left_by(folder + "/one")));
+  const Run cut = run("LIMIT=15 " + two_hosts + "5 " +
+                      command(folder, "/cut", "--max_iters=1000000 --eval_interval=20 --comm_timeout=2"));
+  INFO(cut.err);
+  CHECK(cut.code != 0);
+  CHECK(contains(cut.err, "no answer from rank 2 on host-b, rank 3 on host-b for 2 s (--comm_timeout)"));
+  CHECK(Checkpoint(last_checkpoint(folder + "/cut")).info().iteration > 0);
+}
+
 TEST_CASE("A program that another MPI starts says so", "[mpi]") {
   if (without_mpi()) return;
   const std::string folder = prepared();

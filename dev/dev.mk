@@ -59,7 +59,7 @@ run-shuffled: $(BUILD)/test/run_cuda_tests
 	for seed in $(SEEDS); do echo "seed $$seed"; CUDA_ON_CPU_SEED=$$seed OMP_NUM_THREADS=1 $< || exit 1; done
 
 # Runs of several processes, with programs that were built with MPI=1 (test/test_ranks.cpp).
-test-mpi:
+test-mpi: | $(AFTER_DEPS)
 	$(MAKE) MPI=1 TEST=test_ranks test
 
 # A short run under Valgrind, which also sees reads of unwritten memory; it knows no AVX-512.

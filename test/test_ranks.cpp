@@ -303,7 +303,8 @@ TEST_CASE("Any number of GPUs makes the run of one", "[mpi]") {
     INFO(one.err);
     REQUIRE(one.code == 0);
     const auto want = left_by(folder + "/one");
-    for (const int count : {2, 3, 4}) {
+    const bool all = contains(flags, "float32");  // the exchange is the same for every type
+    for (const int count : all ? std::vector<int>{2, 3, 4} : std::vector<int>{4}) {
       INFO(count << " processes");
       const Run many =
           run(on_gpus + text("CUDA_ON_CPU_SEED=", count, " ") + mpirun(count, gpu_command(folder, "/many", flags)));

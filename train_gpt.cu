@@ -301,7 +301,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Update: clip the gradient's norm if asked to, then AdamW over the whole buffer at once.
+// Update: add up the ranks' gradients, clip their norm if asked to, then AdamW over this rank's share: alone, over all.
 
 template <class Real>
 void update(GPT<Real>& m, const Optimizer& o) {
@@ -322,7 +322,7 @@ void update(GPT<Real>& m, const Optimizer& o) {
 }
 
 template <class Real, class Visit>
-void each_buffer(const GPT<Real>& m, Visit visit) {
+void each_buffer(const GPT<Real>& m, Visit visit) {  // with canaries in the gaps (host/tensors.h)
   visit(m.params_memory.data(), m.param_layout, "params");
   if (m.has_working_copy) visit(m.working_memory.data(), m.param_layout, "working copy");
   visit(m.acts.a.inp[0], m.acts.of_real, "activations");

@@ -253,7 +253,7 @@ void backward(GPT<Real, Factor>& m, const int* x, const int* y, int B, int T, do
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Update: clip the gradient's norm if asked to, then AdamW over the whole buffer at once.
+// Update: add up the ranks' gradients, clip their norm if asked to, then AdamW over this rank's share: alone, over all.
 
 template <class Real, class Factor>
 void zero_gradients(GPT<Real, Factor>& m, int level = 0) {

@@ -96,8 +96,8 @@ void check_model(double tolerance) {
   zero_gradients(m);
   backward(m, batch.x.data(), batch.y.data(), B, T, 1 / rows);
   for (const ExportTensor& tensor : export_table(m.shape, m.param_layout))
-    check_close("grad." + tensor.name, m.grads() + tensor.offset,
-                numbers("grad." + tensor.name, tensor.size()), tensor.size(), tolerance);
+    check_close("grad." + tensor.name, m.grads() + tensor.offset, numbers("grad." + tensor.name, tensor.size()),
+                tensor.size(), tolerance);
 
   double losses[10];
   for (int step = 1; step <= 10; step++) {
@@ -128,8 +128,8 @@ TEST_CASE("gradients are added, not written") {
     backward(m, batch.x.data(), batch.y.data(), B, T, share / (double(B) * T));
   }
   for (const ExportTensor& tensor : export_table(m.shape, m.param_layout))
-    check_close("grad." + tensor.name, m.grads() + tensor.offset,
-                numbers("grad." + tensor.name, tensor.size()), tensor.size(), 1e-9);
+    check_close("grad." + tensor.name, m.grads() + tensor.offset, numbers("grad." + tensor.name, tensor.size()),
+                tensor.size(), 1e-9);
 }
 
 TEST_CASE("every tensor of the fixture is looked at") {

@@ -486,7 +486,7 @@ class GpuModel final : public Trainer {
     gpt_.use_gradients(0);
   }
 
-  // grads(level) and loss_sum[level] = those of the batch of this number in the step
+  // Computes the step's batch of this number, and writes its gradients to grads(level), its loss to loss_sum[level].
   void one_batch(int number, int level, double dloss) {
     const int B = gpt_.B, T = shape().T;
     const DeviceDropout drop({config_.seed, 0, 0, dropout_threshold(config_.dropout), number * B}, gpt_.step());

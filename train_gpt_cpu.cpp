@@ -420,7 +420,8 @@ class CpuModel final : public Trainer {
     return float(by_rank[0]);
   }
 
-  // grads(level) = the gradients of the batch of this number in the step. Returns the sum of its losses times dloss.
+  // Computes the step's batch of this number, and writes its gradients to grads(level). Returns its losses, added up, times
+  // dloss.
   double one_batch(int iteration, int number, int level, double dloss) {
     const int B = config_.batch_size, T = shape().T, first_row = number * B;
     const Dropout drop = {config_.seed, uint32_t(iteration), 0, dropout_threshold(config_.dropout), first_row};

@@ -246,9 +246,12 @@ void Ranks::exchange(const std::vector<Message>& out, const std::vector<Message>
     return MPI_Isend(data, bytes, MPI_BYTE, rank, data_tag, MPI_COMM_WORLD, request);
   });
 
-  const auto give_up = [&](Ending how, const std::string& words) {
-    for (MPI_Request& request : requests)  // MPI must not write into buffers that are about to be freed
+  const auto cancel = [&] {  // MPI must not write into buffers that are about to be freed
+    for (MPI_Request& request : requests)
       if (request != MPI_REQUEST_NULL) MPI_Cancel(&request);
+  };
+  const auto give_up = [&](Ending how, const std::string& words) {
+    cancel();
     ending = how;
     fail(words);
   };
@@ -275,8 +278,10 @@ void Ranks::exchange(const std::vector<Message>& out, const std::vector<Message>
     MPI_Status status;
     MPI_Iprobe(MPI_ANY_SOURCE, farewell_tag, MPI_COMM_WORLD, &said, &status);
     if (said) give_up(Ending::ended, text(about(status.MPI_SOURCE), " has ended"));
-    if (Clock::now() > deadline)
-      give_up(Ending::lost, text("no answer from ", silent_ranks(), " for ", timeout_, " s (--comm_timeout)"));
+    if (Clock::now() > deadline) {
+      cancel();
+      lost();
+    }
     // The others may need this core. At first they are about to answer, later they are computing.
     if (turns > 2000)
       usleep(50);

@@ -101,7 +101,7 @@ class Ranks {
 
   // For a failure that every rank has found: rank 0 alone says it.
   [[noreturn]] void fail_alike(const std::string& words) const;
-  // When this rank has waited in vain, not for a message but for what a card does: fails, and says which ranks are silent.
+  // When this rank has waited in vain, for a message or for what a card does: fails, and says which ranks are silent.
   [[noreturn]] void lost() const;
 
   // The first of the ranks' texts that is not empty, with its rank; empty: all are.

@@ -27,8 +27,8 @@ void sum_tree(int first, int count, int level, const One& one, const Add& add) {
 }
 
 // The batches of a step that one of several processes, called ranks, computes. The ranks are divided like the batches,
-// half to half, so each has a whole branch of the tree. There are at least as many batches as ranks. If the number of
-// ranks is a power of two that divides that of the batches, each rank has as many as the others.
+// half to half, so each has a whole branch of the tree. There are at least as many batches as ranks. All ranks have equally
+// many batches if the number of ranks is a power of two and divides the number of batches.
 inline Part tree_part(int rank, int ranks, int batches, int first = 0) {
   if (ranks == 1) return {size_t(first), size_t(batches)};
   const int left_ranks = left_part(ranks), left = left_part(batches);

@@ -20,8 +20,8 @@ static __global__ void __launch_bounds__(256)
   store8(sum + i, total);
 }
 
-// The gradients and the loss of one half of a step's batches join those of the other half (host/tree.h):
-// sum (count) += x (count); count is a multiple of 8. loss_sum (1) += loss (1).
+// Adds gradients and a loss to others, those of a second half of batches to those of the first (host/tree.h):
+// sum (count) += x (count), where count is a multiple of 8; loss_sum (1) += loss (1).
 inline void add(float* sum, const float* x, size_t count, double* loss_sum, const double* loss, cudaStream_t stream) {
   require(count % 8 == 0, "add: count = ", count, " is not a multiple of 8");
   const unsigned blocks = std::max(1u, unsigned(ceil_div(count / 8, 256)));

@@ -40,7 +40,7 @@ TEST_CASE("Gradients are added as a tree of halves") {
   CHECK(formula(3, 8).text == "(((3+4)+(5+6))+((7+8)+(9+10)))");
 }
 
-TEST_CASE("A sum of gradients is that of its two halves, which takes as many buffers as the tree has levels") {
+TEST_CASE("The sum of a step is the sum of its two halves, and needs as many more buffers as tree_levels says") {
   for (int count = 2; count <= 70; count++) {
     const int left = left_part(count);
     CHECK(formula(0, count).text == "(" + formula(0, left).text + "+" + formula(left, count - left).text + ")");
@@ -48,4 +48,23 @@ TEST_CASE("A sum of gradients is that of its two halves, which takes as many buf
   }
   CHECK(tree_levels(1) == 0);
   CHECK(tree_levels(2'000'000'000) == 30);
+}
+
+TEST_CASE("Each rank has a branch of the tree, and the branches make the sum of one process") {
+  for (int batches = 1; batches <= 40; batches++)
+    for (int ranks = 1; ranks <= batches; ranks++) {
+      std::vector<std::string> pieces;
+      size_t next = 0;
+      for (int r = 0; r < ranks; r++) {
+        const Part part = tree_part(r, ranks, batches);
+        REQUIRE(part.first == next);
+        REQUIRE(part.count > 0);
+        next += part.count;
+        pieces.push_back(formula(int(part.first), int(part.count)).text);
+        if ((ranks & (ranks - 1)) == 0 && batches % ranks == 0) REQUIRE(part.count == size_t(batches / ranks));
+      }
+      REQUIRE(next == size_t(batches));
+      sum_pieces(pieces.data(), ranks, [](std::string& sum, const std::string& x) { sum = "(" + sum + "+" + x + ")"; });
+      REQUIRE(pieces[0] == formula(0, batches).text);
+    }
 }

@@ -164,7 +164,7 @@ struct GPT {
 
   Layout param_layout = parameter_layout(shape);
   size_t count = param_layout.size(), trained = training ? count : 0;
-  DeviceRanks cards{trained, norm_unit(count)};  // several processes share the update of the parameters
+  DeviceRanks cards{param_layout, norm_unit(count), training};  // several processes share the update
   DeviceBuffer<float> params_memory{count, "the parameters"};
   DeviceBuffer<Real> working_memory{has_working_copy ? count : 0, "the working copy of the parameters"};
   // The gradients, and once more for each level of the tree of a step's batches.
@@ -234,9 +234,8 @@ void forward(GPT<Real>& m, int B, int T, const DeviceDropout& drop, bool for_bac
 // Backward computes the losses of the targets m.y and, for every parameter, the gradient of dloss * (their sum) times
 // the loss scale. It is forward read from bottom to top.
 
-// Adds up the partials that backward made over blocks of rows: the gradients of the token embedding, of LayerNorm's
-// own parameters and of all biases. Each LayerNorm has the bias of the branch before it; for ln1 that branch is in the
-// layer below.
+// Adds up the partials that backward made over blocks of rows: the gradients of the token embedding, of LayerNorm and of
+// all biases. Each LayerNorm has the bias of the branch before it; for ln1 that branch is in the layer below.
 template <class Real>
 void sum_gradients(const GPT<Real>& m, int B, int T) {
   const Params<float>& dw = m.dw;
@@ -291,6 +290,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
                        drop.at(site::attention_dropout, l), B, T, C, NH, stream, m.matmul.tf32());
     m.matmul.backward_input(g.dnorm, g.dqkv, w.qkvw[l], rows, C, 3 * C, 3 * C);
     m.matmul.backward_weight(dw.qkvw[l], g.dqkv, a.ln1[l], rows, C, 3 * C, 3 * C);
+    if (m.cards.early()) m.cards.leave(l, m.grads(), m.matmul.weights_written());
     residual_layernorm_backward(g.dstream, l > 0 ? m.matmul.unread(g.dbranch) : nullptr, gs.ln1_partials[l], g.dnorm,
                                 a.inp[l], s.ln1_mean[l], s.ln1_rstd[l], p.ln1w[l], false,
                                 drop.at(site::fc_dropout, l - 1), B, T, C, stream);
@@ -469,7 +469,7 @@ class GpuModel final : public Trainer {
   // Puts a whole training step onto the stream, of so many batches in all.
   void enqueue_step(int batches) {
     const double dloss = 1.0 / (double(gpt_.B) * shape().T * batches);
-    enqueue_gradients(tree_part(ranks().rank(), ranks().count(), batches), dloss);
+    enqueue_gradients(gpt_.cards.begin_step(batches), dloss);
     update(gpt_, optimizer_);
     end_step(gpt_.state, loss_ring_.data(), ring_size, dloss, loss_scaling, stream_);
   }

@@ -60,7 +60,7 @@ run-shuffled: $(BUILD)/test/run_cuda_tests
 
 # Runs of several processes, with programs that were built with MPI=1 (test/test_ranks.cpp).
 test-mpi: | $(AFTER_DEPS)
-	$(MAKE) MPI=1 TEST=test_ranks test
+	$(MAKE) MPI=1 TEST=test_ranks TEST_PROGRAMS='train_gpt_cpu train_gpt_on_cpu train_gpt_faulty data_prep' test
 
 # A short run under Valgrind, which also sees reads of unwritten memory; it knows no AVX-512.
 MEMCHECK := build/$(notdir $(COMPILER))-x86-64-v3

@@ -182,6 +182,12 @@ class Matmul {
     beside_->reading.clear();
   }
 
+  // The point where the gradients of weights so far are written.
+  const Event& weights_written() {
+    weights_written_.record(beside_ ? cudaStream_t(beside_->stream) : stream_);
+    return weights_written_;
+  }
+
   // The algorithms chosen so far, as text for a file, and back. The table of another card or of another version of the
   // library, and a damaged one, is ignored.
   std::string save_table() { return library_.table().save(); }
@@ -244,6 +250,7 @@ class Matmul {
   int window_ = 0;  // see keep_windows
   cudaStream_t stream_;
   MatmulLibrary library_;
-  std::unique_ptr<Beside> beside_;                     // if gradients of weights have a stream of their own
+  std::unique_ptr<Beside> beside_;  // if gradients of weights have a stream of their own
+  Event weights_written_;
   std::set<std::tuple<OperandType, int, int>> masks_;  // (rows, OC) for which forward_relu left a mask
 };

@@ -178,6 +178,15 @@ TEST_CASE("A process that stops answering ends the others in time, and the last 
   CHECK(r.code == 0);
 }
 
+TEST_CASE("A process that never starts ends the others in time", "[mpi]") {
+  if (without_mpi()) return;
+  const std::string folder = prepared();
+  const Run r = run(mpirun(1, command(folder, "/out", "--comm_timeout=2")) + " : -n 1 sleep 100");
+  INFO(r.err);
+  CHECK(r.code == 1);
+  CHECK(contains(r.err, "error: MPI did not start within 2 s: not all processes of the run have come up"));
+}
+
 TEST_CASE("SIGTERM to mpirun saves the run once", "[mpi]") {
   if (without_mpi()) return;
   const std::string folder = prepared();
@@ -262,7 +271,8 @@ namespace {
 const std::string on_gpus = "env CUDA_ON_CPU_DEVICES='90 90 90 90' ";
 
 std::string gpu_command(const std::string& folder, const std::string& out, const std::string& flags = "") {
-  return program("train_gpt_on_cpu") + small_run + " --batch_size=1 --gradient_accumulation_steps=4 --max_iters=5 " +
+  return program("train_gpt_on_cpu") + small_run +
+         " --n_layer=2 --batch_size=1 --gradient_accumulation_steps=4 --max_iters=5 " +
          "--eval_interval=3 --n_head=1 --checkpoint_secs=0 --device=cuda --data " + folder + "/data --out_dir " +
          folder + out + " " + flags;
 }

@@ -23,12 +23,11 @@
 // __syncthreads or __syncwarp orders.
 //
 // Nothing checks: the speed of anything, bank conflicts, registers, __launch_bounds__, the size of static shared
-// memory, pointers inside argument structs, a missing __threadfence, dependencies between the streams of one captured
-// graph (it keeps the order of the calls). A thread does not lose its turn after some time, so a kernel that spins
-// until another thread has done something hangs. A warp has one collective at a time: the mask names all lanes that
-// come together, and two halves of a warp cannot be in two different collectives. There are no clusters, TMA, wgmma,
-// named barriers or cooperative groups, and no atomics on floats, whose sums would depend on timing. Only one host
-// thread may call CUDA.
+// memory, pointers inside argument structs, a missing __threadfence. A thread does not lose its turn after some time, so a
+// kernel that spins until another thread has done something hangs. A warp has one collective at a time: the mask names
+// all lanes that come together, and two halves of a warp cannot be in two different collectives. There are no clusters,
+// TMA, wgmma, named barriers or cooperative groups, and no atomics on floats, whose sums would depend on timing. Only one
+// host thread may call CUDA.
 //
 // The environment:
 // - CUDA_ON_CPU_SEED, and CUDA_ON_CPU_MEMORY, bytes of device memory;
@@ -381,6 +380,8 @@ constexpr Value max(Value a, Value b) { return a < b ? b : a; }
   ERROR(cudaErrorIllegalAddress, 700, "an illegal memory access was encountered")                            \
   ERROR(cudaErrorLaunchFailure, 719, "unspecified launch failure")                                           \
   ERROR(cudaErrorStreamCaptureUnsupported, 900, "operation not permitted when stream is capturing")          \
+  ERROR(cudaErrorStreamCaptureUnjoined, 904, "capturing stream has unjoined work")                           \
+  ERROR(cudaErrorStreamCaptureIsolation, 905, "dependency created on uncaptured work in another stream")     \
   ERROR(cudaErrorStreamCaptureImplicit, 906,                                                                 \
         "operation would make the legacy stream depend on a capturing blocking stream")
 enum cudaError_t {

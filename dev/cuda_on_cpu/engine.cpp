@@ -23,7 +23,9 @@
 #include <deque>
 #include <exception>
 #include <map>
+#include <memory>
 #include <numeric>
+#include <set>
 #include <sstream>
 #include <stdexcept>
 #include <string>
@@ -812,21 +814,30 @@ struct Work {
 }  // namespace
 }  // namespace cuda_on_cpu
 
+using NodeNumbers = std::set<size_t>;
 struct CUevent_st {
   unsigned recorded = 0, done = 0;
-  CUgraph_st* graph = nullptr;  // the event was recorded while this graph was captured
+  uint64_t capture = 0;  // the event was recorded in this one, behind these nodes; 0: in none
+  NodeNumbers behind{};
   std::chrono::steady_clock::time_point time{};
 };
+struct Node {
+  cuda_on_cpu::Work work;
+  NodeNumbers after;                // it may run when these have run
+  std::vector<size_t> followers{};  // those that come after it
+};
 struct CUgraph_st {
-  std::vector<cuda_on_cpu::Work> works;
+  uint64_t capture;
+  std::vector<Node> nodes{};
 };
 struct CUgraphExec_st {
-  std::vector<cuda_on_cpu::Work> works;
+  std::shared_ptr<const std::vector<Node>> nodes;
 };
 struct CUstream_st {
   bool blocking;  // it and the default stream wait for each other
   std::deque<cuda_on_cpu::Work> works{};
   CUgraph_st* graph = nullptr;  // the graph that captures this stream
+  NodeNumbers tail{};           // what the stream's next node of that graph comes after
 };
 
 namespace cuda_on_cpu {
@@ -900,7 +911,9 @@ cudaError_t add(cudaStream_t handle, Work work) {
   CUstream_st& s = stream_of(handle);
   if (const cudaError_t e = earlier_failure()) return e;
   if (s.graph) {
-    s.graph->works.push_back(std::move(work));
+    if (work.awaited) return result(cudaErrorStreamCaptureIsolation);
+    s.graph->nodes.push_back({std::move(work), s.tail});
+    s.tail = {s.graph->nodes.size() - 1};
     return cudaSuccess;
   }
   if (&s == &default_stream && capturing) return result(cudaErrorStreamCaptureImplicit);
@@ -1165,10 +1178,12 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
   delete event;
   return waited;
 }
-// A graph keeps the order of the calls, so an event that is recorded during a capture only notes the graph.
+// In a capture, events are no work: they only say which nodes come after which.
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
-  event->graph = stream_of(stream).graph;
-  if (event->graph) return cudaSuccess;
+  const CUstream_st& s = stream_of(stream);
+  event->capture = s.graph ? s.graph->capture : 0;
+  event->behind = s.tail;
+  if (s.graph) return cudaSuccess;
   const unsigned n = ++event->recorded;
   return enqueue(stream, [=] {
     event->done = n;
@@ -1176,8 +1191,10 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   });
 }
 cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned) {
-  if (event->graph && event->graph == capturing) {  // the stream joins the capture
-    stream_of(stream).graph = event->graph;
+  if (capturing && event->capture == capturing->capture) {  // the stream joins the capture
+    CUstream_st& s = stream_of(stream);
+    s.graph = capturing;
+    s.tail.insert(event->behind.begin(), event->behind.end());
     return cudaSuccess;
   }
   return add(stream, {nullptr, event, event->recorded});
@@ -1198,24 +1215,57 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEve
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (!stream) return result(cudaErrorStreamCaptureUnsupported, "the default stream cannot be captured");
   if (capturing) return result(cudaErrorStreamCaptureUnsupported, "a stream is being captured already");
-  stream->graph = capturing = new CUgraph_st;
+  static uint64_t captures = 0;
+  stream->graph = capturing = new CUgraph_st{++captures};
   return cudaSuccess;
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   if (!capturing || stream_of(stream).graph != capturing)
     return result(cudaErrorInvalidValue, "the stream is not being captured");
+  // All nodes have to lie before the end of this stream. A node's number is higher than those that it comes after.
+  NodeNumbers before = stream->tail;
+  for (size_t i = capturing->nodes.size(); i-- > 0;)
+    if (before.count(i)) before.insert(capturing->nodes[i].after.begin(), capturing->nodes[i].after.end());
+  const bool joined = before.size() == capturing->nodes.size();
   *graph = capturing;
-  for (CUstream_st* s : streams) s->graph = nullptr;
+  for (CUstream_st* s : streams) s->graph = nullptr, s->tail.clear();
   capturing = nullptr;
-  return cudaSuccess;
+  return joined ? cudaSuccess : result(cudaErrorStreamCaptureUnjoined);
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
-  return *executable = new CUgraphExec_st{graph->works}, cudaSuccess;
-}
-cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
-  for (const Work& w : executable->works)
-    if (const cudaError_t e = add(stream, w)) return e;
+  std::vector<Node> nodes = graph->nodes;
+  for (size_t i = 0; i < nodes.size(); i++)
+    for (const size_t before : nodes[i].after) nodes[before].followers.push_back(i);
+  *executable = new CUgraphExec_st{std::make_shared<const std::vector<Node>>(std::move(nodes))};
   return cudaSuccess;
+}
+// A launch is one piece of work. It runs the nodes that have nothing left to wait for, in the order of the calls or drawn
+// by seed. A node that waits for another process lets others go first.
+cudaError_t cudaGraphLaunch(cudaGraphExec_t executable, cudaStream_t stream) {
+  struct Progress {
+    NodeNumbers ready;
+    std::vector<size_t> missing;  // by node: how many nodes have to run before it
+  };
+  const auto progress = std::make_shared<Progress>();
+  for (const Node& node : *executable->nodes) {
+    if (node.after.empty()) progress->ready.insert(progress->missing.size());
+    progress->missing.push_back(node.after.size());
+  }
+  return add(stream, {[nodes = executable->nodes, progress] {
+               NodeNumbers waiting, &ready = progress->ready;
+               while (!ready.empty()) {
+                 const auto drawn = std::next(ready.begin(), draw(unsigned(ready.size())));
+                 const Node& node = (*nodes)[*drawn];
+                 try {
+                   node.work.run();
+                   for (const size_t follower : node.followers)
+                     if (--progress->missing[follower] == 0) ready.insert(follower);
+                 } catch (const NotYet&) { waiting.insert(*drawn); }
+                 ready.erase(drawn);
+               }
+               ready = waiting;
+               if (!ready.empty()) throw NotYet();
+             }});
 }
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) { return delete graph, cudaSuccess; }
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t executable) { return delete executable, cudaSuccess; }

@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <limits>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -863,6 +864,65 @@ TEST_CASE("CUDA on the CPU: a graph is the calls that it was captured from", "[c
     CHECK((results[0] == results[1]));
     CHECK(results[0][0] == Approx(1 + 1 / 2.0 + 1 / 3.0 + 1 / 4.0 + 4 * 0.5));
   });
+}
+
+TEST_CASE("CUDA on the CPU: streams in a graph wait where their events say so, and nowhere else", "[cuda_on_cpu]") {
+  const auto run = [](int seed, bool wait) {
+    const int before = cuda_on_cpu::set_seed(seed);
+    const TestStream stream, side;
+    std::string order;
+    cudaEvent_t fork, written, join;
+    for (cudaEvent_t* event : {&fork, &written, &join}) CUDA_CHECK(cudaEventCreate(event));
+    const auto note = [&](cudaStream_t on, char letter) {
+      CUDA_CHECK(cuda_on_cpu::enqueue(on, [&order, letter] { order += letter; }));
+    };
+    cudaGraph_t captured;
+    cudaGraphExec_t executable;
+    CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+    CUDA_CHECK(cudaEventRecord(fork, stream));
+    CUDA_CHECK(cudaStreamWaitEvent(side, fork));
+    note(stream, 'w');
+    CUDA_CHECK(cudaEventRecord(written, stream));
+    if (wait) CUDA_CHECK(cudaStreamWaitEvent(side, written));
+    note(side, 'r');
+    note(stream, 'x');
+    CUDA_CHECK(cudaEventRecord(join, side));
+    CUDA_CHECK(cudaStreamWaitEvent(stream, join));
+    note(stream, 'e');
+    CUDA_CHECK(cudaStreamEndCapture(stream, &captured));
+    CUDA_CHECK(cudaGraphInstantiate(&executable, captured));
+    CUDA_CHECK(cudaGraphDestroy(captured));
+    for (int i = 0; i < 2; i++) CUDA_CHECK(cudaGraphLaunch(executable, stream));
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    CUDA_CHECK(cudaGraphExecDestroy(executable));
+    for (const cudaEvent_t event : {fork, written, join}) CUDA_CHECK(cudaEventDestroy(event));
+    cuda_on_cpu::set_seed(before);
+    return order;
+  };
+  CHECK(run(0, true) == "wrxewrxe");  // the order of the calls
+  std::set<std::string> with_event, without;
+  for (int seed = 1; seed <= 20; seed++) {
+    with_event.insert(run(seed, true).substr(0, 4));
+    without.insert(run(seed, false).substr(0, 4));
+  }
+  CHECK(with_event == std::set<std::string>{"wrxe", "wxre"});
+  CHECK(without == std::set<std::string>{"wrxe", "wxre", "rwxe"});
+}
+
+TEST_CASE("CUDA on the CPU: a capture refuses work that is not joined, and events from before it", "[cuda_on_cpu]") {
+  const TestStream stream, side;
+  cudaEvent_t event;
+  CUDA_CHECK(cudaEventCreate(&event));
+  CUDA_CHECK(cudaEventRecord(event, side));
+  CUDA_CHECK(cudaStreamBeginCapture(stream, cudaStreamCaptureModeThreadLocal));
+  CHECK(cudaStreamWaitEvent(stream, event) == cudaErrorStreamCaptureIsolation);
+  CUDA_CHECK(cudaEventRecord(event, stream));
+  CUDA_CHECK(cudaStreamWaitEvent(side, event));
+  CUDA_CHECK(cuda_on_cpu::enqueue(side, [] {}));
+  cudaGraph_t captured;
+  CHECK(cudaStreamEndCapture(stream, &captured) == cudaErrorStreamCaptureUnjoined);
+  CUDA_CHECK(cudaGraphDestroy(captured));
+  CUDA_CHECK(cudaEventDestroy(event));
 }
 
 TEST_CASE("CUDA on the CPU: a capture that an exception cut short is forgotten", "[cuda_on_cpu]") {

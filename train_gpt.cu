@@ -589,7 +589,7 @@ int main(int argc, char** argv) {
     if (config.help) return std::fputs(help_text(config.command).c_str(), stdout), 0;
     if (config.version) return std::fputs((version_text() + cpu::kernels_text() + cards_text()).c_str(), stdout), 0;
     return with_ranks(config, [&] {
-      if (config.device == "cpu" || config.command == "export") return cpu::run(config, "");
+      if (config.device == "cpu" || needs_no_trainer(config)) return cpu::run(config, "");
       const std::string why = ranks().first_of(no_gpu(ranks().number_on_host()));  // one device for all
       if (config.device == "cuda" && !why.empty()) ranks().fail_alike("--device cuda: " + why);
       return why.empty() ? run_on_gpu(config) : cpu::run(config, why);

@@ -463,10 +463,9 @@ inline std::string auto_dtype(const Config& config) {
   return faster;
 }
 
-// Does what the command line says, on the CPU. why: what to tell somebody who did not ask for the CPU. gnu::used: not
-// every program calls it from this file, but train_gpt.cu does.
-[[gnu::used]] inline int run(Config config, const std::string& why) {
-  if (config.command == "export") return export_command(config);
+// Does what the command line says, on the CPU. why: what to tell somebody who did not ask for the CPU.
+inline int run(Config config, const std::string& why) {
+  if (needs_no_trainer(config)) return run_without_trainer(config);
   const bool train = config.command == "train";
   if (train && config.device == "auto") std::fprintf(stderr, "on the CPU: %s\n", why.c_str());
   if (config.dtype == "auto") config.dtype = ranks().all_texts(auto_dtype(config))[0];  // one type for all
@@ -484,6 +483,9 @@ inline std::string auto_dtype(const Config& config) {
   if (config.dtype == "bfloat16") return run_command(trainer_type<CpuModel<bfloat16>>(), config);
   return run_command(trainer_type<CpuModel<float>>(), config);
 }
+#ifdef MICROGPT_FALLBACK  // this object has run for train_gpt.cu, which calls it
+int (*used)(Config, const std::string&) = run;
+#endif
 
 }  // namespace cpu
 

@@ -1,6 +1,6 @@
 # What you measure, check and learn with. The Makefile, which includes this file, has the programs and the tests.
 
-.PHONY: help test-mpi test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
+.PHONY: help test-mpi test-page test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
         bench bench-gpu bench-mpi bench-pytorch bench-scaling profile kernel-stats ladder lab
 
 define HELP
@@ -15,6 +15,7 @@ test     make test            all tests, CUDA kernels on the CPU; SANITIZE=addre
          make test TEST=test_layers  the tests of one file of test/
          make test DEVICE=cuda  the tests of the kernels and of the GPU trainer, on a GPU
          make test-mpi MPI=1  runs of several processes, under OpenMPI
+         make deps test-page  the page of a run, in a browser (SCREENSHOTS=folder keeps pictures)
          make test-race       kernels under ThreadSanitizer, and with their threads in shuffled order
          make test-memcheck   a short run of the CPU programs under Valgrind
          make test-threads    the same under ThreadSanitizer (clang++)
@@ -61,6 +62,10 @@ run-shuffled: $(BUILD)/test/run_cuda_tests
 # Runs of several processes, with programs that were built with MPI=1 (test/test_ranks.cpp).
 test-mpi: | $(AFTER_DEPS)
 	$(MAKE) MPI=1 TEST=test_ranks TEST_PROGRAMS='train_gpt_cpu train_gpt_on_cpu train_gpt_faulty data_prep' test
+
+# The page that a run writes, in node and in a browser. With `deps` among the goals these are installed, too.
+test-page: | $(AFTER_DEPS)
+	$(MAKE) TEST=test_page TEST_PROGRAMS='train_gpt_cpu data_prep' test
 
 # A short run under Valgrind, which also sees reads of unwritten memory; it knows no AVX-512.
 MEMCHECK := build/$(notdir $(COMPILER))-x86-64-v3

@@ -8,6 +8,7 @@
 #include "error.h"
 #include "evaluation.h"
 #include "files.h"
+#include "page.h"
 #include "run.h"
 #include "run_files.h"
 #include "sampler.h"
@@ -92,7 +93,7 @@ static int eval(const TrainerType& type, Config config) {
   return 0;
 }
 
-int export_command(const Config& config) {
+static int export_command(const Config& config) {
   const Checkpoint checkpoint(checkpoint_path(config));
   const ModelShape& shape = checkpoint.info().shape;
   const Layout layout = parameter_layout(shape);
@@ -103,6 +104,11 @@ int export_command(const Config& config) {
   export_pth(path, shape, layout, params.data());
   std::fprintf(stderr, "wrote %s\n", path.c_str());
   return 0;
+}
+
+bool needs_no_trainer(const Config& config) { return config.command == "export" || config.command == "page"; }
+int run_without_trainer(const Config& config) {
+  return config.command == "page" ? page_command(config) : export_command(config);
 }
 
 int run_command(const TrainerType& type, const Config& config) {

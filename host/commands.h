@@ -1,5 +1,5 @@
-// The commands train, sample, eval and export, for any trainer.
-// defines: dtype_so_far, prompt_tokens, load_trainer, run_command, export_command, cpu::run
+// The commands train, sample, eval, export and page, for any trainer.
+// defines: dtype_so_far, prompt_tokens, load_trainer, run_command, needs_no_trainer, run_without_trainer, cpu::run
 #pragma once
 #include <memory>
 #include <string>
@@ -23,7 +23,9 @@ std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, c
 
 // Does what config.command says: train, sample or eval. Returns the program's exit code.
 int run_command(const TrainerType& type, const Config& config);
-int export_command(const Config& config);  // needs no trainer
+// export and page only read a checkpoint and write a file.
+bool needs_no_trainer(const Config& config);
+int run_without_trainer(const Config& config);
 
 // The CPU trainer, to which the GPU program turns where there is no GPU: train_gpt_cpu.cpp.
 namespace cpu {

@@ -13,8 +13,9 @@ enum Mark : unsigned {
   sample = 2,
   eval = 4,
   export_ = 8,
-  recorded = 16,  // a checkpoint records its value
-  shape = 32,     // it belongs to the model's shape, which a resumed run cannot change
+  page = 16,
+  recorded = 32,  // a checkpoint records its value
+  shape = 64,     // it belongs to the model's shape, which a resumed run cannot change
 };
 constexpr unsigned computing = train | sample | eval;
 
@@ -25,19 +26,19 @@ struct CommandFlag {
 };
 
 const std::vector<std::pair<std::string, Mark>> commands = {
-    {"train", train}, {"sample", sample}, {"eval", eval}, {"export", export_}};
+    {"train", train}, {"sample", sample}, {"eval", eval}, {"export", export_}, {"page", page}};
 
 // clang-format off
 std::vector<CommandFlag> flags(Config& c) {
   return {
       {train, {"preset", &c.preset, 0, 0, {"auto", "lecture", "small"},
                "ready-made settings; auto: lecture on a GPU, small on a CPU"}},
-      {train | eval, {"data", &c.data, 0, 0, {}, "folder with the token shards that data_prep wrote"}},
-      {computing | export_, {"out_dir", &c.out_dir, 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"}},
+      {train | eval | page, {"data", &c.data, 0, 0, {}, "folder with the token shards that data_prep wrote"}},
+      {computing | export_ | page, {"out_dir", &c.out_dir, 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"}},
       {train, {"init_from", &c.init_from, 0, 0, {"scratch", "resume"},
                "begin a new run, or go on with ckpt_last in out_dir"}},
-      {sample | eval | export_, {"checkpoint", &c.checkpoint, 0, 0, {},
-                                 "which checkpoint of out_dir, last or best, or the path of one"}},
+      {sample | eval | export_ | page, {"checkpoint", &c.checkpoint, 0, 0, {},
+                                        "which checkpoint of out_dir, last or best, or the path of one"}},
       {train | recorded | shape, {"n_layer", &c.n_layer, 1, 2e9, {}, "transformer blocks, one after the other"}},
       {train | recorded | shape, {"n_head", &c.n_head, 1, 2e9, {}, "attention heads in each block"}},
       {train | recorded | shape, {"n_embd", &c.n_embd, 1, 2e9, {}, "channels of the residual stream"}},
@@ -51,6 +52,9 @@ std::vector<CommandFlag> flags(Config& c) {
       {train | eval | recorded, {"eval_iters", &c.eval_iters, 1, 1e6, {},
                                  "random batches of each split in an evaluation"}},
       {train | recorded, {"log_interval", &c.log_interval, 1, 2e9, {}, "steps between lines with the loss"}},
+      {train | recorded, {"sample_chars", &c.sample_chars, 0, 1e6, {},
+                          "characters that each evaluation writes into metrics.jsonl; 0: none"}},
+      {train, {"page", &c.page, 0, 0, {}, "whether the run ends by writing microGPT.html"}},
       {train, {"checkpoint_secs", &c.checkpoint_secs, 0, no_limit, {},
                "seconds between checkpoints; 0: only at evaluations"}},
       {train | recorded, {"learning_rate", &c.learning_rate, 0, 10, {},
@@ -135,7 +139,7 @@ Config parse_command_line(int argc, char** argv) {
     config.command = arguments[0];
     const std::vector<std::string> names = command_names();
     if (std::find(names.begin(), names.end(), config.command) == names.end())
-      fail("'", config.command, "' is not a command (train, sample, eval, export); the nearest is ",
+      fail("'", config.command, "' is not a command (train, sample, eval, export, page); the nearest is ",
            nearest(config.command, names));
     arguments.erase(arguments.begin());
   }
@@ -160,8 +164,9 @@ void apply_preset(Config& config, const std::string& preset) {
 }
 
 std::string help_text(const std::string& command) {
-  std::string out = text("usage: ./train_gpt [train | sample | eval | export] [--flag value | --flag=value ...]\n\n",
-                         "flags of ", command, ", with their defaults:\n");
+  std::string out =
+      text("usage: ./train_gpt [train | sample | eval | export | page] [--flag value | --flag=value ...]\n\n",
+           "flags of ", command, ", with their defaults:\n");
   Config defaults;
   for (const Flag& flag : flags_of(defaults, command)) {
     std::string small;

@@ -13,7 +13,7 @@
 
 // What a run is to do. The values are the preset `lecture`; config.cpp has the table of flags and the other preset.
 struct Config {
-  std::string command = "train";  // train, sample, eval, export
+  std::string command = "train";  // train, sample, eval, export, page
 
   std::string preset = "auto";
   std::string data = "data";
@@ -33,7 +33,9 @@ struct Config {
   int eval_interval = 500;
   int eval_iters = 200;
   int log_interval = 10;
+  int sample_chars = 200;
   double checkpoint_secs = 60;
+  bool page = true;
 
   double learning_rate = 3e-4;
   bool decay_lr = false;

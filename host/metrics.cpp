@@ -36,7 +36,25 @@ void for_each_line(const std::string& path, Take take) {
   }
 }
 
+void remember(Record& record, const Json& line) {
+  const auto type = line.find("type"), sample = line.find("sample");
+  if (type == line.end()) return;
+  const int iter = line["iter"].get<int>();
+  if (*type == "eval")
+    record.evals.push_back({iter, number(line, "train_loss"), number(line, "val_loss"), number(line, "val_fixed"),
+                            sample != line.end() && sample->is_string() ? sample->get<std::string>() : ""});
+  if (*type == "iter") record.iters.push_back({iter, number(line, "loss")});
+  if (*type == "final")
+    record.final = {iter, number(line, "val_exact"), number(line, "train_seconds"), number(line, "val_fixed")};
+}
+
 }  // namespace
+
+Record read_record(const std::string& path) {
+  Record record;
+  for_each_line(path, [&](const std::string&, const Json& line, int64_t) { remember(record, line); });
+  return record;
+}
 
 Metrics::Metrics(const std::string& path, int first_iter) : path_(path) {
   std::string kept;
@@ -44,7 +62,7 @@ Metrics::Metrics(const std::string& path, int first_iter) : path_(path) {
     for_each_line(path, [&](const std::string& row, const Json& line, int64_t iter) {
       if (iter >= first_iter) return;
       kept += row + '\n';
-      remember(line);
+      remember(record_, line);
     });
   write_file(path, kept);
   file_ = open_file(path, O_WRONLY | O_APPEND);
@@ -58,7 +76,7 @@ Metrics::~Metrics() {
 void Metrics::add(const Json& line) {
   const std::string row = line.dump() + '\n';
   write_all(file_, row.data(), row.size(), path_);
-  remember(line);
+  remember(record_, line);
 }
 
 void Metrics::flush() {
@@ -82,25 +100,17 @@ void Metrics::add_iter(int iter, double loss, double lr, double time_ms, double 
        {"tokens_per_s", tokens_per_s}});
 }
 
-void Metrics::add_eval(int iter, double train_loss, double val_loss, double val_fixed) {
-  Json line = {{"type", "eval"}, {"iter", iter}, {"train_loss", train_loss}, {"val_loss", val_loss}};
-  if (!std::isnan(val_fixed)) line["val_fixed"] = val_fixed;
+void Metrics::add_eval(const EvalPoint& point) {
+  Json line = {{"type", "eval"}, {"iter", point.iter}, {"train_loss", point.train}, {"val_loss", point.val}};
+  if (!std::isnan(point.fixed)) line["val_fixed"] = point.fixed;
+  if (!point.sample.empty()) line["sample"] = point.sample;
   add(line);
 }
 
-void Metrics::add_final(int iter, double val_exact, double train_seconds, double val_fixed) {
-  Json line = {{"type", "final"}, {"iter", iter}};
-  if (!std::isnan(val_fixed)) line["val_fixed"] = val_fixed;
-  line["val_exact"] = val_exact;
-  line["train_seconds"] = train_seconds;
+void Metrics::add_final(const FinalPoint& point) {
+  Json line = {{"type", "final"}, {"iter", point.iter}};
+  if (!std::isnan(point.val_fixed)) line["val_fixed"] = point.val_fixed;
+  line["val_exact"] = point.val_exact;
+  line["train_seconds"] = point.train_seconds;
   add(line);
-}
-
-void Metrics::remember(const Json& line) {
-  const auto type = line.find("type");
-  if (type == line.end()) return;
-  if (*type == "eval")
-    evals_.push_back(
-        {line["iter"].get<int>(), number(line, "train_loss"), number(line, "val_loss"), number(line, "val_fixed")});
-  if (*type == "iter") iters_.push_back({line["iter"].get<int>(), number(line, "loss")});
 }

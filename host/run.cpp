@@ -9,6 +9,7 @@
 #include "error.h"
 #include "evaluation.h"
 #include "files.h"
+#include "page.h"
 #include "ranks.h"
 #include "sampler.h"
 #include "signals.h"
@@ -46,6 +47,13 @@ static void check_resumed(const Config& config, const Checkpoint& checkpoint, co
 
 static double seconds_since(std::chrono::steady_clock::time_point then) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - then).count();
+}
+
+// The beginning of the first line that is not empty, up to the end of a word.
+static std::string first_line(const std::string& text) {
+  const size_t begin = std::min(text.find_first_not_of('\n'), text.size());
+  const std::string line = text.substr(begin, text.find('\n', begin) - begin);
+  return line.size() > 72 ? line.substr(0, line.find(' ', 60)) : line;
 }
 
 static int64_t ceil_to(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
@@ -248,7 +256,11 @@ void TrainingRun::evaluate_and_save() {
     throw NotFinite{text("the losses of the evaluation before iteration ", iteration, " are not finite"), iteration - 1,
                     true};
   std::printf("step %d: train loss %.4f, val loss %.4f\n", iteration, point.train, point.val);
-  if (files_) files_->metrics().add_eval(iteration, point.train, point.val, point.fixed);
+  if (files_ && config_.sample_chars > 0) {
+    point.sample = sample(config_.sample_chars, [](const std::string&) {});
+    std::fprintf(stderr, "it writes: %s\n", first_line(point.sample).c_str());
+  }
+  if (files_) files_->metrics().add_eval(point);
   save(judged() && note_if_best(point.fixed));
 }
 
@@ -302,28 +314,46 @@ void TrainingRun::finish() {
   export_pth(files_->path("microGPT_model.pth"), shape_, layout, writer_->snapshot().params.data());
   const bool plotted = files_->plot(text("microGPT, ", layout.count(), " parameters"), {info_.iteration, val_fixed},
                                     {info_.best_iteration, info_.best_loss}, fixed_name(data_.val.size(), shape_.T));
+  const FinalPoint final = {info_.iteration, val_exact, train_seconds, val_fixed};
+  if (config_.page) {
+    PageRecord record = page_record(data_, config_.data, shape_.T);
+    record.run = files_->metrics().record();
+    record.run.final = final;
+    write_page(files_->path("microGPT.html"), info_, data_.vocabulary, layout, writer_->snapshot().params.data(),
+               record);
+  }
   std::fprintf(stderr, "trained in %s; 500 characters from the last weights:\n", duration(train_seconds).c_str());
   write_sample();
-  files_->metrics().add_final(info_.iteration, val_exact, train_seconds, val_fixed);
+  files_->metrics().add_final(final);
   files_->metrics().flush();
-  std::fprintf(stderr,
-               "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, %smetrics.jsonl, sample.txt\n",
-               config_.out_dir.c_str(), plotted ? "training_plot.png, " : "");
+  std::fprintf(
+      stderr,
+      "in %s: ckpt_last.safetensors, ckpt_best.safetensors, microGPT_model.pth, %s%smetrics.jsonl, sample.txt\n",
+      config_.out_dir.c_str(), plotted ? "training_plot.png, " : "",
+      config_.page ? "microGPT.html (open it in a browser), " : "");
+}
+
+// What the weights write, always from the same random numbers. A signal cuts it short.
+std::string TrainingRun::sample(int count, const std::function<void(const std::string& piece)>& show) {
+  std::string sample;
+  generate(*trainer_, {0}, {count, {1.0, 0}, config_.seed, 0}, [&](int, int token) {
+    const std::string piece = data_.vocabulary.decode(token);
+    sample += piece;
+    show(piece);
+    return !stop_signal();
+  });
+  return sample;
 }
 
 // Prints the sample while it grows; a signal ends it, and then it is not written.
 void TrainingRun::write_sample() {
-  std::string sample;
-  generate(*trainer_, {0}, {500, {1.0, 0}, config_.seed, 0}, [&](int, int token) {
-    const std::string piece = data_.vocabulary.decode(token);
-    sample += piece;
+  const std::string text = sample(500, [](const std::string& piece) {
     std::fwrite(piece.data(), 1, piece.size(), stdout);
     std::fflush(stdout);
-    return !stop_signal();
   });
   std::printf("\n");
   if (stop_signal()) throw Interrupted();
-  write_file(files_->path("sample.txt"), sample + "\n");
+  write_file(files_->path("sample.txt"), text + "\n");
 }
 
 // ---------------------------------------------------------------------------------------------------------------------

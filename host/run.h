@@ -2,6 +2,7 @@
 // defines: flops_per_token, flops_text, TrainingRun
 #pragma once
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -51,6 +52,7 @@ class TrainingRun {
   void step(ProgressBar& bar);
   void log();
   void finish();
+  std::string sample(int count, const std::function<void(const std::string& piece)>& show);
   void write_sample();
 
   // What these share.

@@ -28,7 +28,7 @@ void set_aside_older_run(const std::string& out_dir) {
   for (int n = 1; folder.empty() || fs::exists(folder); n++) folder = text(out_dir, "/run_", n);
   make_folder(folder);
   // The checkpoint goes last: after a crash on the way the next run moves the rest.
-  for (const char* name : {"sample.txt", "metrics.jsonl", "training_plot.png", "microGPT_model.pth",
+  for (const char* name : {"microGPT.html", "sample.txt", "metrics.jsonl", "training_plot.png", "microGPT_model.pth",
                            "ckpt_best.safetensors", "ckpt_last.safetensors"})
     if (fs::exists(out_dir + "/" + name)) move_file(out_dir + "/" + name, folder + "/" + name);
   flush_folder(folder);
@@ -47,12 +47,12 @@ std::string RunFiles::path(const char* name) const { return config_.out_dir + "/
 bool RunFiles::plot(const std::string& title, const IterPoint& end, const IterPoint& best,
                     const std::string& fixed_name) {
   PlotData data;
-  data.evals = metrics_.evals();
+  data.evals = metrics_.record().evals;
   for (const EvalPoint& e : data.evals) data.fixed.push_back({e.iter, e.fixed});
   data.fixed.push_back(end);
   data.best = best;
   data.fixed_name = fixed_name;
-  data.iters = metrics_.iters();
+  data.iters = metrics_.record().iters;
   data.baselines = baselines_;
   data.title = title;
   return draw_plot(path("training_plot.png"), data);

@@ -67,7 +67,7 @@ TEST_CASE("What cannot be is refused, with the range or the nearest name") {
   CHECK(refusal({"--dtype=int8"}) == "--dtype is one of auto float32 tf32 bfloat16 float16, not 'int8'");
   CHECK(refusal({"sample", "--max_iters=3"}) == "--max_iters is a flag of train, not of sample");
   CHECK(refusal({"--top_k=3"}) == "--top_k is a flag of sample, not of train");
-  CHECK(refusal({"smaple"}) == "'smaple' is not a command (train, sample, eval, export); the nearest is sample");
+  CHECK(refusal({"smaple"}) == "'smaple' is not a command (train, sample, eval, export, page); the nearest is sample");
   CHECK(refusal({"train", "more"}).find("'more' is not a flag") == 0);
   CHECK(refusal({"-x"}).find("'-x' is not a flag") == 0);
   CHECK(refusal({"--batch_size"}).find("--batch_size") != std::string::npos);

@@ -400,7 +400,7 @@ TEST_CASE("Output that nobody takes does not end a run, but is said", "[reliabil
   const Run r = run("(" + train_gpt + flags + "/pipe; echo code $? >&2) | head -n 1");
   CHECK(contains(r.err, "not everything could be written to standard output; every file is whole"));
   CHECK(contains(r.err, "code 1\n"));
-  CHECK(left_in(folder + "/pipe").size() == 6);
+  CHECK(left_in(folder + "/pipe").size() == 7);
   const Run closed = run(train_gpt + flags + "/closed >&-");
   CHECK(closed.code == 1);
   check_equal(left_in(folder + "/closed"), left_in(folder + "/pipe"));

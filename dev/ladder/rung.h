@@ -244,7 +244,7 @@ Row train(Net& net, const Config& config, const Data& data, const std::string& n
         const EvalPoint point = evaluate(model, config, i);
         std::printf("%s, step %d: train loss %.4f, val loss %.4f\n", name.c_str(), i, point.train, point.val);
         std::fflush(stdout);
-        files.metrics().add_eval(i, point.train, point.val);
+        files.metrics().add_eval(point);
         row.train = point.train;
       }
       const double loss = model.train_step(i, [&] {
@@ -269,7 +269,7 @@ Row train(Net& net, const Config& config, const Data& data, const std::string& n
               row.val, row.parameters, row.seconds);
   std::fflush(stdout);
   files.plot(text(name, ", ", net.param_layout.count(), " parameters"));
-  files.metrics().add_final(config.max_iters, row.val, row.seconds);
+  files.metrics().add_final({config.max_iters, row.val, row.seconds});
   files.metrics().flush();
   return row;
 }

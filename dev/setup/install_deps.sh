@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what the build and the tests need, from the distribution's packages. Does nothing when all is there. MPI: not
-# empty if programs are to be built with MPI=1.
+# empty if programs are to be built with MPI=1. BROWSER: not empty for what tests the page of a run.
 set -eu
 
 # Whether the compiler finds the libraries already, whoever installed them.
@@ -21,7 +21,7 @@ case ${CXX:-} in
     ;;
 esac
 if command -v apt-get >/dev/null; then
-  packages="g++ make pkg-config libcli11-dev nlohmann-json3-dev libzip-dev gnuplot-nox catch2 curl ca-certificates bible-kjv${MPI:+ libopenmpi-dev}"
+  packages="g++ make pkg-config libcli11-dev nlohmann-json3-dev libzip-dev gnuplot-nox catch2 curl ca-certificates bible-kjv${MPI:+ libopenmpi-dev}${BROWSER:+ chromium chromium-driver python3-selenium nodejs}"
   missing=""
   for package in $packages; do
     [ "$(dpkg-query -W -f '${Status}' "$package" 2>/dev/null)" = "install ok installed" ] || missing="$missing $package"

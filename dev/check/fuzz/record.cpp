@@ -10,11 +10,12 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     has_final(path, 7);
     Metrics metrics(path, 5);
     const std::string kept = read_file(path);
-    for (const EvalPoint& e : metrics.evals()) must(e.iter >= 0 && e.iter < 5);
+    for (const EvalPoint& e : metrics.record().evals) must(e.iter >= 0 && e.iter < 5);
     metrics.add_iter(5, 1.0, 0.1, 1, 1);
     must(read_file(path).substr(0, kept.size()) == kept);
     const Metrics again(path, 6);
-    must(again.iters().size() == metrics.iters().size() && again.evals().size() == metrics.evals().size());
+    must(again.record().iters.size() == metrics.record().iters.size() &&
+         again.record().evals.size() == metrics.record().evals.size());
   });
   return 0;
 }

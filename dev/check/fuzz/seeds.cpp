@@ -87,9 +87,9 @@ int main(int argc, char** argv) {
     seed("command_line", "help", "export\n--help\n");
     {
       Metrics metrics(scratch, 0);
-      metrics.add_eval(0, 4.2, 4.3);
+      metrics.add_eval({0, 4.2, 4.3, 4.25, "abc"});
       metrics.add_iter(0, 4.1, 3e-4, 10, 1000);
-      metrics.add_final(7, 1.5, 3);
+      metrics.add_final({7, 1.5, 3});
     }
     seed("record", "run", read_file(scratch));
     save_baselines(scratch, {{"uniform", 4.17}, {"5-gram", 1.67}});

@@ -51,6 +51,8 @@ std::vector<CommandFlag> flags(Config& c) {
       {train | recorded, {"eval_interval", &c.eval_interval, 1, 2e9, {}, "steps between evaluations"}},
       {train | eval | recorded, {"eval_iters", &c.eval_iters, 1, 1e6, {},
                                  "random batches of each split in an evaluation"}},
+      {train | recorded, {"patience", &c.patience, 0, 2e9, {},
+                          "evaluations without a lower validation loss that end the run; 0: it goes on"}},
       {train | recorded, {"log_interval", &c.log_interval, 1, 2e9, {}, "steps between lines with the loss"}},
       {train | recorded, {"sample_chars", &c.sample_chars, 0, 1e6, {},
                           "characters that each evaluation writes into metrics.jsonl; 0: none"}},

@@ -32,6 +32,7 @@ struct Config {
   int max_iters = 5000;
   int eval_interval = 500;
   int eval_iters = 200;
+  int patience = 0;
   int log_interval = 10;
   int sample_chars = 200;
   double checkpoint_secs = 60;

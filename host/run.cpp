@@ -29,6 +29,13 @@ std::string flops_text(double flops, double peak) {
   return line;
 }
 
+// Whether --patience ends the run at this iteration.
+static bool out_of_patience(const Config& config, const CheckpointInfo& info) {
+  const int64_t since_best = int64_t(info.iteration) - info.best_iteration;
+  return config.patience > 0 && info.iteration % config.eval_interval == 0 &&
+         since_best >= int64_t(config.patience) * config.eval_interval;
+}
+
 // Refuses to go on with another text, or with a run that is complete. Says so if the type of arithmetic has changed.
 static void check_resumed(const Config& config, const Checkpoint& checkpoint, const Data& data) {
   const CheckpointInfo& info = checkpoint.info();
@@ -41,6 +48,9 @@ static void check_resumed(const Config& config, const Checkpoint& checkpoint, co
   if (info.iteration == config.max_iters && has_final(config.out_dir + "/metrics.jsonl", info.iteration))
     fail("this run has done its ", info.iteration,
          " iterations; raise --max_iters to go on, or sample, eval or export it");
+  if (out_of_patience(config, info) && has_final(config.out_dir + "/metrics.jsonl", info.iteration))
+    fail("this run has ended after ", info.iteration, " iterations, because --patience ", config.patience,
+         " evaluations brought no lower validation loss; --patience 0 goes on, or sample, eval or export it");
   if (const std::string before = recorded_dtype(info); !before.empty() && before != config.dtype)
     std::fprintf(stderr, "going on in another type: %s -> %s\n", before.c_str(), config.dtype.c_str());
 }
@@ -216,6 +226,7 @@ void TrainingRun::train() {
     if (judged() || info_.iteration == config_.max_iters - 1) {
       bar.clear();
       evaluate_and_save();
+      if (out_of_patience(config_, info_)) break;
     } else if (checkpoint_is_due()) {
       save(false);
     }
@@ -227,6 +238,9 @@ void TrainingRun::train() {
     }
   }
   bar.finish();
+  if (info_.iteration < config_.max_iters)
+    std::fprintf(stderr, "no lower validation loss since step %d: the run ends here (--patience)\n",
+                 info_.best_iteration);
   finish();
 }
 
@@ -310,6 +324,12 @@ void TrainingRun::finish() {
                                : exact_loss(*trainer_, Split::val, data_.val.size(), config_.batch_size);
   if (!ranks().first()) return;
   std::printf("val exact: %s\n", loss_text(val_exact).c_str());
+  if (val_fixed - info_.best_loss > 0.01)
+    std::fprintf(
+        stderr,
+        "step %d had a lower loss, %.4f instead of %.4f. Its weights are in ckpt_best: sample, eval, export and "
+        "page take them with --checkpoint best, and ckpt_last without it\n",
+        info_.best_iteration, info_.best_loss, val_fixed);
   const Layout& layout = trainer_->layout();
   export_pth(files_->path("microGPT_model.pth"), shape_, layout, writer_->snapshot().params.data());
   const bool plotted = files_->plot(text("microGPT, ", layout.count(), " parameters"), {info_.iteration, val_fixed},

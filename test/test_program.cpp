@@ -43,6 +43,35 @@ TEST_CASE("A run trains, samples, saves and says so") {
   for (const auto& entry : fs::directory_iterator(folder + "/out")) CHECK(entry.path().extension() != ".tmp");
 }
 
+TEST_CASE("A run ends when its patience does, and says which weights were better") {
+  const std::string folder = prepared();
+  const auto final_of = [&] { return lines_of(folder + "/out/metrics.jsonl").back(); };
+  // Nothing is learnt, so the loss of step 0 is never undercut.
+  const Run r = train(folder, "--learning_rate=0 --patience=2 --eval_interval=3");
+  INFO(r.err);
+  REQUIRE(r.code == 0);
+  CHECK(contains(r.err, "no lower validation loss since step 0: the run ends here (--patience)\n"));
+  CHECK(final_of()["type"] == "final");
+  CHECK(final_of()["iter"] == 6);
+  CHECK(contains(r.err, "microGPT_model.pth"));
+  const std::string resume = train_gpt + " --init_from=resume --data " + folder + "/data --out_dir " + folder + "/out";
+  const Run again = run(resume);
+  CHECK(again.code == 1);
+  CHECK(
+      contains(again.err, "this run has ended after 6 iterations, because --patience 2 evaluations brought no lower"));
+  REQUIRE(run(resume + " --patience=0").code == 0);
+  CHECK(final_of()["iter"] == 20);
+
+  // What learns is not stopped. What has unlearnt by its end is told from what was best.
+  CHECK(train(folder, "--patience=1 --eval_interval=5").err.find("--patience)") == std::string::npos);
+  CHECK(final_of()["iter"] == 20);
+  const Run worse = train(folder, "--learning_rate=10 --eval_interval=5 --n_embd=4 --grad_clip=1");
+  INFO(worse.err);
+  REQUIRE(worse.code == 0);
+  CHECK(contains(worse.err,
+                 "Its weights are in ckpt_best: sample, eval, export and page take them with --checkpoint best"));
+}
+
 TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run is the run") {
   const std::string folder = prepared();
   REQUIRE(train(folder, "--threads=1", "/one").code == 0);

@@ -33,7 +33,8 @@ std::string command(const std::string& folder, const std::string& out, const std
 // What a run leaves, without the times in it.
 std::map<std::string, std::string> left_by(const std::string& folder) {
   std::map<std::string, std::string> files;
-  for (const char* name : {"ckpt_last.safetensors", "ckpt_best.safetensors", "microGPT_model.pth", "sample.txt"})
+  for (const char* name :
+       {"ckpt_last.safetensors", "ckpt_best.safetensors", "microGPT_model.pth", "microGPT.html", "sample.txt"})
     files[name] = read_file(folder + "/" + name);
   std::string& metrics = files["metrics.jsonl"] = read_file(folder + "/metrics.jsonl");
   metrics = std::regex_replace(metrics, std::regex("\"(time_ms|tokens_per_s|train_seconds)\":[^,}]*"), "");

@@ -54,7 +54,7 @@ std::vector<CommandFlag> flags(Config& c) {
       {train | recorded, {"patience", &c.patience, 0, 2e9, {},
                           "evaluations without a lower validation loss that end the run; 0: it goes on"}},
       {train | recorded, {"log_interval", &c.log_interval, 1, 2e9, {}, "steps between lines with the loss"}},
-      {train | recorded, {"sample_chars", &c.sample_chars, 0, 1e6, {},
+      {train | recorded, {"sample_chars", &c.sample_chars, 0, 10000, {},
                           "characters that each evaluation writes into metrics.jsonl; 0: none"}},
       {train, {"page", &c.page, 0, 0, {}, "whether the run ends by writing microGPT.html"}},
       {train, {"checkpoint_secs", &c.checkpoint_secs, 0, no_limit, {},

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Uses every control of the page in Chromium, for test_page.cpp: page_in_browser.py FOLDER [SCREENSHOTS].
 
-FOLDER holds run.html, of a run with a record; random.html with want.json, what the trainer says of its model; and
-large.html and one.html, whose vocabularies have 5000 characters and one. Prints what is wrong, and ends with code 1 then.
+FOLDER holds run.html, of a run with a record; random.html with want.json, what the trainer says of its model;
+large.html and one.html, whose vocabularies have 5000 characters and one; and hostile.html, with a text that would break it. Prints what is wrong, and ends with code 1 then.
 """
 
 import json
@@ -239,6 +239,15 @@ def same_model(page):
     check(page.text("written") == want["prompt"] + want["greedy"], "greedy text", page.text("written"), want["greedy"])
 
 
+def hostile(page):
+    """Signs of HTML in the text and in the samples are text, and nothing of them has run."""
+    check(page.js("return document.querySelectorAll('script').length") == 4, "scripts")
+    check(page.text("sample") == "<b>", page.text("sample"))
+    slider = page.find("evaluation")
+    slider.send_keys(Keys.HOME)
+    check(page.text("step") == "0 steps" and page.text("sample").startswith("</script>"), page.text("step"))
+
+
 driver = browser()
 try:
     driver.set_script_timeout(60)
@@ -246,7 +255,7 @@ try:
     for use in (look, write, learned, accessible, shapes):
         use(run)
     run.quiet()
-    for name, use in (("random.html", same_model), ("large.html", None), ("one.html", None)):
+    for name, use in (("random.html", same_model), ("large.html", None), ("one.html", None), ("hostile.html", hostile)):
         page = Page(driver, name)
         check(len(page.text("characters")) > 0, name, "shows no characters")
         if use:

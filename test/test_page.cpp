@@ -70,11 +70,23 @@ std::vector<float> logits_of(const Random& r, const std::vector<int>& tokens) {
   return {m.a.logits, m.a.logits + tokens.size() * size_t(r.shape.V)};
 }
 
+// What could break a page, or run on it; and numbers that are missing.
+PageRecord hostile_record() {
+  PageRecord record;
+  record.text = "</script><!--\"'\\\u2028 \U0001F600 \u202Eabc";
+  record.text.push_back('\0');
+  record.run.evals = {{0, 4.2, NAN, not_scored, "</script><script>alert(1)</script>"}, {1, NAN, 4.1, 4.05, "<b>"}};
+  for (int i = 0; i < 5000; i++) record.run.iters.push_back({i, 4.0});
+  record.run.final = {9, 4.0, 12.5, 4.05};
+  record.baselines = {{"</script>", 4.25}};
+  return record;
+}
+
 }  // namespace
 
 TEST_CASE("Numbers of 16 bits are the nearest ones", "[page]") {
-  for (int half = 0; half < 0x7c00;
-       half++) {  // each of them stays, and from the middle between two the even one is taken
+  // Each of them stays itself, and of two the even one is taken for the middle between them.
+  for (int half = 0; half < 0x7c00; half++) {
     const float x = from_half(uint16_t(half)), next = half == 0x7bff ? 65536 : from_half(uint16_t(half + 1));
     const float middle = (x + next) / 2;
     const int up = half == 0x7bff ? half : half + 1;
@@ -89,13 +101,7 @@ TEST_CASE("Numbers of 16 bits are the nearest ones", "[page]") {
 
 TEST_CASE("The page holds model and record, and nothing in them breaks it", "[page]") {
   const Random r({70, 4, 6, 2, 3}, 0x2028);
-  PageRecord record;
-  record.text = "</script><!--\"'\\\u2028 \U0001F600 \u202Eabc";
-  record.text.push_back('\0');
-  record.run.evals = {{0, 4.2, 4.3, not_scored, "</script><script>alert(1)</script>"}, {1, NAN, 4.1, 4.05}};
-  for (int i = 0; i < 5000; i++) record.run.iters.push_back({i, 4.0});
-  record.run.final = {9, 4.0, 12.5, 4.05};
-  record.baselines = {{"</script>", 4.25}};
+  const PageRecord record = hostile_record();
   const std::string path = test_folder() + "/page.html";
   write_page(path, r.info, r.vocabulary, r.layout, r.params.data(), record);
   const std::string page = read_file(path);
@@ -228,6 +234,9 @@ TEST_CASE("A browser shows the page, and every control works", "[page]") {
   };
   page_of(Random({5000, 8, 8, 1, 2}, 0x4e00), "large");
   page_of(Random({1, 8, 8, 2, 1}, 0), "one");
+  const Random strange({70, 4, 6, 2, 3}, 0x2028);
+  write_page(folder + "/hostile.html", strange.info, strange.vocabulary, strange.layout, strange.params.data(),
+             hostile_record());
   const Random r({65, 16, 24, 2, 3}, 0x4e00);
   const std::string greedy = page_of(r, "random");
   Json want = {{"prompt", "\n"}, {"greedy", greedy.substr(0, greedy.size() - 1)}};

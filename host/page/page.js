@@ -392,7 +392,7 @@ function showCurves() {
   slider.oninput = () => {
     const e = written[slider.value];
     if (!e) return;
-    $('step').textContent = `${number(e.iter)} steps (validation loss ${e.val.toFixed(2)})`;
+    $('step').textContent = `${number(e.iter)} steps` + (e.val === null ? '' : ` (validation loss ${e.val.toFixed(2)})`);
     slider.setAttribute('aria-valuetext', $('step').textContent);
     $('sample').textContent = e.sample;
     marker.setAttribute('x1', x(e.iter)), marker.setAttribute('x2', x(e.iter));
@@ -416,7 +416,7 @@ const parametersOf = tensor => tensor.layers * tensor.shape.reduce((a, b) => a *
 function showMade() {
   const total = record.tensors.reduce((sum, t) => sum + parametersOf(t), 0), {final} = record.run;
   const losses = record.baselines.map(b => [`counting: ${b.name}`, b.loss.toFixed(4)]);
-  if (final) losses.push([`this model, exact, after ${number(final.iter)} steps`, final.val_exact.toFixed(4)]);
+  if (final && final.val_exact !== null) losses.push([`this model, exact, after ${number(final.iter)} steps`, final.val_exact.toFixed(4)]);
   const results = losses.length ? [table('Loss on the validation text', ['of', 'nats per character'], losses)] : [];
   $('made').append(
       table('Tensors', ['name', 'shape', 'parameters'], [

@@ -16,6 +16,7 @@ enum Mark : unsigned {
   page = 16,
   recorded = 32,  // a checkpoint records its value
   shape = 64,     // it belongs to the model's shape, which a resumed run cannot change
+  later = 128,    // checkpoints of older programs do not record it; their runs had its default
 };
 constexpr unsigned computing = train | sample | eval;
 
@@ -51,10 +52,10 @@ std::vector<CommandFlag> flags(Config& c) {
       {train | recorded, {"eval_interval", &c.eval_interval, 1, 2e9, {}, "steps between evaluations"}},
       {train | eval | recorded, {"eval_iters", &c.eval_iters, 1, 1e6, {},
                                  "random batches of each split in an evaluation"}},
-      {train | recorded, {"patience", &c.patience, 0, 2e9, {},
+      {train | recorded | later, {"patience", &c.patience, 0, 2e9, {},
                           "evaluations without a lower validation loss that end the run; 0: it goes on"}},
       {train | recorded, {"log_interval", &c.log_interval, 1, 2e9, {}, "steps between lines with the loss"}},
-      {train | recorded, {"sample_chars", &c.sample_chars, 0, 10000, {},
+      {train | recorded | later, {"sample_chars", &c.sample_chars, 0, 10000, {},
                           "characters that each evaluation writes into metrics.jsonl; 0: none"}},
       {train, {"page", &c.page, 0, 0, {}, "whether the run ends by writing microGPT.html"}},
       {train, {"checkpoint_secs", &c.checkpoint_secs, 0, no_limit, {},
@@ -187,6 +188,12 @@ std::vector<std::string> recorded_flags() {
   for (const CommandFlag& f : flags(config))
     if (f.has(recorded)) names.push_back(f.flag.name);
   return names;
+}
+
+bool added_later(const std::string& name) {
+  Config config;
+  const std::vector<CommandFlag> all = flags(config);
+  return std::any_of(all.begin(), all.end(), [&](const CommandFlag& f) { return f.flag.name == name && f.has(later); });
 }
 
 std::map<std::string, std::string> recorded_settings(const Config& config) {

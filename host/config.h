@@ -1,5 +1,5 @@
 // The trainers' command line: their flags, by command.
-// defines: Config, parse_command_line, config_flag, apply_preset, help_text, print_config, recorded_flags, recorded_settings,
+// defines: Config, parse_command_line, config_flag, apply_preset, help_text, print_config, recorded_flags, added_later, recorded_settings,
 //          apply_settings, model_shape
 #pragma once
 #include <cstdint>
@@ -79,6 +79,7 @@ std::string help_text(const std::string& command);
 // The flags on which a run's result depends, and their values: what a checkpoint records and a resumed run goes on
 // with.
 std::vector<std::string> recorded_flags();
+bool added_later(const std::string& name);  // checkpoints of older programs lack it; their runs had its default
 std::map<std::string, std::string> recorded_settings(const Config& config);
 // Takes over what was recorded. Flags given on the command line stay, and those that differ are returned as
 // "name: recorded -> given"; for the model's shape that is an Error.

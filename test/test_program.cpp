@@ -72,6 +72,34 @@ TEST_CASE("A run ends when its patience does, and says which weights were better
                  "Its weights are in ckpt_best: sample, eval, export and page take them with --checkpoint best"));
 }
 
+TEST_CASE("A checkpoint of an older program, which had fewer flags, goes on") {
+  const std::string folder = prepared();
+  const auto go_on_without = [&](const std::vector<std::string>& flags) {
+    REQUIRE(train(folder, "--max_iters=11").code == 0);
+    const std::string path = last_checkpoint(folder + "/out");
+    {
+      const Checkpoint checkpoint(path);
+      CheckpointInfo info = checkpoint.info();
+      for (const std::string& flag : flags) CHECK(info.settings.erase(flag) == 1);
+      const Layout layout = parameter_layout(info.shape);
+      const Snapshot s{Buffer<float>(layout), Buffer<float>(layout), Buffer<float>(layout)};
+      checkpoint.load_params(s.params.data(), layout);
+      checkpoint.load_moments(s.m.data(), s.v.data(), layout);
+      save_checkpoint(path + ".older", info, checkpoint.vocabulary(), layout, s.params.data(), s.m.data(), s.v.data());
+    }
+    fs::rename(path + ".older", path);
+    return run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder +
+               "/out");
+  };
+  const Run r = go_on_without({"sample_chars", "patience"});
+  INFO(r.err);
+  CHECK(r.code == 0);
+  CHECK(contains(r.err, "patience 0"));
+  const Run damaged = go_on_without({"learning_rate"});
+  CHECK(damaged.code == 1);
+  CHECK(contains(damaged.err, "its metadata has no 'learning_rate'"));
+}
+
 TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run is the run") {
   const std::string folder = prepared();
   REQUIRE(train(folder, "--threads=1", "/one").code == 0);

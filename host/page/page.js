@@ -176,13 +176,18 @@ const colour = name => {  // of the style sheet, as [red, green, blue]
   probe.remove();
   return parts;
 };
+let plain, accent;  // asking for them takes time, so once for all maps
 
 // A pixel a cell: the darker, the more the row's token looks at the column's; the chosen row in another colour.
 function picture(map, n) {
-  const image = new ImageData(n, n), plain = colour('--text'), accent = colour('--accent');
-  for (let t = 0; t < n; t++)
-    for (let u = 0; u <= t; u++)
-      image.data.set([...(t === chosen - begin ? accent : plain), 255 * Math.sqrt(map[t * n + u])], 4 * (t * n + u));
+  const image = new ImageData(n, n), pixels = image.data;
+  for (let t = 0; t < n; t++) {
+    const [red, green, blue] = t === chosen - begin ? accent : plain;
+    for (let u = 0, at = t * n; u <= t; u++, at++) {
+      pixels[4 * at] = red, pixels[4 * at + 1] = green, pixels[4 * at + 2] = blue;
+      pixels[4 * at + 3] = 255 * Math.sqrt(map[at]);
+    }
+  }
   return image;
 }
 
@@ -201,6 +206,7 @@ function showMaps() {
       })]));
   }
   if (!looked || !heads) return $('map').height = 0;
+  plain = colour('--text'), accent = colour('--accent');
   grid.querySelectorAll('button').forEach((button, i) => {
     const canvas = button.firstChild;
     canvas.width = canvas.height = n;
@@ -226,7 +232,7 @@ function showEnlarged() {
   small.getContext('2d').putImageData(picture(heads[layer][head], n), 0, 0);
   pen.imageSmoothingEnabled = false;
   pen.drawImage(small, label, label, n * cell, n * cell);
-  pen.strokeStyle = pen.fillStyle = `rgb(${colour('--text')})`;
+  pen.strokeStyle = pen.fillStyle = `rgb(${plain})`;
   pen.font = `${cell - 3}px ui-monospace, monospace`;
   pen.textAlign = 'center', pen.textBaseline = 'middle';
   for (let t = 0; t < n && label; t++) {

@@ -20,7 +20,8 @@ include dev/setup/compilers.mk
 #   same name whose vectors differ in length must not meet in a program. No fused multiply-adds: as if the kernels' source
 #   were computed line by line.
 #   At -O1 they take two thirds of -O2's time to compile, and the tests a sixth longer to run.
-# With a sanitizer, which sees as much without optimization, the compiler takes half as long at -O1 and a sixth at -O0.
+# With a sanitizer, which sees as much without optimization, the compiler takes half as long at -O1, and a third of
+#   that at -O0.
 HOST_FLAGS   := -O2 $(OPENMP)
 KERNEL_FLAGS := $(if $(SANITIZE),-O1,-O3) $(ARCH_FLAG) -fno-math-errno -fno-trapping-math $(OPENMP)
 TEST_FLAGS   := -O0 -U_FORTIFY_SOURCE $(OPENMP)

@@ -1,7 +1,7 @@
 # What you measure, check and learn with. The Makefile, which includes this file, has the programs and the tests.
 
-.PHONY: help test-mpi test-page test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage tidy \
-        bench bench-gpu bench-mpi bench-pytorch bench-scaling profile kernel-stats ladder lab
+.PHONY: help test-mpi test-page test-race run-shuffled test-memcheck test-threads test-pytorch fuzz coverage run-coverage \
+        tidy bench bench-gpu bench-mpi bench-pytorch bench-scaling profile kernel-stats ladder lab
 
 define HELP
 run      make deps            install the packages (apt or Homebrew); does nothing when all are there

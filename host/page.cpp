@@ -156,7 +156,7 @@ int page_command(const Config& config) {
   } catch (const Error& error) {
     std::fprintf(stderr, "the page begins without the text that the model was trained on: %s\n", error.what());
   }
-  // The record in out_dir is that of its own checkpoints.
+  // metrics.jsonl in out_dir tells of the two checkpoints there, not of one from elsewhere.
   if (config.checkpoint == "last" || config.checkpoint == "best")
     record.run = read_record(config.out_dir + "/metrics.jsonl");
   make_folder(config.out_dir);

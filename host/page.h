@@ -14,7 +14,7 @@
 #include "tensors.h"
 
 // The nearest number of 16 bits (IEEE 754's binary16, ties to even). The page holds the weights so, which makes it half
-// as large. What is too large, which no weight of a model that works is, becomes 65504, the largest number.
+// as large. A number that is too large becomes 65504, the largest; no weight of a working model is.
 uint16_t to_half(float x);
 
 // What the page says besides the model. Whatever is not known may be missing.

@@ -42,7 +42,7 @@ class DeviceRanks {
   const std::vector<Part>& shares() const { return shares_; }
   const std::vector<Part>& units() const { return units_; }
 
-  // Begins a step of so many batches in all. Returns those of this rank.
+  // Call this before a step; `batches` counts the batches of all ranks. Returns the ones that this rank computes.
   Part begin_step(int batches) {
     const Part own = tree_part(ranks().rank(), ranks().count(), batches);
     early_ = several_ && own.count == 1;

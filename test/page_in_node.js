@@ -1,6 +1,6 @@
 // Runs the page's model without a browser, for test_page.cpp: node page_in_node.js page.html. Standard input is
 // {"texts": [[token, ...], ...], "prompt": [...], "count": n, "temperature": 1, "top_k": 0, "seed": "1337"}; prints
-// {"logits": [[...], ...], "written": [token, ...], "uniform": [...]}.
+// {"logits": [[...], ...], "written": [token, ...], "quick": [token, ...], "uniform": [...]}.
 'use strict';
 const fs = require('fs'), vm = require('vm');
 const page = fs.readFileSync(process.argv[2], 'utf8');
@@ -23,6 +23,9 @@ const send = (what, request) => context.onmessage({data: {number: messages.lengt
   messages.length = 0;
   await send('write', {tokens: prompt, count, temperature, topK, seed, exact: true});
   const written = messages.flatMap(m => Array.from(m.tokens));
+  messages.length = 0;
+  await send('write', {tokens: prompt, count, temperature, topK, seed, exact: false});
+  const quick = messages.flatMap(m => Array.from(m.tokens));
   const uniform = Array.from({length: 20}, (_, i) => context.uniform(BigInt(seed), i));
-  process.stdout.write(JSON.stringify({logits, written, uniform}));
+  process.stdout.write(JSON.stringify({logits, written, quick, uniform}));
 })();

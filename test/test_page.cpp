@@ -170,6 +170,13 @@ TEST_CASE("The page's model says what the trainer's says, and writes what it wri
       CHECK(worst < 2e-3);
     }
     CHECK((likeliest["written"].get<std::vector<int>>() == program_writes(" --temperature 0")));
+    // Without `exact` it is the same until the window is full. Then the newer half goes on alone.
+    std::vector<int> quick = likeliest["quick"], text = {0};
+    CHECK(std::equal(quick.begin(), quick.begin() + s.T, likeliest["written"].begin()));
+    text.insert(text.end(), quick.begin(), quick.begin() + s.T);
+    const std::vector<int> newer(text.end() - std::max(1, s.T - s.T / 2), text.end());
+    const std::vector<float> logits = logits_of(r, newer);
+    CHECK(quick[size_t(s.T)] == choose_token(logits.data() + logits.size() - size_t(s.V), s.V, {0, 0, 0.5}));
     request["seed"] = "4886718345678901234", request["temperature"] = 0.9, request["top_k"] = 20;
     const Json drawn = in_node();
     for (int i = 0; i < 20; i++)

@@ -811,20 +811,23 @@ struct Work {
   uint64_t number = 0;  // in the order of the calls
 };
 
+// A graph is made of nodes, which are numbered in the order of the calls.
+using NodeNumbers = std::set<size_t>;
+struct Node {
+  Work work;
+  NodeNumbers after;                // it may run when these have run
+  std::vector<size_t> followers{};  // those that come after it
+};
+
 }  // namespace
 }  // namespace cuda_on_cpu
 
-using NodeNumbers = std::set<size_t>;
+using cuda_on_cpu::Node, cuda_on_cpu::NodeNumbers;
 struct CUevent_st {
   unsigned recorded = 0, done = 0;
   uint64_t capture = 0;  // the event was recorded in this one, behind these nodes; 0: in none
   NodeNumbers behind{};
   std::chrono::steady_clock::time_point time{};
-};
-struct Node {
-  cuda_on_cpu::Work work;
-  NodeNumbers after;                // it may run when these have run
-  std::vector<size_t> followers{};  // those that come after it
 };
 struct CUgraph_st {
   uint64_t capture;

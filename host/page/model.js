@@ -1,6 +1,6 @@
 // The whole model, from characters to the next one: the shortest telling of it in this project. It is forward of
 // train_gpt_cpu.cpp, without dropout and for one text at a time. The names are those of the trainers: T positions, C
-// channels, L layers, NH heads of HS channels, V characters. Runs in a browser's worker and under node.
+// channels, L layers, NH heads of HS channels, V characters.
 'use strict';
 
 class Model {
@@ -171,5 +171,3 @@ function uniformOf(seed, i) {
   }
   return (c0 + 0.5) / 2 ** 32;
 }
-
-if (typeof module !== 'undefined') module.exports = {Model, softmax, chooseToken, uniformOf};

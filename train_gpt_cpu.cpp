@@ -475,7 +475,7 @@ inline int run(Config config, const std::string& why) {
     fail("--dtype ", config.dtype, " needs a GPU; a CPU has float32 and, with AVX512_BF16, bfloat16");
   use_threads(config.threads, train && ranks().first(), ranks().sharing_cores());
   if (train) {
-    if (config.preset == "auto" && config.init_from == "scratch")  // a resumed run has its own settings
+    if (config.preset == "auto" && config.init_from != "resume")  // a resumed run has its own settings
       std::fprintf(stderr, "preset small, which fits a CPU; --preset lecture trains the course's 10.8 M parameters\n");
     apply_preset(config, config.preset == "auto" ? "small" : config.preset);
   }

@@ -98,8 +98,8 @@ clang++ $(FUZZ_FLAGS) -c $< -o $@
 endef
 fuzz: $(addprefix run-fuzz-,$(FUZZ_TARGETS))
 run-fuzz-%: build/fuzz/% build/fuzz/corpus
-	cd build/fuzz && ./$* -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -rss_limit_mb=1024 -malloc_limit_mb=256 \
-	  -timeout=10 -print_final_stats=1 -close_fd_mask=1 -artifact_prefix=$*- corpus/$* 2>&1 | tail -n 12
+	cd build/fuzz && ./$* -max_total_time=$(FUZZ_SECONDS) -max_len=$(if $(filter weights,$*),32768,4096) \
+	  -rss_limit_mb=1024 -malloc_limit_mb=256 -timeout=10 -print_final_stats=1 -close_fd_mask=1 -artifact_prefix=$*- corpus/$* 2>&1 | tail -n 12
 build/fuzz/corpus: build/fuzz/seeds
 	$< $@
 build/fuzz/seeds: build/fuzz/seeds.o $(FUZZ_HOST)

@@ -105,15 +105,10 @@ Checkpoint::Checkpoint(const std::string& path, Verify what) : path_(path), file
 void Checkpoint::load(float* to, const Layout& layout, const std::string& prefix) const {
   for (const ExportTensor& tensor : export_table(info_.shape, layout)) {
     const TensorView& view = file_.find(prefix + tensor.name);
-    const auto shown_shape = [](const std::vector<size_t>& shape) {
-      std::string out;
-      for (const size_t n : shape) out += (out.empty() ? "(" : ", ") + std::to_string(n);
-      return out + ")";
-    };
     if (view.dtype != "F32") fail(path_, ": tensor ", view.name, " is ", view.dtype, ", expected F32");
     if (view.shape != tensor.shape)
-      fail(path_, ": tensor ", view.name, " has the shape ", shown_shape(view.shape), ", expected ",
-           shown_shape(tensor.shape));
+      fail(path_, ": tensor ", view.name, " has the shape ", shape_text(view.shape), ", expected ",
+           shape_text(tensor.shape));
     std::memcpy(to + tensor.offset, view.data, tensor.size() * sizeof(float));
   }
 }

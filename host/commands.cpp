@@ -4,7 +4,6 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "checkpoint.h"
 #include "error.h"
 #include "evaluation.h"
 #include "files.h"
@@ -13,11 +12,12 @@
 #include "run_files.h"
 #include "sampler.h"
 #include "signals.h"
+#include "weights.h"
 
 std::string dtype_so_far(const Config& config) {
-  const auto dtype_in = [](const std::string& path) { return recorded_dtype(Checkpoint(path, Verify::header).info()); };
-  if (config.command != "train") return dtype_in(checkpoint_path(config));
-  return config.init_from == "resume" ? dtype_in(last_checkpoint(config.out_dir)) : "";
+  if (config.command != "train") return recorded_dtype(ModelWeights(checkpoint_path(config), Verify::header).info());
+  if (config.init_from != "resume") return "";
+  return recorded_dtype(Checkpoint(last_checkpoint(config.out_dir), Verify::header).info());
 }
 
 std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabulary) {
@@ -29,14 +29,14 @@ std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabular
   return {tokens.begin(), tokens.end()};
 }
 
-std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, const Checkpoint& checkpoint,
+std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, const ModelWeights& weights,
                                       const Data* data) {
-  apply_settings(config, checkpoint.info().settings);
-  const ModelShape& shape = checkpoint.info().shape;
+  apply_settings(config, weights.info().settings);
+  const ModelShape& shape = weights.info().shape;
   possible_plan(type, config, shape, data, false);
   std::unique_ptr<Trainer> trainer = type.make(config, shape, data, false);
   const Buffer<float> params(trainer->layout());
-  checkpoint.load_params(params.data(), trainer->layout());
+  weights.load_params(params.data(), trainer->layout());
   trainer->restore(params.data(), nullptr, nullptr);
   return trainer;
 }
@@ -44,14 +44,15 @@ std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, c
 // A trainer that makes samples together makes batch_size of them at a time. We print the first while it grows, and the
 // others after it.
 static int sample(const TrainerType& type, Config config) {
-  const Checkpoint checkpoint(checkpoint_path(config));
-  const Vocabulary& vocabulary = checkpoint.vocabulary();
+  const ModelWeights weights(checkpoint_path(config));
+  say_which(weights, config);
+  const Vocabulary vocabulary = vocabulary_of(weights, config.data);
   const std::vector<int> prompt = prompt_tokens(config, vocabulary);
   const bool prompt_given = config.given.count("start");
-  apply_settings(config, checkpoint.info().settings);
+  apply_settings(config, weights.info().settings);
   config.batch_size = type.samples_together ? std::min(config.batch_size, config.num_samples) : 1;
   config.given.insert("batch_size");
-  const auto trainer = load_trainer(type, config, checkpoint, nullptr);
+  const auto trainer = load_trainer(type, config, weights, nullptr);
   const auto print = [](const std::string& piece) {
     std::fwrite(piece.data(), 1, piece.size(), stdout);
     return std::fflush(stdout) == 0;  // closed: no reader is left
@@ -78,14 +79,16 @@ static int sample(const TrainerType& type, Config config) {
 }
 
 static int eval(const TrainerType& type, Config config) {
-  const Checkpoint checkpoint(checkpoint_path(config));
-  const Data data = open_data(config.data, &checkpoint.vocabulary());
-  data.train.require_window(checkpoint.info().shape.T);
-  data.val.require_window(checkpoint.info().shape.T);
-  const auto trainer = load_trainer(type, config, checkpoint, &data);
+  const ModelWeights weights(checkpoint_path(config));
+  say_which(weights, config);
+  const Vocabulary vocabulary = vocabulary_of(weights, config.data);
+  const Data data = open_data(config.data, &vocabulary);
+  data.train.require_window(weights.info().shape.T);
+  data.val.require_window(weights.info().shape.T);
+  const auto trainer = load_trainer(type, config, weights, &data);
   catch_signals();
   try {
-    const EvalPoint point = evaluate(*trainer, config, checkpoint.info().iteration);
+    const EvalPoint point = evaluate(*trainer, config, weights.info().iteration);
     std::printf("step %d: train loss %.4f, val loss %.4f\n", point.iter, point.train, point.val);
     const double val_exact = exact_loss(*trainer, Split::val, data.val.size(), config.batch_size);
     std::printf("val exact: %s\n", loss_text(val_exact).c_str());
@@ -94,11 +97,12 @@ static int eval(const TrainerType& type, Config config) {
 }
 
 static int export_command(const Config& config) {
-  const Checkpoint checkpoint(checkpoint_path(config));
-  const ModelShape& shape = checkpoint.info().shape;
+  const ModelWeights weights(checkpoint_path(config));
+  say_which(weights, config);
+  const ModelShape& shape = weights.info().shape;
   const Layout layout = parameter_layout(shape);
   const Buffer<float> params(layout);
-  checkpoint.load_params(params.data(), layout);
+  weights.load_params(params.data(), layout);
   make_folder(config.out_dir);
   const std::string path = config.out_dir + "/microGPT_model.pth";
   export_pth(path, shape, layout, params.data());

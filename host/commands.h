@@ -5,10 +5,10 @@
 #include <string>
 #include <vector>
 
-#include "checkpoint.h"
 #include "config.h"
 #include "text.h"
 #include "trainer.h"
+#include "weights.h"
 
 // The type of the run that this one goes on with, samples from or evaluates; empty: none, or none is recorded.
 std::string dtype_so_far(const Config& config);
@@ -16,9 +16,9 @@ std::string dtype_so_far(const Config& config);
 // The tokens that --start asks for; without it a newline.
 std::vector<int> prompt_tokens(const Config& config, const Vocabulary& vocabulary);
 
-// A trainer with a checkpoint's weights, which only samples or is evaluated. What the command line does not say is as
-// it was when the checkpoint was trained.
-std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, const Checkpoint& checkpoint,
+// A trainer with these weights, which only samples or is evaluated. What the command line does not say is as it was when
+// they were trained.
+std::unique_ptr<Trainer> load_trainer(const TrainerType& type, Config& config, const ModelWeights& weights,
                                       const Data* data);
 
 // Does what config.command says: train, sample or eval. Returns the program's exit code.

@@ -10,6 +10,7 @@
 #include "error.h"
 #include "files.h"
 #include "run_files.h"
+#include "weights.h"
 
 // The assembler puts the files of host/page/ into the program: name and name_end are its first byte and the one behind
 // its last. The paths begin where the compiler is started.
@@ -145,14 +146,16 @@ void write_page(const std::string& path, const CheckpointInfo& info, const Vocab
 }
 
 int page_command(const Config& config) {
-  const Checkpoint checkpoint(checkpoint_path(config));
-  const CheckpointInfo& info = checkpoint.info();
+  const ModelWeights weights(checkpoint_path(config));
+  say_which(weights, config);
+  const CheckpointInfo& info = weights.info();
+  const Vocabulary vocabulary = vocabulary_of(weights, config.data);
   const Layout layout = parameter_layout(info.shape);
   const Buffer<float> params(layout);
-  checkpoint.load_params(params.data(), layout);
+  weights.load_params(params.data(), layout);
   PageRecord record;
   try {
-    record = page_record(open_data(config.data, &checkpoint.vocabulary()), config.data, info.shape.T);
+    record = page_record(open_data(config.data, &vocabulary), config.data, info.shape.T);
   } catch (const Error& error) {
     std::fprintf(stderr, "the page begins without the text that the model was trained on: %s\n", error.what());
   }
@@ -161,7 +164,7 @@ int page_command(const Config& config) {
     record.run = read_record(config.out_dir + "/metrics.jsonl");
   make_folder(config.out_dir);
   const std::string path = config.out_dir + "/microGPT.html";
-  write_page(path, info, checkpoint.vocabulary(), layout, params.data(), record);
+  write_page(path, info, vocabulary, layout, params.data(), record);
   std::fprintf(stderr, "wrote %s: open it in a browser\n", path.c_str());
   return 0;
 }

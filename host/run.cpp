@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <filesystem>
 #include <limits>
+#include <tuple>
 
 #include "error.h"
 #include "evaluation.h"
@@ -79,6 +80,28 @@ std::unique_ptr<Checkpoint> TrainingRun::open_resumed(Config& config) {
   return resumed;
 }
 
+// --init_from FILE: the new run has the shape of the model in the file, except that it may have another block_size.
+std::unique_ptr<ModelWeights> TrainingRun::open_weights(Config& config) {
+  if (config.init_from == "scratch" || config.init_from == "resume") return nullptr;
+  if (!std::filesystem::exists(config.init_from))
+    fail("--init_from ", config.init_from,
+         ": there is no such file; scratch begins with random weights, and resume goes ",
+         "on with ckpt_last in --out_dir");
+  auto weights = std::make_unique<ModelWeights>(config.init_from);
+  const ModelShape& s = weights->info().shape;
+  for (const auto& [name, mine, theirs] : {std::tuple{"n_layer", &config.n_layer, s.L},
+                                           {"n_head", &config.n_head, s.NH},
+                                           {"n_embd", &config.n_embd, s.C},
+                                           {"block_size", &config.block_size, s.T}}) {
+    if (!config.given.count(name))
+      *mine = theirs;
+    else if (*mine != theirs && mine != &config.block_size)
+      fail("--", name, " is ", *mine, ", but the model in ", weights->path(), " has ", theirs,
+           "; leave the flag out to begin with that model");
+  }
+  return weights;
+}
+
 // Divides the batches of a step until each rank has one, into as few pieces as possible.
 static void divide_batches(Config& config, int ranks) {
   const int windows = config.batch_size, batches = config.gradient_accumulation_steps;
@@ -100,6 +123,7 @@ static void divide_batches(Config& config, int ranks) {
 TrainingRun::TrainingRun(const TrainerType& type, Config config)
     : config_(std::move(config)),
       resumed_(ranks().agree([&] { return open_resumed(config_); })),
+      begin_with_(ranks().agree([&] { return open_weights(config_); })),
       data_(ranks().agree([&] { return open_data(config_.data, resumed_ ? &resumed_->vocabulary() : nullptr); })),
       shape_(ranks().agree([&] { return model_shape(config_, data_.vocabulary.size()); })) {
   ranks().agree([&] { check(); });
@@ -107,6 +131,8 @@ TrainingRun::TrainingRun(const TrainerType& type, Config config)
   ranks().require_same(print_config(config_), "settings");
   ranks().require_same(data_.fingerprint, "text");
   ranks().agree([&] { prepare(type); });
+  if (first_params_.data())
+    ranks().require_same(hash_text(checksum(first_params_.data(), 4 * parameter_layout(shape_).size())), "weights");
   make_trainer(type);
   prepare_parameters();
   ranks().agree([&] {
@@ -126,11 +152,38 @@ void TrainingRun::check() {
 void TrainingRun::prepare(const TrainerType& type) {
   std::fprintf(stderr, "%s\n", print_config(config_).c_str());
   std::fprintf(stderr, "%s\n", possible_plan(type, config_, shape_, &data_, true).print().c_str());
+  if (begin_with_) load_first_params();
   if (ranks().first()) {
     make_folder(config_.out_dir);
     lock_.emplace(config_.out_dir);
     if (!resumed_) set_aside_older_run(config_.out_dir);
   }
+}
+
+// Random parameters, and over them those of --init_from. Says what remains random.
+void TrainingRun::load_first_params() {
+  const Layout layout = parameter_layout(shape_);
+  first_params_ = Buffer<float>(layout);
+  init_parameters(first_params_.data(), layout, config_.seed);
+  const TakenOver rest = take_over(first_params_.data(), shape_, data_.vocabulary, *begin_with_,
+                                   vocabulary_of(*begin_with_, config_.data));
+  std::fprintf(stderr, "a new run, with the weights of %s\n", begin_with_->describe().c_str());
+  const auto say = [](const std::vector<char32_t>& characters, const char* one, const char* many) {
+    if (characters.empty()) return;
+    std::string names;
+    for (size_t i = 0; i < std::min<size_t>(characters.size(), 40); i++) names += " " + shown(characters[i]);
+    std::fprintf(stderr, "%zu %s:%s%s\n", characters.size(), characters.size() == 1 ? one : many, names.c_str(),
+                 characters.size() > 40 ? " ..." : "");
+  };
+  say(rest.fresh, "character is new to the model and begins at random",
+      "characters are new to the model and begin at random");
+  say(rest.dropped, "of the model's characters does not occur in this text and is left out",
+      "of the model's characters do not occur in this text and are left out");
+  const int T = shape_.T, theirs = begin_with_->info().shape.T;
+  if (T == theirs + 1) std::fprintf(stderr, "its position %d begins at random\n", theirs);
+  if (T > theirs + 1) std::fprintf(stderr, "its positions %d to %d begin at random\n", theirs, T - 1);
+  if (T < theirs) std::fprintf(stderr, "of its %d positions the first %d are kept\n", theirs, T);
+  begin_with_.reset();
 }
 
 // All ranks together, because their trainers may exchange something already.
@@ -165,6 +218,8 @@ void TrainingRun::prepare_parameters() {
     std::fprintf(stderr, "going on at iteration %d\n", info_.iteration);
   } else {
     init_parameters(start.params.data(), layout, config_.seed);
+    if (first_params_.data()) std::copy_n(first_params_.data(), layout.size(), start.params.data());
+    first_params_ = {};
   }
   trainer_->restore(start.params.data(), start.m.data(), start.v.data());
 }

@@ -7,13 +7,13 @@
 #include <optional>
 #include <string>
 
-#include "checkpoint.h"
 #include "config.h"
 #include "data.h"
 #include "files.h"
 #include "progress.h"
 #include "run_files.h"
 #include "trainer.h"
+#include "weights.h"
 
 double flops_per_token(const ModelShape& shape);    // of a training step: 3 x forward, attention causal
 std::string flops_text(double flops, double peak);  // "12.3 GFLOP/s", with the share of a peak that is not 0
@@ -37,8 +37,10 @@ class TrainingRun {
 
   // Before the first step: run.cpp says what each does.
   static std::unique_ptr<Checkpoint> open_resumed(Config& config);
+  static std::unique_ptr<ModelWeights> open_weights(Config& config);
   void check();
   void prepare(const TrainerType& type);
+  void load_first_params();
   void make_trainer(const TrainerType& type);
   void prepare_parameters();
   void score_best_again();
@@ -63,9 +65,11 @@ class TrainingRun {
   std::string find_not_finite(const NotFinite& bad);
 
   Config config_;
-  std::unique_ptr<Checkpoint> resumed_;  // until its tensors are in the trainer
+  std::unique_ptr<Checkpoint> resumed_;       // until its tensors are in the trainer
+  std::unique_ptr<ModelWeights> begin_with_;  // until its tensors are in first_params_
   Data data_;
   ModelShape shape_;
+  Buffer<float> first_params_;  // what --init_from FILE begins with; until they are in the trainer
   std::optional<Lock> lock_;
   std::unique_ptr<Trainer> trainer_;
   CheckpointInfo info_;  // of the next checkpoint; info_.iteration is the number of the next update

@@ -1,9 +1,9 @@
 #include "run_files.h"
 
+#include <cmath>
 #include <cstdio>
 #include <filesystem>
 
-#include "checkpoint.h"
 #include "error.h"
 #include "files.h"
 #include "plot.h"
@@ -14,6 +14,16 @@ namespace fs = std::filesystem;
 std::string checkpoint_path(const Config& config) {
   if (config.checkpoint != "last" && config.checkpoint != "best") return config.checkpoint;
   return config.out_dir + "/ckpt_" + config.checkpoint + ".safetensors";
+}
+
+void say_which(const ModelWeights& weights, const Config& config) {
+  const CheckpointInfo& info = weights.info();
+  std::fprintf(stderr, "weights: %s\n", weights.describe().c_str());
+  if (config.checkpoint == "last" && info.best_iteration < info.iteration && std::isfinite(info.best_loss) &&
+      fs::exists(best_checkpoint(config.out_dir)))
+    std::fprintf(stderr,
+                 "those of step %d, which --checkpoint best takes, have the lowest validation loss so far, %.4f\n",
+                 info.best_iteration, info.best_loss);
 }
 
 void set_aside_older_run(const std::string& out_dir) {

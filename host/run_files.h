@@ -1,5 +1,5 @@
 // The files of a run, in its folder out_dir: each is written whole or not at all.
-// defines: last_checkpoint, best_checkpoint, checkpoint_path, set_aside_older_run, RunFiles, export_pth
+// defines: last_checkpoint, best_checkpoint, checkpoint_path, say_which, set_aside_older_run, RunFiles, export_pth
 #pragma once
 #include <string>
 #include <vector>
@@ -8,10 +8,13 @@
 #include "metrics.h"
 #include "ngram.h"
 #include "tensors.h"
+#include "weights.h"
 
 inline std::string last_checkpoint(const std::string& out_dir) { return out_dir + "/ckpt_last.safetensors"; }
 inline std::string best_checkpoint(const std::string& out_dir) { return out_dir + "/ckpt_best.safetensors"; }
 std::string checkpoint_path(const Config& config);  // --checkpoint last, best, or a file
+// A line on stderr about the weights that a command takes, and about better ones if the run knows of them.
+void say_which(const ModelWeights& weights, const Config& config);
 
 // Moves the files of a run that was trained in out_dir before into a folder of its own there.
 void set_aside_older_run(const std::string& out_dir);

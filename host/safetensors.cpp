@@ -20,15 +20,6 @@ constexpr const char* metadata_name = "__metadata__";
 constexpr std::string_view zeros = "0000000000000000";
 constexpr size_t longest_header = 100'000'000;  // the limit of the format's own library
 
-// 0: unknown
-size_t dtype_size(const std::string& dtype) {
-  static const std::map<std::string, size_t> sizes = {
-      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E5M2", 1}, {"F8_E4M3", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},
-      {"BF16", 2}, {"I32", 4}, {"U32", 4}, {"F32", 4},     {"I64", 8},     {"U64", 8}, {"F64", 8}};
-  const auto found = sizes.find(dtype);
-  return found == sizes.end() ? 0 : found->second;
-}
-
 bool is_checksum(const std::string& name) { return name == "checksum" || name.rfind("checksum.", 0) == 0; }
 
 // Where the header's own checksum stands in its text. Inside a JSON string the quotes would be escaped, so that only
@@ -101,6 +92,20 @@ Placed parse_tensor(const std::string& where, const std::string& name, const Jso
 }
 
 }  // namespace
+
+std::string shape_text(const std::vector<size_t>& shape) {
+  std::string out;
+  for (const size_t n : shape) out += (out.empty() ? "" : ", ") + std::to_string(n);
+  return "(" + out + ")";
+}
+
+size_t dtype_size(const std::string& dtype) {
+  static const std::map<std::string, size_t> sizes = {
+      {"BOOL", 1}, {"U8", 1},  {"I8", 1},  {"F8_E5M2", 1}, {"F8_E4M3", 1}, {"I16", 2}, {"U16", 2}, {"F16", 2},
+      {"BF16", 2}, {"I32", 4}, {"U32", 4}, {"F32", 4},     {"I64", 8},     {"U64", 8}, {"F64", 8}};
+  const auto found = sizes.find(dtype);
+  return found == sizes.end() ? 0 : found->second;
+}
 
 size_t TensorView::bytes() const {
   size_t total = dtype_size(dtype);

@@ -5,7 +5,7 @@
 //   data             the tensors, one after the other without gaps; offsets count from here
 // Our files carry checksums in the metadata, 16 hexadecimal digits each: "checksum.<name>" of a tensor's bytes, and
 // "checksum" of the header as it is stored, padding included, with zeros for these 16 digits themselves.
-// defines: TensorView, write_safetensors, SafetensorsFile
+// defines: TensorView, shape_text, dtype_size, write_safetensors, SafetensorsFile
 #pragma once
 #include <cstddef>
 #include <map>
@@ -21,8 +21,11 @@ struct TensorView {
   std::string dtype;  // "F32", "F64", "I64", ...
   std::vector<size_t> shape;
   const void* data = nullptr;
-  size_t bytes() const;  // fails if the dtype is unknown or the product overflows
+  std::vector<size_t> stride = {};  // in elements, by dimension; empty: row by row, without gaps
+  size_t bytes() const;             // fails if the dtype is unknown or the product overflows
 };
+std::string shape_text(const std::vector<size_t>& shape);  // "(65, 384)"
+size_t dtype_size(const std::string& dtype);               // of an element, in bytes; 0: the type is unknown
 
 using Metadata = std::map<std::string, std::string>;
 

@@ -63,7 +63,8 @@ TEST_CASE("Inputs: every damaged file is refused by name, and nothing is touched
       {vocabulary, cut(20), " is damaged: ", {anew}},
       {vocabulary, noise, " is damaged: ", {anew}},
       {"/data/baselines.json", cut(20), " is damaged: ", {anew, resume}},
-      {last, empty, " is empty: a checkpoint of this program is needed", {resume, sample, eval}},
+      {last, empty, " is empty: a checkpoint of this program is needed", {resume}},
+      {last, empty, " is empty: the weights of a model are needed", {sample, eval}},
       {last, cut(5), ": it has only 5 bytes", {resume, sample}},
       {last, cut(3000), "it is cut off", {resume, sample}},
       {last, cut(20000), "the file is cut off", {resume, sample}},
@@ -139,10 +140,14 @@ TEST_CASE("Inputs: a file of another kind is called what it is", "[inputs]") {
       {gzip, "compressed by gzip"},
       {"To be, or not to be", "text"},
   };
-  check_refused(sample + pth, pth + " is a zip archive, as PyTorch's .pth files are: a checkpoint of this program is " +
-                                  "needed, such as ckpt_last.safetensors");
-  check_refused(sample + data + "/train_000000.bin", "/train_000000.bin is a token shard: a checkpoint");
-  check_refused(sample + data + "/vocab.json", "/vocab.json is JSON: a checkpoint");
+  check_refused(sample + data + "/train_000000.bin", "/train_000000.bin is a token shard: the weights of a model are");
+  check_refused(sample + data + "/vocab.json", "/vocab.json is JSON: the weights of a model are needed");
+  write_file(folder + "/pickle", pickle);
+  check_refused(sample + folder + "/pickle", folder + "/pickle: its pickle has an instruction, 0, that");
+  std::string zip = read_file(pth);
+  for (size_t at; (at = zip.find("data.pkl")) != std::string::npos;) zip[at] = 'x';
+  write_file(folder + "/zip", zip);
+  check_refused(sample + folder + "/zip", "/zip is a zip archive, but not one that torch.save wrote: it has no data.pkl");
   check_refused(sample + out, out + ": it is a folder");
   for (const std::string& path : {last, data + "/val_000000.bin", data + "/vocab.json", data + "/baselines.json"}) {
     const std::string kept = read_file(path);

@@ -2,9 +2,10 @@
 """The model in PyTorch, to check ours against: small, plain, and with the same names in its state dict.
 
     python dev/check/reference.py fixture test/fixture.safetensors
+    python dev/check/reference.py pth test/pth
 
-writes weights, a batch, and what PyTorch makes of them, for tests on machines without PyTorch. Everything else here is
-imported by test_pytorch.py and bench_pytorch.py.
+write, for tests on machines without PyTorch, weights, a batch, and what PyTorch makes of them; and files of torch.save.
+Everything else here is imported by test_pytorch.py and bench_pytorch.py.
 """
 
 import json
@@ -179,7 +180,40 @@ def fixture():
     return out
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# Files of torch.save
+
+
+def pth_files(folder):
+    """A small model in the formats that PyTorch writes and has written. Element i of a tensor whose name's bytes have the
+    sum n is ((7 n + 3 i) % 200 - 100) / 8, which every type has exactly."""
+    model = GPT(2, block_size=8, n_embd=4, n_head=2, n_layer=2)
+    state = model.state_dict()
+    for name, tensor in state.items():
+        if not name.endswith("tril"):
+            values = [((7 * sum(name.encode()) + 3 * i) % 200 - 100) / 8 for i in range(tensor.numel())]
+            tensor.copy_(torch.tensor(values).view(tensor.shape))
+    torch.save(state, f"{folder}/today.pth")
+
+    # with another order of the elements in memory; as parameters, without the masks
+    parameters = {name: nn.Parameter(p.detach().bfloat16()) for name, p in model.named_parameters()}
+    name = "blocks.1.ffwd.net.0.weight"
+    parameters[name] = nn.Parameter(parameters[name].detach().T.contiguous().T)
+    torch.save(parameters, f"{folder}/protocol5.pth", pickle_protocol=5)
+
+    # as training loops save it, with an optimizer that has made a step
+    half = {"module._orig_mod." + name: tensor.half() for name, tensor in state.items()}
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 8, dtype=int), torch.zeros(1, 8, dtype=int))[1].backward()
+    optimizer.step()
+    whole = {"iter": 3, "lr": 1e-3, "model": half, "optimizer": optimizer.state_dict()}
+    torch.save(whole, f"{folder}/legacy.pth", _use_new_zipfile_serialization=False)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 3 or sys.argv[1] != "fixture":
-        sys.exit("usage: python dev/check/reference.py fixture FILE")
-    write_safetensors(sys.argv[2], fixture())
+    if len(sys.argv) != 3 or sys.argv[1] not in ("fixture", "pth"):
+        sys.exit("usage: python dev/check/reference.py fixture FILE | pth FOLDER")
+    if sys.argv[1] == "fixture":
+        write_safetensors(sys.argv[2], fixture())
+    else:
+        pth_files(sys.argv[2])

@@ -227,6 +227,38 @@ def test_export(data, out, val, V):
     check("training taught the model something", ours < np.log(V) - 0.5, f"{ours:.4f}, uniform {np.log(V):.4f}")
 
 
+def test_round_trip(data, out, folder, train, val, V):
+    """A model of ours that PyTorch trains further and that comes back, in each format that torch.save has had."""
+    model = GPT(V, *(SMALL[name] for name in ("block_size", "n_embd", "n_head", "n_layer")), dropout=0)
+    model.load_state_dict(torch.load(out / "microGPT_model.pth", weights_only=True))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    before = exact_loss(model, val)
+    for step in range(50):
+        x, y = windows(train, window_starts(SEED, step, 8, len(train) - model.block_size), model.block_size)
+        optimizer.zero_grad()
+        model(x, y)[1].backward()
+        optimizer.step()
+    after = exact_loss(model, val)
+    check("round trip: PyTorch's steps taught the model something", after < before - 0.01, f"{before:.4f} to {after:.4f}")
+
+    state = model.state_dict()
+    wrapped = {"step": 50, "model": {"module." + name: t for name, t in state.items()}, "rest": optimizer.state_dict()}
+    for what, saved, options in (("a state dict", state, {}),
+                                 ("a dictionary of the old format", wrapped, dict(_use_new_zipfile_serialization=False)),
+                                 ("protocol 4", wrapped, dict(pickle_protocol=4))):
+        path = folder / "back.pth"
+        torch.save(saved, path, **options)
+        common = flags(data=data, dtype="float32", batch_size=8, eval_iters=1)
+        printed = run("./train_gpt_cpu", "eval", "--checkpoint", path, *common)
+        shown = float(re.search(r"^val exact: (\d+\.\d{4}) ", printed, re.MULTILINE)[1])
+        run("./train_gpt_cpu", "--init_from", path, *common,
+            *flags(preset="lecture", out_dir=folder / "back", dropout=0, max_iters=40, learning_rate=1e-3, seed=SEED))
+        first, last = metrics(folder / "back", "eval")[0]["val_fixed"], metrics(folder / "back", "final")[-1]["val_exact"]
+        check(f"round trip: {what}: the loss goes on where it was",
+              abs(shown - after) <= 1e-4 and abs(first - after) <= 1e-5 and last < after,
+              f"{after:.5f} in PyTorch, {first:.5f} here, {last:.5f} after 40 steps more")
+
+
 def test_steps(what, data, folder, train, V, preset, n_layer, n_head, n_embd, block_size, batch_size):
     """20 steps of ours and of PyTorch's AdamW, both float32 and without dropout, from the same weights on the same
     batches. The first loss agrees to rounding. Later ones may part by more, up to about 1e-4, as those of float32 and
@@ -300,6 +332,7 @@ def main():
             V = len(characters)
             attempt("tokens", test_tokens, text, characters, train, val)
             attempt("export", test_export, folder / "data", folder / "out", val, V)
+            attempt("round trip", test_round_trip, folder / "data", folder / "out", folder, train, val, V)
             attempt("steps", test_steps, "small model", folder / "data", folder / "small", train, V, "lecture", **SMALL)
 
         path = os.environ.get("MICROGPT_TEXT")

@@ -99,8 +99,8 @@ void small_rung(Config config, const std::string& out_dir) {
   if (!holds_small(folder, data)) folder = out_dir + "/run";
   if (!holds_small(folder, data)) train_small(config, folder);
 
-  const Checkpoint checkpoint(folder + "/ckpt_last.safetensors");
-  const auto model = load_trainer(trainer_type<cpu::CpuModel<float>>(), config, checkpoint, &data);
+  const ModelWeights weights(folder + "/ckpt_last.safetensors");
+  const auto model = load_trainer(trainer_type<cpu::CpuModel<float>>(), config, weights, &data);
   ladder::Row row;
   row.name = "transformer, preset small";
   row.parameters = double(model->layout().count());

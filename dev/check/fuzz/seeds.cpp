@@ -43,6 +43,8 @@ int main(int argc, char** argv) {
       seed(target, "bom", "\uFEFFab\r\n");
       seed(target, "latin", "caf\xE9");
     }
+    for (const char* file : {"today", "protocol5", "legacy"})
+      seed("weights", file, read_file(std::string("test/pth/") + file + ".pth"));
     const std::string scratch = folder + "/scratch";
     vocabulary.save(scratch);
     seed("vocabulary", "abc", read_file(scratch));
@@ -77,6 +79,8 @@ int main(int argc, char** argv) {
                       moments ? v.data() : nullptr);
       seed("checkpoint", moments ? "last" : "best", without_checksums(scratch));
     }
+    write_safetensors(scratch, export_views(info.shape, layout, params.data()), {{"format", "pt"}});
+    seed("weights", "safetensors", without_checksums(scratch));
     const float one = 1;
     write_safetensors(scratch, {{"w", "F32", {1}, &one}}, {{"format", "pt"}});
     seed("checkpoint", "other", without_checksums(scratch));

@@ -32,6 +32,7 @@
 #include "kernels/embedding.h"
 #include "kernels/layernorm.h"
 #include "kernels/matmul.h"
+#include "kernels/muon.h"
 #include "kernels/peak.h"
 #include "kernels/relu.h"
 #include "kernels/residual.h"
@@ -282,8 +283,45 @@ void sum_over_ranks(GPT<Real, Factor>& m) {
   if (!ranks().first()) std::copy(pieces[0], pieces[0] + m.own.count, m.grads() + m.own.first);
 }
 
+// Muon for the matrices inside the layers, AdamW for the rest. A matrix is made orthogonal as a whole, so each rank needs
+// all of it, and does it in its own gradients.
 template <class Real, class Factor>
-void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip) {
+void muon_and_adamw(GPT<Real, Factor>& m, const AdamW& optimizer) {
+  const Muon muon = {optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_scale};
+  const std::vector<TensorSpec>& tensors = m.param_layout.tensors();
+  Real *const params = m.params_memory.data(), *const own_m = m.m_memory.data(), *const own_v = m.v_memory.data();
+  // Calls visit(tensor, first, at, count): elements first ... first + count - 1 of the buffer, the rank's share of a slice;
+  // they are the elements at ... of its m and v.
+  const auto each_slice = [&](const auto& visit) {
+    for (const TensorSpec& spec : tensors)
+      for (int l = 0; l < spec.layers; l++) {
+        const size_t slice = spec.offset + size_t(l) * spec.stride, end = slice + spec.slice;
+        const size_t first = std::max(slice, m.own.first), last = std::min(end, m.own.first + m.own.count);
+        if (first < last) visit(spec, first, first - m.own.first, last - first);
+      }
+  };
+  each_slice([&](const TensorSpec& spec, size_t first, size_t at, size_t count) {
+    if (hidden_matrix(spec)) muon_momentum(m.grads() + first, own_m + at, count, muon);
+  });
+  ranks().gather(m.grads(), m.shares);
+  std::vector<std::pair<const TensorSpec*, int>> matrices;
+  for (const TensorSpec& spec : tensors)
+    for (int l = 0; l < spec.layers && hidden_matrix(spec); l++) matrices.push_back({&spec, l});
+#pragma omp parallel for schedule(dynamic)
+  for (size_t i = 0; i < matrices.size(); i++) {
+    const auto& [spec, l] = matrices[i];
+    orthogonalize<Factor>(m.grads() + spec->offset + size_t(l) * spec->stride, int(spec->shape[0]), int(spec->shape[1]));
+  }
+  each_slice([&](const TensorSpec& spec, size_t first, size_t at, size_t count) {
+    if (hidden_matrix(spec))
+      muon_update(params + first, m.grads() + first, count, int(spec.shape[0]), int(spec.shape[1]), muon);
+    else
+      adamw_update(params + first, own_m + at, own_v + at, m.grads() + first, count, optimizer);
+  });
+}
+
+template <class Real, class Factor>
+void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip, bool muon = false) {
   sum_over_ranks(m);
   if (grad_clip > 0) {
     std::vector<double> squares = norm_squares(m.grads(), m.param_layout, m.own);
@@ -291,8 +329,11 @@ void update(GPT<Real, Factor>& m, AdamW optimizer, double grad_clip) {
     optimizer.gradient_scale = clip_scale(squares, grad_clip);
   }
   m.packed = {};
-  adamw_update(m.params_memory.data() + m.own.first, m.m_memory.data(), m.v_memory.data(), m.grads() + m.own.first,
-               m.own.count, optimizer);
+  if (muon)
+    muon_and_adamw(m, optimizer);
+  else
+    adamw_update(m.params_memory.data() + m.own.first, m.m_memory.data(), m.v_memory.data(), m.grads() + m.own.first,
+                 m.own.count, optimizer);
   ranks().gather(m.params_memory.data(), m.shares);
 }
 
@@ -415,7 +456,7 @@ class CpuModel final : public Trainer {
     std::vector<double> by_rank = ranks().all(losses[0]);
     sum_pieces(by_rank.data(), ranks().count(), [](double& sum, double x) { sum += x; });
     update(gpt_, {learning_rate(iteration), config_.beta1, config_.beta2, 1e-8, config_.weight_decay, iteration + 1, 1},
-           config_.grad_clip);
+           config_.grad_clip, config_.optimizer == "muon");
     check_all_canaries(gpt_);
     return float(by_rank[0]);
   }

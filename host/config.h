@@ -38,6 +38,7 @@ struct Config {
   double checkpoint_secs = 60;
   bool page = true;
 
+  std::string optimizer = "adamw";
   double learning_rate = 3e-4;
   bool decay_lr = false;
   int warmup_iters = 0;

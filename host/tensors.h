@@ -32,6 +32,11 @@ struct TensorSpec {
   size_t stride = 0;  // from slice to slice, in elements
 };
 
+// Whether it is a matrix inside the layers, and no vector, embedding or head.
+inline bool hidden_matrix(const TensorSpec& spec) {
+  return spec.shape.size() == 2 && spec.export_name.starts_with("blocks.");
+}
+
 // Places tensors one after the other. Every slice starts on a multiple of 64 elements, so that a bias of V = 65 does
 // not misalign all that follows it; with canaries (debug and test builds, -DCANARIES) a gap of at least 64 elements
 // follows each slice, and what an overrun writes there is found.

@@ -91,7 +91,7 @@ TEST_CASE("A checkpoint of an older program, which had fewer flags, goes on") {
     return run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder +
                "/out");
   };
-  const Run r = go_on_without({"sample_chars", "patience"});
+  const Run r = go_on_without({"sample_chars", "patience", "optimizer"});
   INFO(r.err);
   CHECK(r.code == 0);
   CHECK(contains(r.err, "patience 0"));
@@ -123,6 +123,23 @@ TEST_CASE("Runs repeat bit by bit, for any number of threads, and a resumed run 
   const auto one = lines_of(folder + "/one/metrics.jsonl"), resumed = lines_of(folder + "/resumed/metrics.jsonl");
   REQUIRE(!resumed.empty());
   CHECK(one.back()["val_exact"] == resumed.back()["val_exact"]);
+}
+
+TEST_CASE("A run with Muon learns, repeats bit by bit for any number of threads, and goes on to the same result") {
+  const std::string folder = prepared();
+  const Run r = train(folder, "--optimizer=muon --threads=1", "/one");
+  INFO(r.err);
+  REQUIRE(r.code == 0);
+  CHECK(lines_of(folder + "/one/metrics.jsonl").back()["val_exact"].get<double>() < 0.3);
+  REQUIRE(train(folder, "--optimizer=muon --threads=3", "/three").code == 0);
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/three/ckpt_last.safetensors")));
+  REQUIRE(train(folder, "--optimizer=muon --max_iters=11", "/resumed").code == 0);
+  REQUIRE(run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder +
+              "/resumed")
+              .code == 0);
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/resumed/ckpt_last.safetensors")));
+  REQUIRE(train(folder, "--threads=1", "/adamw").code == 0);
+  CHECK((read_file(folder + "/one/ckpt_last.safetensors") != read_file(folder + "/adamw/ckpt_last.safetensors")));
 }
 
 // Both texts are random letters, so a model that learns the training text by heart gets worse on the validation text:

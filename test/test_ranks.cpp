@@ -85,7 +85,8 @@ TEST_CASE("A program that stands alone is a run of one rank") {
 TEST_CASE("Any number of processes makes the run of one", "[mpi]") {
   if (without_mpi()) return;
   const std::string folder = prepared();
-  for (const char* flags : {"--dropout=0.2 --grad_clip=0.3 --eval_iters=5", "--dtype=bfloat16"}) {
+  for (const char* flags :
+       {"--dropout=0.2 --grad_clip=0.3 --eval_iters=5", "--dtype=bfloat16", "--optimizer=muon --grad_clip=0.3"}) {
     INFO(flags);
     const Run one = run(command(folder, "/one", flags));
     if (contains(one.err, "needs AVX512_BF16")) continue;
@@ -113,6 +114,17 @@ TEST_CASE("A run goes on with another number of processes", "[mpi]") {
     for (const char* name : {"ckpt_last.safetensors", "microGPT_model.pth", "sample.txt"})
       CHECK((read_file(folder + out + "/" + name) == want.at(name)));
   }
+}
+
+TEST_CASE("Processes begin with weights of another run as one process does", "[mpi]") {
+  if (without_mpi()) return;
+  const std::string folder = prepared();
+  REQUIRE(run(command(folder, "/first")).code == 0);
+  const std::string flags = "--init_from=" + folder + "/first/microGPT_model.pth --block_size=20 --seed=3";
+  const Run one = run(command(folder, "/one", flags));
+  INFO(one.err);
+  REQUIRE(one.code == 0);
+  check_same_run("", 2, command(folder, "/many", flags), folder + "/many", left_by(folder + "/one"));
 }
 
 TEST_CASE("Processes that are more than the batches of a step divide these, and say how one process makes the same run",

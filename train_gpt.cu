@@ -24,7 +24,6 @@
 #include "host/trainer.h"   // defines: Trainer, trainer_type
 #include "host/tree.h"      // defines: sum_tree, tree_levels
 #include "host/version.h"   // defines: version_text
-#include "kernels/adamw.cuh"
 #include "kernels/add.cuh"
 #include "kernels/attention.cuh"
 #include "kernels/batch.cuh"
@@ -35,6 +34,7 @@
 #include "kernels/embedding.cuh"
 #include "kernels/layernorm.cuh"
 #include "kernels/matmul.cuh"
+#include "kernels/muon.cuh"
 #include "kernels/ranks.cuh"
 #include "kernels/runtime.cuh"
 #include "kernels/sampler.cuh"
@@ -183,6 +183,7 @@ struct GPT {
   int *x = x_memory.data(), *y = y_memory.data();  // (B, T)
   TrainState* state = state_memory.data();
   Matmul matmul{config.dtype == "tf32", stream};
+  MuonAndAdamW<Real> optimizer{param_layout, cards.own(), training && config.optimizer == "muon"};
 
   GPT(const ModelShape& s, const Config& c, bool train, cudaStream_t on)
       : shape(s), config(c), training(train), stream(on) {}
@@ -301,22 +302,20 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Update: add up the ranks' gradients, clip their norm if asked to, then AdamW over this rank's share: alone, over all.
+// Update: add up the ranks' gradients, clip their norm if asked to, then the optimizer over this rank's share: alone, over all.
 
 template <class Real>
 void update(GPT<Real>& m, const Optimizer& o) {
   Range range("update");
-  const Part& own = m.cards.own();
   m.cards.sum(m.grads(), m.state->loss_sum, m.stream);
   if (o.grad_clip > 0 || o.loss_scaling) {
     gradient_norm(o.norm_partials, m.grads(), m.count, m.cards.own_units(), m.stream);
     m.cards.gather(o.norm_partials, m.cards.units(), m.stream);
     prepare_update(m.state, o.norm_partials, m.count, o.grad_clip, o.loss_scaling, m.stream);
   }
-  if (own.count > 0)
-    adamw_update(m.params_memory.data() + own.first, m.m_memory.data(), m.v_memory.data(),
-                 m.cards.several() ? nullptr : m.working_memory.data(), m.grads() + own.first, own.count, o.beta1,
-                 o.beta2, o.eps, o.ring, o.ring_size, m.state, m.stream);
+  m.optimizer.update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(),
+                     m.cards.several() ? nullptr : m.working_memory.data(), m.grads(), o, m.state, m.matmul, m.cards,
+                     m.stream);
   m.cards.gather(m.params_memory.data(), m.cards.shares(), m.stream);
   if (m.cards.several() && m.has_working_copy) round_to(m.working, m.params_memory.data(), m.count, m.stream);
 }
@@ -351,6 +350,7 @@ class GpuModel final : public Trainer {
     plan.add("parameters", params);
     if (GPT<Real>::has_working_copy) plan.add("their working copy", params * sizeof(Real) / 4);
     if (training) plan_training(plan, params, config);
+    if (training && config.optimizer == "muon") plan.add("Muon's matrices", MuonAndAdamW<Real>::muon_bytes(shape));
     const ActivationBuffer<Real> activations(shape, config.batch_size, training, config.dropout > 0);
     plan.add("activations", double(activations.bytes()));
     if (data) plan.add("the text", 2.0 * double(data->train.size() + data->val.size()));

@@ -29,8 +29,6 @@ void require_imaginable(const Config& config, const ModelShape& s, double availa
 
 MemoryPlan possible_plan(const TrainerType& type, const Config& config, const ModelShape& shape, const Data* data,
                          bool training) {
-  if (training && config.optimizer == "muon" && config.device == "cuda")
-    fail("--optimizer muon is there on a CPU only: choose --device cpu, or --optimizer adamw");
   const AvailableMemory memory = type.memory();
   require_imaginable(config, shape, memory.bytes);
   MemoryPlan plan = type.plan(config, shape, data, training);

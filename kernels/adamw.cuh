@@ -34,12 +34,13 @@ struct TrainState {
 
 struct AdamWStep {
   float decay, step_size, root_correction;
+  float learning_rate;  // Muon's step size, which has no bias to correct
 };
 
 // step is counted from 1, as in AdamW: iteration i is step i + 1.
 inline AdamWStep adamw_step(double learning_rate, double beta1, double beta2, double weight_decay, int step) {
   return {float(1 - learning_rate * weight_decay), float(learning_rate / (1 - std::pow(beta1, step))),
-          float(1 / std::sqrt(1 - std::pow(beta2, step)))};
+          float(1 / std::sqrt(1 - std::pow(beta2, step))), float(learning_rate)};
 }
 
 struct AdamWConstants {

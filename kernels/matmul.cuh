@@ -168,6 +168,24 @@ class Matmul {
     beside_->reading.insert(dout);
   }
 
+  // For `count` matrices at once, which follow each other without gaps; n and k are multiples of 8:
+  // gram (n, n) = x (n, k) @ x^T
+  template <class Real>
+  void gram(Real* gram, const Real* x, int n, int k, int count) {
+    check("gram", {gram, x}, n, k, n, n);
+    Product p = {operand<Real>(), false, true, false, n, n, k, k, k, n};
+    p.batch = count;
+    library_.multiply(p, {.d = gram, .a = x, .b = x});
+  }
+  // out (n, k) = a (n, n) @ b (n, k)
+  template <class Real>
+  void square_times(Real* out, const Real* a, const Real* b, int n, int k, int count) {
+    check("square_times", {out, a, b}, n, k, n, n);
+    Product p = {operand<Real>(), false, false, false, k, n, n, k, n, k};
+    p.batch = count;
+    library_.multiply(p, {.d = out, .a = b, .b = a});
+  }
+
   // Returns x, which may be written from now on: the stream waits for the gradients of weights that read it.
   template <class Real>
   Real* unread(Real* x) {

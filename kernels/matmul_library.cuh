@@ -46,6 +46,7 @@ struct Product {
   // > 0: each `window` columns of d get the bits that they would get alone, however many there are: by the algorithm that
   // they would have alone, which is not the fastest for all of them.
   int window = 0;
+  int batch = 1;  // so many of them at once; the matrices of each operand follow each other without gaps
 
   auto operator<=>(const Product&) const = default;
   Product with(Epilogue e) const {
@@ -62,6 +63,10 @@ struct Product {
   bool adds_bias() const {
     return epilogue == Epilogue::bias || epilogue == Epilogue::relu || epilogue == Epilogue::relu_mask;
   }
+  // Elements from a matrix of a batch to the next.
+  size_t a_size() const { return size_t(lda) * (transpose_a ? m : k); }
+  size_t b_size() const { return size_t(ldb) * (transpose_b ? k : n); }
+  size_t d_size() const { return size_t(ldd) * n; }
   bool has_mask() const { return epilogue == Epilogue::relu_mask || epilogue == Epilogue::drelu; }
 
   std::string text() const {
@@ -72,6 +77,7 @@ struct Product {
         << "NT"[transpose_a] << "NT"[transpose_b] << " m " << m << " n " << n << " k " << k << " ld " << lda << " "
         << ldb << " " << ldd;
     if (window) out << " by " << window;
+    if (batch > 1) out << " times " << batch;
     return out.str();
   }
 };
@@ -153,8 +159,11 @@ constexpr int simple_tile = 16;
 template <class Real, class D>
 __global__ void __launch_bounds__(simple_tile* simple_tile)
     simple_product_kernel(D* d, const Real* a, const Real* b, bool transpose_a, bool transpose_b, int m, int n, int K,
-                          int lda, int ldb, int ldd) {
+                          int lda, int ldb, int ldd, size_t a_size, size_t b_size, size_t d_size) {
   wait_for_inputs();
+  a += blockIdx.z * a_size;
+  b += blockIdx.z * b_size;
+  d += blockIdx.z * d_size;
   __shared__ float a_tile[simple_tile][simple_tile + 1], b_tile[simple_tile][simple_tile + 1];  // k comes first
   const int x = threadIdx.x % simple_tile, y = threadIdx.x / simple_tile;
   const int first_i = blockIdx.y * simple_tile, first_j = blockIdx.x * simple_tile;
@@ -191,11 +200,11 @@ void with_types_of(const Product& p, Body body) {
 
 inline void simple_product(const Product& p, const Operands& o, cudaStream_t stream) {
   require(p.epilogue == Epilogue::none, "cuBLASLt has no algorithm for ", p.text());
-  const dim3 grid(ceil_div(p.n, simple_tile), ceil_div(p.m, simple_tile));
+  const dim3 grid(ceil_div(p.n, simple_tile), ceil_div(p.m, simple_tile), p.batch);
   with_types_of(p, [&]<class Real, class D>(Real, D) {
     launch(simple_product_kernel<Real, D>, {grid, simple_tile * simple_tile, 0, stream}, static_cast<D*>(o.d),
            static_cast<const Real*>(o.a), static_cast<const Real*>(o.b), p.transpose_a, p.transpose_b, p.m, p.n, p.k,
-           p.lda, p.ldb, p.ldd);
+           p.lda, p.ldb, p.ldd, p.a_size(), p.b_size(), p.d_size());
   });
 }
 
@@ -295,7 +304,15 @@ class MatmulLibrary {
     }
     if (simple) return simple_product(p, o, where.stream);
     cuda_on_cpu::enqueue(where.stream, [p, o] {
-      with_types_of(p, [&]<class Real, class D>(Real, D) { multiply_on_cpu<Real, D>(p, o); });
+      with_types_of(p, [&]<class Real, class D>(Real, D) {
+        Operands one = o;
+        for (size_t i = 0; i < size_t(p.batch); i++) {
+          one.a = static_cast<const Real*>(o.a) + i * p.a_size();
+          one.b = static_cast<const Real*>(o.b) + i * p.b_size();
+          one.d = static_cast<D*>(o.d) + i * p.d_size();
+          multiply_on_cpu<Real, D>(p, one);
+        }
+      });
     });
   }
   // Nothing is measured here: no way is faster than another.
@@ -337,6 +354,7 @@ struct CublasLt {
   CUBLASLT_FUNCTION(MatmulPreferenceInit_internal)
   CUBLASLT_FUNCTION(MatmulPreferenceSetAttribute)
   CUBLASLT_FUNCTION(MatrixLayoutInit_internal)
+  CUBLASLT_FUNCTION(MatrixLayoutSetAttribute)
 #undef CUBLASLT_FUNCTION
 
  private:
@@ -553,8 +571,15 @@ class MatmulLibrary {
     set(plan, CUBLASLT_MATMUL_DESC_TRANSB, int32_t(p.transpose_b ? CUBLAS_OP_T : CUBLAS_OP_N));
     set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE, uint32_t(epilogues[int(p.epilogue)]));
     if (p.has_mask()) set(plan, CUBLASLT_MATMUL_DESC_EPILOGUE_AUX_LD, int64_t(mask_stride(p.m)));
-    const auto layout = [](cublasLtMatrixLayoutOpaque_t& matrix, cudaDataType_t of, int rows, int columns, int ld) {
+    const auto layout = [&](cublasLtMatrixLayoutOpaque_t& matrix, cudaDataType_t of, int rows, int columns, int ld) {
       check(cublasLt().MatrixLayoutInit_internal(&matrix, sizeof matrix, of, uint64_t(rows), uint64_t(columns), ld),
+            "a matrix layout");
+      if (p.batch == 1) return;
+      const int32_t count = p.batch;
+      const int64_t next = int64_t(ld) * columns;
+      check(cublasLt().MatrixLayoutSetAttribute(&matrix, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count),
+            "a matrix layout");
+      check(cublasLt().MatrixLayoutSetAttribute(&matrix, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &next, sizeof next),
             "a matrix layout");
     };
     layout(plan.a, type, p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k, p.lda);  // as stored, before op

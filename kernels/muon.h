@@ -11,19 +11,13 @@
 #include <cstddef>
 #include <vector>
 
+#include "muon_law.h"
 #include "product.h"
 
 struct Muon {
   double learning_rate, weight_decay;
   double gradient_scale;  // what every gradient is multiplied by, for clipping; 1 if nothing is clipped
 };
-
-constexpr double muon_beta = 0.95;  // decay of the running mean of the gradient
-
-// With singular values s, one round makes them a s + b s^3 + c s^5. Five rounds bring all between 0.01 and 1 to between
-// 0.68 and 1.14: Muon needs no more, and with these numbers small values grow fastest.
-constexpr int muon_rounds = 5;
-constexpr double muon_a = 3.4445, muon_b = -4.7750, muon_c = 2.0315;
 
 // m (count) = its running mean with grads (count);  grads = that mean once more with itself in the gradient's place of the
 // next step (Nesterov), which is what is made orthogonal.
@@ -113,12 +107,11 @@ void orthogonalize(Real* x, int rows, int columns) {
   }
 }
 
-// Updates elements of a matrix (rows, columns): params (count) by x (count), which orthogonalize has left. An orthogonal
-// matrix has elements of about 1 / sqrt(the longer side); the factor brings them to 0.2, the usual size of AdamW's.
+// Updates elements of a matrix (rows, columns): params (count) by x (count), which orthogonalize has left.
 template <class Real>
 void muon_update(Real* params, const Real* x, size_t count, int rows, int columns, const Muon& o) {
   const Real decay = Real(1 - o.learning_rate * o.weight_decay);
-  const Real step_size = Real(o.learning_rate * 0.2 * std::sqrt(double(std::max(rows, columns))));
+  const Real step_size = Real(o.learning_rate * muon_size * std::sqrt(double(std::max(rows, columns))));
 #pragma omp parallel for simd schedule(static) if (parallel : count > worth_threads)
   for (size_t i = 0; i < count; i++) params[i] = params[i] * decay - step_size * x[i];
 }

@@ -60,7 +60,8 @@ TEST_CASE("Muon: all singular values become about one, and their directions stay
 }
 
 TEST_CASE("Muon: the blocked iteration is that of the plain loops", "[muon]") {
-  const std::pair<int, int> shapes[] = {{1, 1}, {1, 9}, {9, 1}, {5, 7}, {7, 5}, {16, 16}, {65, 31}, {31, 65}, {48, 192}, {144, 48}};
+  const std::pair<int, int> shapes[] = {{1, 1},   {1, 9},   {9, 1},   {5, 7},    {7, 5},
+                                        {16, 16}, {65, 31}, {31, 65}, {48, 192}, {144, 48}};
   for (const auto& [rows, columns] : shapes) {
     INFO(rows << " x " << columns);
     std::vector<double> x = random_matrix(rows, columns), want = x;

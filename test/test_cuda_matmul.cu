@@ -419,6 +419,41 @@ TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all
       ContainsSubstring("cuBLASLt has no algorithm for " + std::string(name_of<Real>) + " drelu TN m 8"));
 }
 
+TEMPLATE_TEST_CASE("products of several matrices at once are those of each", "[cuda][matmul]", float, bf16, fp16) {
+  using Real = TestType;
+  const int n = 24, k = 40, count = 3;
+  const std::vector<float> x = noise(size_t(count) * n * k, 1), a = noise(size_t(count) * n * n, 2);
+  const std::vector<double> rx = rounded<Real>(x), ra = rounded<Real>(a);
+  std::vector<double> gram(a.size()), times(x.size());
+  for (int i = 0; i < count; i++) {
+    const double *const xi = rx.data() + size_t(i) * n * k, *const ai = ra.data() + size_t(i) * n * n;
+    for (int r = 0; r < n; r++) {
+      for (int s = 0; s < n; s++)
+        for (int c = 0; c < k; c++) gram[(size_t(i) * n + r) * n + s] += xi[r * k + c] * xi[s * k + c];
+      for (int c = 0; c < k; c++)
+        for (int s = 0; s < n; s++) times[(size_t(i) * n + r) * k + c] += ai[r * n + s] * xi[s * k + c];
+    }
+  }
+  const DeviceArray<Real> dx(x), da(a);
+  const DeviceArray<Real> of_gram(a.size()), of_times(x.size());
+  Matmul matmul(false, nullptr);
+  matmul.gram(of_gram.data(), dx.data(), n, k, count);
+  matmul.square_times(of_times.data(), da.data(), dx.data(), n, k, count);
+  check_close(of_gram.floats(), gram, tolerance<Real>(k, 2));
+  check_close(of_times.floats(), times, tolerance<Real>(n, 2));
+  CHECK(contains(matmul.save_table(), "TN m 24 n 24 k 40 ld 40 40 24 times 3: "));
+
+  // by the kernel for which no library is needed
+  const OperandType type = std::is_same_v<Real, float>  ? OperandType::float32
+                           : std::is_same_v<Real, bf16> ? OperandType::bfloat16
+                                                        : OperandType::float16;
+  Product p = {type, false, true, false, n, n, k, k, k, n};
+  p.batch = count;
+  const DeviceArray<Real> simple(a.size());
+  simple_product(p, {.d = simple.data(), .a = dx.data(), .b = dx.data()}, nullptr);
+  check_close(simple.floats(), gram, tolerance<Real>(k, 2));
+}
+
 #ifdef CUDA_ON_CPU  // where we can make the library refuse
 TEST_CASE("a layer whose products cuBLASLt has no algorithm for works, and repeats", "[cuda][matmul]") {
   const Shape s = {60, 48, 72, 72};

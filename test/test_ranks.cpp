@@ -295,7 +295,8 @@ std::string gpu_command(const std::string& folder, const std::string& out, const
 TEST_CASE("Any number of GPUs makes the run of one", "[mpi]") {
   if (without_mpi()) return;
   const std::string folder = prepared();
-  for (const char* flags : {"--dtype=float32 --dropout=0.2 --grad_clip=0.3", "--dtype=bfloat16", "--dtype=float16"}) {
+  for (const char* flags : {"--dtype=float32 --dropout=0.2 --grad_clip=0.3", "--dtype=bfloat16", "--dtype=float16",
+                            "--dtype=bfloat16 --optimizer=muon"}) {
     INFO(flags);
     const Run one = run(on_gpus + gpu_command(folder, "/one", flags));
     INFO(one.err);

@@ -29,6 +29,7 @@ measure  make bench           each layer's time, as a share of the peak that the
          make bench-mpi MPI=1  two processes beside one with as many threads, and the parts of a step
          make bench-pytorch   the same step and products by PyTorch, in turn with ours (PYTHON=python3; DEVICE=cuda: the
                               step on a GPU)
+         dev/bench/sweep LIST  trains many models, and says how good each has become (--help)
          make bench-gpu       what the GPU can do, kernel by kernel, whole steps and sampling in every type
          make profile         a step under NVIDIA's profilers (KERNEL=name: the one shown in detail)
          make kernel-stats    registers, spills and shared memory of every kernel (ARCH=90 or all)

@@ -85,6 +85,9 @@ static int eval(const TrainerType& type, Config config) {
   const Data data = open_data(config.data, &vocabulary);
   data.train.require_window(weights.info().shape.T);
   data.val.require_window(weights.info().shape.T);
+  const int T = weights.info().shape.T;
+  if (config.stride > T)
+    fail("--stride ", config.stride, " is more than the model's block_size, ", T, ": tokens would be left out");
   const auto trainer = load_trainer(type, config, weights, &data);
   catch_signals();
   try {
@@ -92,6 +95,10 @@ static int eval(const TrainerType& type, Config config) {
     std::printf("step %d: train loss %.4f, val loss %.4f\n", point.iter, point.train, point.val);
     const double val_exact = exact_loss(*trainer, Split::val, data.val.size(), config.batch_size);
     std::printf("val exact: %s\n", loss_text(val_exact).c_str());
+    if (config.stride > 0 && config.stride < T) {
+      const double strided = strided_loss(*trainer, Split::val, data.val.size(), config.batch_size, config.stride);
+      std::printf("val exact, stride %d: %s\n", config.stride, loss_text(strided).c_str());
+    }
   } catch (const Interrupted&) { return 128 + stop_signal(); }
   return 0;
 }

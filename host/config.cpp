@@ -76,6 +76,8 @@ std::vector<CommandFlag> flags(Config& c) {
       {train | recorded, {"beta1", &c.beta1, 0, 0.999999, {}, "decay of AdamW's running mean of the gradient"}},
       {train | recorded, {"beta2", &c.beta2, 0, 0.999999, {}, "decay of AdamW's running mean of the squared gradient"}},
       {train | recorded, {"grad_clip", &c.grad_clip, 0, no_limit, {}, "largest norm of the gradient; 0: no clipping"}},
+      {eval, {"stride", &c.stride, 0, 2e9, {},
+              "tokens from a window of the exact loss to the next; 0: block_size, so that none is in two windows"}},
       {sample, {"start", &c.start, 0, 0, {}, "text to go on from, or FILE:path of a file with it"}},
       {sample, {"num_samples", &c.num_samples, 1, 1e6, {}, "texts to make"}},
       {sample, {"max_new_tokens", &c.max_new_tokens, 1, 2e9, {}, "characters to add"}},

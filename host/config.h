@@ -55,6 +55,7 @@ struct Config {
   double comm_timeout = 60;
   uint64_t seed = 1337;
 
+  int stride = 0;  // 0: block_size
   std::string start = "\n";
   int num_samples = 1;
   int max_new_tokens = 500;

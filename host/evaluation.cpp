@@ -82,6 +82,25 @@ double exact_loss(Scorer& model, Split split, uint64_t tokens, int batch_size) {
   return sum_of_windows(model, split, batches, 0, "exact loss") / double(targets);
 }
 
+double strided_loss(Scorer& model, Split split, uint64_t tokens, int batch_size, int stride) {
+  const int T = model.shape().T;
+  const uint64_t targets = tokens - 1, S = uint64_t(stride);
+  if (stride == T || targets <= uint64_t(T)) return exact_loss(model, split, tokens, batch_size);
+  // The last S losses of a window are those of the whole window without those of its first T - S tokens, which do not see
+  // what comes behind them.
+  std::vector<Windows> whole = {{0, 1, T}}, first_parts;
+  const auto score_last = [&](uint64_t first, int B, int count) {
+    whole.push_back({first, B, T});
+    first_parts.push_back({first, B, T - count});
+  };
+  const uint64_t windows = (targets - uint64_t(T)) / S;
+  for (uint64_t k = 0; k < windows; k += uint64_t(whole.back().B))
+    score_last((k + 1) * S, int(std::min(windows - k, uint64_t(batch_size))), stride);
+  if (const uint64_t rest = (targets - uint64_t(T)) % S; rest > 0) score_last(targets - uint64_t(T), 1, int(rest));
+  return (sum_of_windows(model, split, whole, S, "windows") - sum_of_windows(model, split, first_parts, S, "windows")) /
+         double(targets);
+}
+
 std::string fixed_name(uint64_t tokens, int T) {
   const uint64_t windows = fixed_windows(tokens, T);
   return windows == 0 ? "exact val loss" : text("val loss of ", windows, " fixed windows");

@@ -1,5 +1,5 @@
 // How good a model is: the losses that decide which weights are the best, and the losses that a run reports.
-// defines: Interrupted, evaluate, exact_loss, fixed_tokens, fixed_windows, fixed_name, fixed_loss, loss_text
+// defines: Interrupted, evaluate, exact_loss, strided_loss, fixed_tokens, fixed_windows, fixed_name, fixed_loss, loss_text
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -16,6 +16,11 @@ EvalPoint evaluate(Scorer& model, const Config& config, int iteration);
 // The mean loss of a whole split: every token but the first is scored once, in windows of T that do not overlap; the
 // last window may be shorter. tokens: how many the split has.
 double exact_loss(Scorer& model, Split split, uint64_t tokens, int batch_size);
+
+// The same with windows that begin `stride` tokens apart, at most T. Each scores the tokens that the ones before it have not
+// reached: after the first window the last `stride` ones, which have at least T - stride tokens before them. A short
+// stride makes the same model look better, so a loss says little without it.
+double strided_loss(Scorer& model, Split split, uint64_t tokens, int batch_size, int stride);
 
 // The same tokens of the validation split decide every time which weights are the best, so that luck has no part in it.
 // They are the whole split if it is short, like Tiny Shakespeare's with its 111,540 tokens; in a longer one they are

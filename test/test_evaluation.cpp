@@ -48,6 +48,26 @@ TEST_CASE("A short validation split is scored exactly, up to the bound") {
     }
 }
 
+TEST_CASE("Windows that overlap score every target once, with at least T - stride tokens before it") {
+  // The loss of a target is its number, so one that is left out or counted twice shows in the sum.
+  for (const uint64_t tokens : {5, 17, 18, 33, 100, 111})
+    for (const int stride : {1, 3, 8, 15, 16})
+      for (const int batch_size : {1, 4}) {
+        INFO(tokens << " tokens, stride " << stride);
+        Counting scorer(16);
+        CHECK(strided_loss(scorer, Split::val, tokens, batch_size, stride) == double(tokens) / 2);
+      }
+  // What a target has before it: the loss of a target at place t of its window is t.
+  struct Places final : Scorer {
+    int chunk() const override { return 1; }
+    std::vector<double> random_losses(Split, int, int, int) override { return {}; }
+    ModelShape shape() const override { return {1, 16, 1, 1, 1}; }
+    double window_losses(Split, uint64_t, int B, int n, uint64_t) override { return B * (n * (n - 1) / 2); }
+  } places;
+  // 101 targets: 16 of the first window, then 21 windows of 4 at the places 12 to 15, then one target at the last place.
+  CHECK(strided_loss(places, Split::val, 102, 4, 4) * 101 == Approx(120 + 21 * 54 + 15));
+}
+
 TEST_CASE("Of a long validation split the same windows are scored, evenly spaced, whatever the batch") {
   for (const int T : {128, 256, 1000, 200'000})
     for (const uint64_t tokens : {fixed_tokens + 2, uint64_t(1'000'003), uint64_t(5'000'000'000)}) {

@@ -350,6 +350,12 @@ TEST_CASE("eval and export work on a checkpoint") {
   const std::string exact = trained.out.substr(trained.out.find("val exact"), 17);
   CHECK(contains(e.out, exact));
   CHECK(contains(e.out, "step 20: train loss"));
+  const std::string eval_it = train_gpt + " eval --eval_iters=1 --data " + folder + "/data" + from;
+  const Run overlapping = run(eval_it + " --stride=5");
+  CHECK(contains(overlapping.out, "val exact, stride 5: 0."));
+  CHECK(overlapping.out.find(exact) < overlapping.out.find("stride 5"));
+  CHECK(run(eval_it + " --stride=16").out == run(eval_it).out);
+  check_refused(eval_it + " --stride=17", "--stride 17 is more than the model's block_size, 16");
   const std::string pth = read_file(folder + "/out/microGPT_model.pth");
   fs::remove(folder + "/out/microGPT_model.pth");
   CHECK(run(train_gpt + " export" + from).code == 0);

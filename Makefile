@@ -190,7 +190,7 @@ test: $(CUDA_BUILD)/test/$(RUN_TESTS)
 else
 TEST_PROGRAMS ?= $(if $(STARTS),train_gpt_cpu train_gpt_on_cpu data_prep train_gpt_faulty data_prep_faulty ladder/ladder)
 test: $(BUILD)/test/$(RUN_TESTS) $(addprefix $(BUILD)/,$(TEST_PROGRAMS))
-	PROGRAMS=$(BUILD) $<
+	PROGRAMS=$(BUILD) $(if $(TEST)$(if $(CUDA_TESTS),,none),$<,test/run_in_two.sh $< '[cuda]')
 endif
 
 $(BUILD)/test/run_tests: $(addprefix $(BUILD)/test/,$(TESTS) $(CUDA_TESTS) $(LAB) cuda_on_cpu.o) $(NCCL_ON_CPU) $(TEST_LADDER) $(TEST_HOST)

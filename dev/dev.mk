@@ -58,7 +58,7 @@ test-race:
 	$(MAKE) run-shuffled
 	$(MAKE) SANITIZE=thread run-shuffled SEEDS='0 1'
 run-shuffled: $(BUILD)/test/run_cuda_tests
-	for seed in $(SEEDS); do echo "seed $$seed"; CUDA_ON_CPU_SEED=$$seed OMP_NUM_THREADS=1 $< || exit 1; done
+	for seed in $(SEEDS); do echo "seed $$seed"; CUDA_ON_CPU_SEED=$$seed OMP_NUM_THREADS=1 test/run_in_two.sh $< 'attention*' || exit 1; done
 
 # Runs of several processes, with programs that were built with MPI=1 (test/test_ranks.cpp).
 test-mpi: | $(AFTER_DEPS)

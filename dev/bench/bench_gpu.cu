@@ -619,7 +619,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   const DeviceDropout drop({config.seed, 0, 0, dropout_threshold(config.dropout), 0}, m.step());
   const DeviceBuffer<uint16_t> text(100001, "a text");
   const DeviceBuffer<AdamWStep> rates(1, "a learning rate");
-  const AdamWStep nothing_moves = {1, 0, 1};
+  const AdamWStep nothing_moves = {1, 0, 1, 0};
   copy_to_device(rates.data(), &nothing_moves, 1);
 
   // A: bytes of one activation; CC: elements of a square weight, FCC: operations of the product with it
@@ -763,6 +763,13 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   table.row_of_one("adamw_update", 1, 0, count * (28 + (m.has_working_copy ? R : 0)), [&](int) {
     adamw_update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(), m.grads(),
                  m.param_layout.size(), config.beta1, config.beta2, 1e-8, rates.data(), 1, m.state, st);
+  });
+  // Five rounds of three products: 56 C^3 operations for each layer in a round.
+  MuonAndAdamW<Real> muon(m.param_layout, m.cards.own(), true);
+  const Optimizer optimizer = {config.beta1, config.beta2, 1e-8, 0, false, rates.data(), 1, nullptr};
+  table.row_of_one("update with Muon", 0, 280.0 * L * C * CC, 0, [&](int) {
+    muon.update(m.params_memory.data(), m.m_memory.data(), m.v_memory.data(), m.working_memory.data(), m.grads(),
+                optimizer, m.state, m.matmul, m.cards, st);
   });
   const DeviceBuffer<float> ring(1, "losses");
   table.row_of_one("end_step", 1, 0, 0, [&](int) { end_step(m.state, ring.data(), 1, 1.0 / rows, false, st); });

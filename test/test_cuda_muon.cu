@@ -141,6 +141,20 @@ TEST_CASE("Muon on the GPU: each rank updates its share, and no more", "[cuda][m
   check_share<float>({layout.size(), 0}, 1, 1e-4);
 }
 
+TEST_CASE("Muon on the GPU: a matrix is divided by the norm of all of it", "[cuda][muon]") {
+  for (const auto& [rows, columns] : {std::pair{200, 208}, {208, 200}}) {
+    const MuonTensor t = {0, 208 * 200, 2, rows, columns};
+    std::vector<float> ones(2 * t.stride, 2.0f);
+    std::fill_n(ones.begin(), t.stride, 1.0f);
+    const DeviceArray<float> grads(ones), x(ones.size());
+    const DeviceArray<double> partials(2 * muon_partials);
+    launch(muon_squares_kernel, {dim3(muon_partials, 2), 256}, partials.data(), grads.data(), t);
+    const auto normalize = t.tall() ? muon_normalize_kernel<float, true> : muon_normalize_kernel<float, false>;
+    launch(normalize, {dim3(7, 7, 2), 256}, x.data(), grads.data(), partials.data(), t);
+    for (const float element : x.read()) REQUIRE(element == Approx(1 / std::sqrt(208.0 * 200)));
+  }
+}
+
 TEST_CASE("Muon on the GPU leaves everything as it is after an overflow", "[cuda][muon]") {
   const Stream stream;
   Matmul matmul(false, stream);

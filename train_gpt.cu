@@ -302,7 +302,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Update: add up the ranks' gradients, clip their norm if asked to, then the optimizer over this rank's share: alone, over all.
+// Update: add up the ranks' gradients, clip their norm if asked to, then the optimizer, over this rank's share of them.
 
 template <class Real>
 void update(GPT<Real>& m, const Optimizer& o) {

@@ -37,7 +37,7 @@ std::vector<CommandFlag> flags(Config& c) {
       {computing | page, {"data", &c.data, 0, 0, {}, "folder with the token shards that data_prep wrote"}},
       {computing | export_ | page, {"out_dir", &c.out_dir, 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"}},
       {train, {"init_from", &c.init_from, 0, 0, {},
-               "scratch: a new run; resume: go on with ckpt_last in out_dir; or the path of weights for a new run"}},
+               "scratch, a new run; resume, go on with ckpt_last in out_dir; or a file, whose weights begin a new run"}},
       {sample | eval | export_ | page, {"checkpoint", &c.checkpoint, 0, 0, {},
                                         "which checkpoint of out_dir, last or best, or the path of one"}},
       {train | recorded | shape, {"n_layer", &c.n_layer, 1, 2e9, {}, "transformer blocks, one after the other"}},

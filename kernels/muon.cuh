@@ -70,9 +70,9 @@ static __global__ void __launch_bounds__(256) muon_squares_kernel(double* partia
   if (threadIdx.x == 0) partials[blockIdx.y * gridDim.x + blockIdx.x] = squares;
 }
 
-// Calls visit(element, row, column) for a block's tile of a matrix (rows, columns): warp by warp a row of the tile, so that
-// neighbouring threads have neighbouring elements. With transposed, visit gets what lies at the same place of the
-// transposed matrix (columns, rows), through shared memory: a warp reads along one matrix and writes along the other.
+// Calls store(j, load(i)) for the elements of a block's tile of a matrix (rows, columns), where i and j count elements row
+// by row: of the matrix, and of the same or, if `transposed`, of its transpose (columns, rows). A warp has 32 neighbours
+// along a row whenever it reads or writes; where it transposes, they change places in shared memory.
 template <bool transposed, class Load, class Store>
 __device__ inline void visit_tile(int rows, int columns, Load load, Store store) {
   __shared__ float tile[muon_tile][muon_tile + 1];  // one column more: its elements lie in different banks

@@ -19,8 +19,8 @@ struct Muon {
   double gradient_scale;  // what every gradient is multiplied by, for clipping; 1 if nothing is clipped
 };
 
-// m (count) = its running mean with grads (count);  grads = that mean once more with itself in the gradient's place of the
-// next step (Nesterov), which is what is made orthogonal.
+// m (count) = the running mean of the gradients, with grads (count) in it;  grads = the mean of m and grads, once more, as if
+// the next gradient were the same (Nesterov's momentum). This is what orthogonalize gets.
 template <class Real>
 void muon_momentum(Real* grads, Real* m, size_t count, const Muon& o) {
   const Real beta = Real(muon_beta), rest = Real(1 - muon_beta), scale = Real(o.gradient_scale);

@@ -79,9 +79,10 @@ $(addprefix $(BUILD)/,train_gpt_cpu.o train_gpt_fallback.o host/cpu_features.o):
 $(BUILD)/test/%.o: FLAGS = $(TEST_FLAGS)
 $(BUILD)/test/%.o $(CUDA_BUILD)/test/%.o: DEFINES = -DCANARIES
 $(BUILD)/test/host/%.o: FLAGS = $(HOST_FLAGS)
-# Tests that call kernels are compiled as the trainers are, the others quickly.
-$(addprefix $(BUILD)/test/,$(patsubst %,test_%.o,layers model fixture page random ladder) host/cpu_features.o): \
-  FLAGS = $(KERNEL_FLAGS)
+# Tests that call kernels are compiled as the trainers are, the others quickly. We look which do: kernels whose vectors
+# differ in length must not meet in a program, for the linker takes one of two functions of the same name.
+KERNEL_TESTS := $(shell grep -lE '"\.\./(kernels/|train_gpt_cpu\.cpp|dev/)' test/*.cpp)
+$(addprefix $(BUILD)/,$(KERNEL_TESTS:.cpp=.o) test/host/cpu_features.o): FLAGS = $(KERNEL_FLAGS)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Programs

@@ -183,7 +183,7 @@ struct GPT {
   int *x = x_memory.data(), *y = y_memory.data();  // (B, T)
   TrainState* state = state_memory.data();
   Matmul matmul{config.dtype == "tf32", stream};
-  MuonAndAdamW<Real> optimizer{param_layout, cards.own(), training && config.optimizer == "muon"};
+  MuonAndAdamW<Real> optimizer{shape, cards.own(), training && config.optimizer == "muon"};
 
   GPT(const ModelShape& s, const Config& c, bool train, cudaStream_t on)
       : shape(s), config(c), training(train), stream(on) {}

@@ -283,41 +283,39 @@ void sum_over_ranks(GPT<Real, Factor>& m) {
   if (!ranks().first()) std::copy(pieces[0], pieces[0] + m.own.count, m.grads() + m.own.first);
 }
 
-// Muon for the matrices inside the layers, AdamW for the rest. A matrix is made orthogonal as a whole, so each rank needs
-// all of it, and does it in its own gradients.
+// Muon for the matrices inside the layers, AdamW for what lies between them. A matrix is made orthogonal as a whole, so each
+// rank needs the momentum of all its elements, and computes all matrices, in its own gradients.
 template <class Real, class Factor>
 void muon_and_adamw(GPT<Real, Factor>& m, const AdamW& optimizer) {
   const Muon muon = {optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_scale};
-  const std::vector<TensorSpec>& tensors = m.param_layout.tensors();
-  Real *const params = m.params_memory.data(), *const own_m = m.m_memory.data(), *const own_v = m.v_memory.data();
-  // Calls visit(tensor, first, at, count): elements first ... first + count - 1 of the buffer, the rank's share of a slice;
-  // they are the elements at ... of its m and v.
-  const auto each_slice = [&](const auto& visit) {
-    for (const TensorSpec& spec : tensors)
-      for (int l = 0; l < spec.layers; l++) {
-        const size_t slice = spec.offset + size_t(l) * spec.stride, end = slice + spec.slice;
-        const size_t first = std::max(slice, m.own.first), last = std::min(end, m.own.first + m.own.count);
-        if (first < last) visit(spec, first, first - m.own.first, last - first);
-      }
+  const std::vector<MuonMatrix> matrices = muon_matrices(m.param_layout, m.shape.NH);
+  Real* const params = m.params_memory.data();
+  const auto own_of = [&](const Buffer<Real>& moments, const Part& part) {  // m and v begin with the rank's share
+    return moments.data() + (part.first - m.own.first);
   };
-  each_slice([&](const TensorSpec& spec, size_t first, size_t at, size_t count) {
-    if (hidden_matrix(spec)) muon_momentum(m.grads() + first, own_m + at, count, muon);
-  });
-  ranks().gather(m.grads(), m.shares);
-  std::vector<std::pair<const TensorSpec*, int>> matrices;
-  for (const TensorSpec& spec : tensors)
-    for (int l = 0; l < spec.layers && hidden_matrix(spec); l++) matrices.push_back({&spec, l});
-#pragma omp parallel for schedule(dynamic)
-  for (size_t i = 0; i < matrices.size(); i++) {
-    const auto& [spec, l] = matrices[i];
-    orthogonalize<Factor>(m.grads() + spec->offset + size_t(l) * spec->stride, int(spec->shape[0]), int(spec->shape[1]));
+
+  for (const MuonMatrix& x : matrices) {
+    const Part part = common(x.elements, m.own);
+    muon_momentum(m.grads() + part.first, own_of(m.m_memory, part), part.count, muon);
   }
-  each_slice([&](const TensorSpec& spec, size_t first, size_t at, size_t count) {
-    if (hidden_matrix(spec))
-      muon_update(params + first, m.grads() + first, count, int(spec.shape[0]), int(spec.shape[1]), muon);
-    else
-      adamw_update(params + first, own_m + at, own_v + at, m.grads() + first, count, optimizer);
-  });
+  ranks().gather(m.grads(), m.shares);
+#pragma omp parallel for schedule(dynamic)
+  for (size_t i = 0; i < matrices.size(); i++)
+    orthogonalize<Factor>(m.grads() + matrices[i].elements.first, matrices[i].rows, matrices[i].columns);
+
+  const auto update_rest = [&](size_t begin, size_t end) {
+    const Part part = common({begin, end - begin}, m.own);
+    adamw_update(params + part.first, own_of(m.m_memory, part), own_of(m.v_memory, part), m.grads() + part.first,
+                 part.count, optimizer);
+  };
+  size_t done = 0;
+  for (const MuonMatrix& x : matrices) {
+    update_rest(done, x.elements.first);
+    const Part part = common(x.elements, m.own);
+    muon_update(params + part.first, m.grads() + part.first, part.count, x.rows, x.columns, muon);
+    done = x.elements.first + x.elements.count;
+  }
+  update_rest(done, m.param_layout.size());
 }
 
 template <class Real, class Factor>

@@ -32,9 +32,11 @@ struct TensorSpec {
   size_t stride = 0;  // from slice to slice, in elements
 };
 
-// Whether it is a matrix inside the layers, and no vector, embedding or head.
-inline bool hidden_matrix(const TensorSpec& spec) {
-  return spec.shape.size() == 2 && spec.export_name.starts_with("blocks.");
+// Of how many matrices a layer's slice consists, one above the other: as many as the state dict has tensors for it. 0: it is
+// none of the matrices inside the layers, but a vector, an embedding or the head.
+inline int hidden_matrices(const TensorSpec& spec, int NH) {
+  if (spec.shape.size() != 2 || !spec.export_name.starts_with("blocks.")) return 0;
+  return spec.export_name.find("{h}") == std::string::npos ? 1 : 3 * NH;  // query, key and value of each head
 }
 
 // Places tensors one after the other. Every slice starts on a multiple of 64 elements, so that a bias of V = 65 does

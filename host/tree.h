@@ -1,13 +1,20 @@
 // The order in which a step adds up the gradients of its batches. It is a binary tree: the sum of `count` batches is the
 // sum of the first half of them plus the sum of the second half, and so on down to single batches. Whoever computes a
 // half gets the same bits, so the sum does not depend on how many processes share the work.
-// defines: Part, left_part, tree_levels, sum_tree, tree_part, sum_pieces
+// defines: Part, common, left_part, tree_levels, sum_tree, tree_part, sum_pieces
 #pragma once
 #include <cstddef>
 
 struct Part {
   size_t first, count;
 };
+
+// What both have. If that is nothing, it begins where b does.
+constexpr Part common(const Part& a, const Part& b) {
+  const size_t first = a.first > b.first ? a.first : b.first, a_end = a.first + a.count, b_end = b.first + b.count;
+  const size_t end = a_end < b_end ? a_end : b_end;
+  return first < end ? Part{first, end - first} : Part{b.first, 0};
+}
 
 // How many of `count` batches belong to the first half, which is the larger one where the halves are not equal.
 constexpr int left_part(int count) { return (count + 1) / 2; }

@@ -1,7 +1,7 @@
 // The update of all parameters on the GPU: by AdamW (adamw.cuh) or, for the matrices inside the layers, by Muon (muon.h).
-// A tensor's matrices, one for each layer, are worked on together, for a product of one of them would leave most of the
-// card idle. The products are the library's, with operands of type Real; before and after them stand small kernels, which
-// read and write the gradients, m and the parameters in float.
+// A tensor's matrices, of all layers and heads, are worked on together, for a product of one of them would leave most of
+// the card idle. The products are the library's, with operands of type Real; before and after them stand small kernels,
+// which read and write the gradients, m and the parameters in float.
 // defines: MuonAndAdamW
 #pragma once
 #include <algorithm>
@@ -16,30 +16,39 @@
 #include "muon_law.h"
 #include "runtime.cuh"
 
-// The matrices (rows, columns) of a tensor, one for each layer, as they lie in a buffer of parameters: `stride` elements
-// from one to the next. The products see them as (n, k) with n <= k: a matrix with more rows than columns is transposed
-// on its way there, and back.
+// The matrices (rows, columns) of a tensor as they lie in a buffer of parameters: in a slice for each layer `parts` of them,
+// one after the other, and `stride` elements from a slice to the next. The products see them as (n, k) with n <= k: a
+// matrix with more rows than columns is transposed on its way there, and back.
 struct MuonTensor {
   size_t offset, stride;
-  int layers, rows, columns;
+  int layers, parts, rows, columns;
 
+  MuonTensor(const TensorSpec& spec, int matrices)
+      : offset(spec.offset),
+        stride(spec.stride),
+        layers(spec.layers),
+        parts(matrices),
+        rows(int(spec.shape[0]) / matrices),
+        columns(int(spec.shape[1])) {}
+  int count() const { return layers * parts; }
   int n() const { return std::min(rows, columns); }
   int k() const { return std::max(rows, columns); }
   bool tall() const { return rows > columns; }
-  size_t size() const { return size_t(rows) * columns; }
+  __host__ __device__ size_t size() const { return size_t(rows) * columns; }
+  __device__ size_t begin(int i) const { return offset + i / parts * stride + i % parts * size(); }  // of a matrix
 };
 
 constexpr int muon_partials = 32;  // sums of squares of a matrix, which are then added up
 constexpr int muon_tile = 32;      // a block works on 32 x 32 elements of a matrix
 
-// Launched with ceil(rows * columns / 1024) x layers blocks of 256 threads, each of which has four neighbouring elements.
+// Launched with ceil(rows * columns / 1024) x count() blocks of 256 threads, each of which has four neighbouring elements.
 //   grads (the layout's count) = momentum, as muon_momentum of muon.h;  m (own.count): updated
 static __global__ void __launch_bounds__(256)
     muon_momentum_kernel(float* grads, float* m, MuonTensor t, size_t own_first, size_t own_count,
                          const TrainState* state) {
   wait_for_inputs();
-  const size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x), at = t.offset + blockIdx.y * t.stride + i;
-  if (i >= size_t(t.rows) * t.columns || at < own_first || at >= own_first + own_count || state->overflow) return;
+  const size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x), at = t.begin(int(blockIdx.y)) + i;
+  if (i >= t.size() || at < own_first || at >= own_first + own_count || state->overflow) return;
   constexpr float beta = float(muon_beta), rest = float(1 - muon_beta);
   const float scale = state->gradient_scale;
   Four<float> gs = load4(grads + at), ms = load4(m + at - own_first);
@@ -53,14 +62,13 @@ static __global__ void __launch_bounds__(256)
   store4(m + at - own_first, ms);
 }
 
-// Launched with muon_partials x layers blocks of 256 threads.
-//   partials (layers, muon_partials) = sums of squares of pieces of each matrix in grads
+// Launched with muon_partials x count() blocks of 256 threads.
+//   partials (count(), muon_partials) = sums of squares of pieces of each matrix in grads
 static __global__ void __launch_bounds__(256) muon_squares_kernel(double* partials, const float* grads, MuonTensor t) {
   wait_for_inputs();
-  const float* const matrix = grads + t.offset + blockIdx.y * t.stride;
-  const size_t size = size_t(t.rows) * t.columns;
+  const float* const matrix = grads + t.begin(int(blockIdx.y));
   double squares = 0;
-  for (size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x); i < size;
+  for (size_t i = 4 * (size_t(blockIdx.x) * blockDim.x + threadIdx.x); i < t.size();
        i += 4 * size_t(gridDim.x) * blockDim.x) {
     const Four<float> g = load4(matrix + i);
 #pragma unroll
@@ -95,8 +103,8 @@ __device__ inline void visit_tile(int rows, int columns, Load load, Store store)
   }
 }
 
-// Launched with ceil(columns / 32) x ceil(rows / 32) x layers blocks of 256 threads.
-//   x (layers, n, k) = the matrices in grads, each divided by its norm;  partials: from muon_squares_kernel
+// Launched with ceil(columns / 32) x ceil(rows / 32) x count() blocks of 256 threads.
+//   x (count(), n, k) = the matrices in grads, each divided by its norm;  partials: from muon_squares_kernel
 template <class Real, bool transposed>
 __global__ void __launch_bounds__(256)
     muon_normalize_kernel(Real* x, const float* grads, const double* partials, MuonTensor t) {
@@ -104,13 +112,13 @@ __global__ void __launch_bounds__(256)
   double squares = 0;
   for (int i = 0; i < muon_partials; i++) squares += partials[blockIdx.z * muon_partials + i];
   const float factor = float(1 / (sqrt(squares) + 1e-7));
-  const float* const from = grads + t.offset + blockIdx.z * t.stride;
-  Real* const to = x + blockIdx.z * (size_t(t.rows) * t.columns);
+  const float* const from = grads + t.begin(int(blockIdx.z));
+  Real* const to = x + blockIdx.z * t.size();
   visit_tile<transposed>(
       t.rows, t.columns, [&](size_t i) { return from[i] * factor; }, [&](size_t i, float v) { to[i] = Real(v); });
 }
 
-// Launched with ceil(count / 256) blocks of 256 threads, one for each element of the matrices (layers, n, n).
+// Launched with ceil(count / 256) blocks of 256 threads, one for each element of the matrices (count(), n, n).
 //   squared = a 1 + b gram + c squared
 template <class Real>
 __global__ void __launch_bounds__(256) muon_polynomial_kernel(Real* squared, const Real* gram, int n, size_t count) {
@@ -121,8 +129,8 @@ __global__ void __launch_bounds__(256) muon_polynomial_kernel(Real* squared, con
   squared[i] = Real(diagonal + float(muon_b) * float(gram[i]) + float(muon_c) * float(squared[i]));
 }
 
-// Launched with ceil(k / 32) x ceil(n / 32) x layers blocks of 256 threads.
-//   params (the layout's count): updated by x (layers, n, k), as muon_update of muon.h;  working: likewise, or null
+// Launched with ceil(k / 32) x ceil(n / 32) x count() blocks of 256 threads.
+//   params (the layout's count): updated by x (count(), n, k), as muon_update of muon.h;  working: likewise, or null
 //   ring (ring_size): iteration i's row is i % ring_size
 template <class Real, bool transposed>
 __global__ void __launch_bounds__(256)
@@ -131,8 +139,8 @@ __global__ void __launch_bounds__(256)
   wait_for_inputs();
   if (state->overflow) return;
   const AdamWStep step = ring[state->step % ring_size];
-  const Real* const from = x + blockIdx.z * (size_t(t.rows) * t.columns);
-  const size_t matrix = t.offset + blockIdx.z * t.stride;
+  const Real* const from = x + blockIdx.z * t.size();
+  const size_t matrix = t.begin(int(blockIdx.z));
   const int n = min(t.rows, t.columns), k = max(t.rows, t.columns);
   visit_tile<transposed>(
       n, k, [&](size_t i) { return float(from[i]); },
@@ -149,15 +157,16 @@ template <class Real>
 class MuonAndAdamW {
  public:
   // own: which elements of the layout this rank updates. use_muon: false, AdamW updates all of them.
-  MuonAndAdamW(const Layout& layout, const Part& own, bool use_muon) : own_(own) {
+  MuonAndAdamW(const ModelShape& shape, const Part& own, bool use_muon) : own_(own) {
+    const Layout layout = parameter_layout(shape);
     size_t end = 0;
     const auto rest_until = [&](size_t begin) {
-      const size_t first = std::max(end, own.first), last = std::min(begin, own.first + own.count);
-      if (first < last) rest_.push_back({first, last - first});
+      if (const Part part = common({end, begin - end}, own); part.count > 0) rest_.push_back(part);
     };
     for (const TensorSpec& spec : layout.tensors()) {
-      if (!use_muon || !hidden_matrix(spec)) continue;
-      tensors_.push_back({spec.offset, spec.stride, spec.layers, int(spec.shape[0]), int(spec.shape[1])});
+      const int matrices = use_muon ? hidden_matrices(spec, shape.NH) : 0;
+      if (matrices == 0) continue;
+      tensors_.emplace_back(spec, matrices);
       rest_until(spec.offset);
       end = spec.offset + spec.stride * size_t(spec.layers);
     }
@@ -166,7 +175,7 @@ class MuonAndAdamW {
     const Sizes sizes = sizes_of(tensors_);
     x_ = DeviceBuffer<Real>(2 * sizes.x, "Muon's matrices");
     gram_ = DeviceBuffer<Real>(2 * sizes.gram, "Muon's matrices");
-    partials_ = DeviceBuffer<double>(sizes.layers * muon_partials, "Muon's norms");
+    partials_ = DeviceBuffer<double>(sizes.count * muon_partials, "Muon's norms");
     x_size_ = sizes.x;
     gram_size_ = sizes.gram;
   }
@@ -174,7 +183,7 @@ class MuonAndAdamW {
     std::vector<MuonTensor> tensors;
     const Layout layout = parameter_layout(shape);
     for (const TensorSpec& spec : layout.tensors())
-      if (hidden_matrix(spec)) tensors.push_back({0, 0, spec.layers, int(spec.shape[0]), int(spec.shape[1])});
+      if (const int matrices = hidden_matrices(spec, shape.NH)) tensors.emplace_back(spec, matrices);
     const Sizes sizes = sizes_of(tensors);
     return 2.0 * double(sizes.x + sizes.gram) * sizeof(Real);
   }
@@ -185,7 +194,7 @@ class MuonAndAdamW {
   void update(float* params, float* m, float* v, Real* working, float* grads, const Optimizer& o,
               const TrainState* state, Matmul& matmul, Cards& cards, cudaStream_t stream) {
     for (const MuonTensor& t : tensors_)
-      launch(muon_momentum_kernel, {dim3(unsigned(ceil_div(t.size(), 1024)), unsigned(t.layers)), 256, 0, stream},
+      launch(muon_momentum_kernel, {dim3(unsigned(ceil_div(t.size(), 1024)), unsigned(t.count())), 256, 0, stream},
              grads, m, t, own_.first, own_.count, state);
     if (!tensors_.empty()) cards.gather(grads, cards.shares(), stream);
     for (const MuonTensor& t : tensors_) update_matrices(params, working, grads, t, o, state, matmul, stream);
@@ -197,13 +206,13 @@ class MuonAndAdamW {
 
  private:
   struct Sizes {
-    size_t x = 0, gram = 0, layers = 0;  // elements that the largest tensor needs
+    size_t x = 0, gram = 0, count = 0;  // elements, and matrices, of the largest tensor
   };
   static Sizes sizes_of(const std::vector<MuonTensor>& tensors) {
     Sizes sizes;
     for (const MuonTensor& t : tensors) {
-      const size_t layers = size_t(t.layers), n = size_t(t.n());
-      sizes = {std::max(sizes.x, layers * t.size()), std::max(sizes.gram, layers * n * n), layers};
+      const size_t count = size_t(t.count()), n = size_t(t.n());
+      sizes = {std::max(sizes.x, count * t.size()), std::max(sizes.gram, count * n * n), std::max(sizes.count, count)};
     }
     return sizes;
   }
@@ -211,20 +220,21 @@ class MuonAndAdamW {
   // The iteration of orthogonalize in muon.h, and the update, for one tensor.
   void update_matrices(float* params, Real* working, const float* grads, const MuonTensor& t, const Optimizer& o,
                        const TrainState* state, Matmul& matmul, cudaStream_t stream) {
-    const int n = t.n(), k = t.k(), layers = t.layers;
+    const int n = t.n(), k = t.k(), count = t.count();
     Real *x = x_.data(), *next = x + x_size_, *const gram = gram_.data(), *const squared = gram + gram_size_;
     const auto tiles = [&](int rows, int columns) {
-      return dim3(ceil_div(columns, muon_tile), ceil_div(rows, muon_tile), layers);
+      return dim3(ceil_div(columns, muon_tile), ceil_div(rows, muon_tile), count);
     };
-    launch(muon_squares_kernel, {dim3(muon_partials, layers), 256, 0, stream}, partials_.data(), grads, t);
+    launch(muon_squares_kernel, {dim3(muon_partials, count), 256, 0, stream}, partials_.data(), grads, t);
     const auto normalize = t.tall() ? muon_normalize_kernel<Real, true> : muon_normalize_kernel<Real, false>;
     launch(normalize, {tiles(t.rows, t.columns), 256, 0, stream}, x, grads, partials_.data(), t);
-    const size_t count = size_t(layers) * n * n;
+    const size_t elements = size_t(count) * n * n;
     for (int round = 0; round < muon_rounds; round++) {
-      matmul.gram(gram, x, n, k, layers);
-      matmul.square_times(squared, gram, gram, n, n, layers);
-      launch(muon_polynomial_kernel<Real>, {unsigned(ceil_div(count, 256)), 256, 0, stream}, squared, gram, n, count);
-      matmul.square_times(next, squared, x, n, k, layers);
+      matmul.gram(gram, x, n, k, count);
+      matmul.square_times(squared, gram, gram, n, n, count);
+      launch(muon_polynomial_kernel<Real>, {unsigned(ceil_div(elements, 256)), 256, 0, stream}, squared, gram, n,
+             elements);
+      matmul.square_times(next, squared, x, n, k, count);
       std::swap(x, next);
     }
     const auto update = t.tall() ? muon_update_kernel<Real, true> : muon_update_kernel<Real, false>;

@@ -4,13 +4,15 @@
 //   Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024: momentum, and the iteration below;
 //   Liu et al., "Muon is Scalable for LLM Training", 2025, equation 4: the scale, with which Muon takes AdamW's learning
 //   rate and weight decay.
-// defines: Muon, muon_momentum, orthogonalize, muon_update, reference::orthogonalize
+// defines: Muon, MuonMatrix, muon_matrices, muon_momentum, orthogonalize, muon_update, reference::orthogonalize
 #pragma once
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <vector>
 
+#include "../host/tensors.h"
+#include "../host/tree.h"
 #include "muon_law.h"
 #include "product.h"
 
@@ -18,6 +20,25 @@ struct Muon {
   double learning_rate, weight_decay;
   double gradient_scale;  // what every gradient is multiplied by, for clipping; 1 if nothing is clipped
 };
+
+// A matrix that Muon updates: where its elements lie in a buffer of this layout.
+struct MuonMatrix {
+  Part elements;
+  int rows, columns;
+};
+// All of them, in order. NH: heads of a layer, each of which has three.
+inline std::vector<MuonMatrix> muon_matrices(const Layout& layout, int NH) {
+  std::vector<MuonMatrix> matrices;
+  for (const TensorSpec& spec : layout.tensors())
+    for (int l = 0, parts = hidden_matrices(spec, NH); l < spec.layers; l++)
+      for (int i = 0; i < parts; i++) {
+        const size_t count = spec.slice / size_t(parts);
+        matrices.push_back({{spec.offset + size_t(l) * spec.stride + size_t(i) * count, count},
+                            int(spec.shape[0]) / parts,
+                            int(spec.shape[1])});
+      }
+  return matrices;
+}
 
 // m (count) = the running mean of the gradients, with grads (count) in it;  grads = the mean of m and grads, once more, as if
 // the next gradient were the same (Nesterov's momentum). This is what orthogonalize gets.

@@ -136,13 +136,10 @@ class DeviceRanks {
     return {received_.data() + size_t(r) * own().count, losses_.data() + r};
   }
 
-  static Bucket common(const Bucket& bucket, const Part& share) {
+  static Bucket shared(const Bucket& bucket, const Part& share) {
     Bucket out;
-    for (const Part& part : bucket) {
-      const size_t first = std::max(part.first, share.first),
-                   end = std::min(part.first + part.count, share.first + share.count);
-      if (first < end) out.push_back({first, end - first});
-    }
+    for (const Part& part : bucket)
+      if (const Part both = common(part, share); both.count > 0) out.push_back(both);
     return out;
   }
 
@@ -152,9 +149,9 @@ class DeviceRanks {
     for (int r = 0; r < ranks().count(); r++) {
       if (r == ranks().rank()) continue;
       const Piece received = piece(r, grads, loss);
-      for (const Part& part : common(bucket, shares_[size_t(r)]))
+      for (const Part& part : shared(bucket, shares_[size_t(r)]))
         out.push_back({r, grads + part.first, part.count * sizeof(float)});
-      for (const Part& part : common(bucket, own()))
+      for (const Part& part : shared(bucket, own()))
         in.push_back({r, received.grads + (part.first - own().first), part.count * sizeof(float)});
       if (!loss) continue;
       out.push_back({r, loss, sizeof *loss});

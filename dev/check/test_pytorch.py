@@ -318,8 +318,8 @@ def muon_step(parameters, momenta, learning_rate, weight_decay, momentum=0.95):
 
 
 def test_muon(data, folder, train, V):
-    """20 steps of ours and of PyTorch's, with Muon for the matrices inside the layers. The queries, keys and values of a
-    layer's heads are one matrix for it, as they are in memory."""
+    """20 steps of ours and of PyTorch's, with Muon for the matrices inside the layers, as they are in the state dict: the
+    queries, keys and values of each head are three of them."""
     shape = {name: SMALL[name] for name in ("block_size", "n_embd", "n_head", "n_layer")}
     common = flags(data=data, preset="lecture", dtype="float32", dropout=0, eval_iters=1, seed=SEED, weight_decay=0.1,
                    **SMALL)
@@ -332,13 +332,10 @@ def test_muon(data, folder, train, V):
     model = GPT(V, *shape.values(), dropout=0)
     model.load_state_dict({n: torch.from_numpy(a.copy()) for n, a in weights.items() if not n.startswith("adamw.")},
                           strict=False)
-    hidden = {n: p for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2}
-    rest = [p for n, p in model.named_parameters() if n not in hidden]
+    hidden = [p for n, p in model.named_parameters() if n.startswith("blocks.") and p.dim() == 2]
+    rest = [p for p in model.parameters() if not any(p is h for h in hidden)]
     optimizer = torch.optim.AdamW(rest, lr=6e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
-    heads = [[f"blocks.{l}.sa.heads.{h}.{part}.weight" for part in ("query", "key", "value")
-              for h in range(shape["n_head"])] for l in range(shape["n_layer"])]
-    groups = heads + [[n] for n in hidden if ".heads." not in n]
-    momenta = [torch.zeros_like(torch.cat([hidden[n] for n in group])) for group in groups]
+    momenta = [torch.zeros_like(p) for p in hidden]
     theirs = []
     for step in range(20):
         starts = window_starts(SEED, step, SMALL["batch_size"], len(train) - model.block_size)
@@ -348,12 +345,7 @@ def test_muon(data, folder, train, V):
         loss.backward()
         optimizer.step()
         with torch.no_grad():
-            for group, momentum in zip(groups, momenta):
-                matrix = torch.cat([hidden[n] for n in group])
-                matrix.grad = torch.cat([hidden[n].grad for n in group])
-                muon_step([matrix], [momentum], 6e-3, 0.1)
-                for n, rows in zip(group, matrix.split([len(hidden[n]) for n in group])):
-                    hidden[n].copy_(rows)
+            muon_step(hidden, momenta, 6e-3, 0.1)
     differences = [abs(a - b) for a, b in zip(ours, theirs)] if len(ours) == 20 else [np.inf]
     check("Muon: the losses of 20 steps within 2e-3 of PyTorch's, the first within 1e-5",
           max(differences) <= 2e-3 and differences[0] <= 1e-5,

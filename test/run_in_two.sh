@@ -4,7 +4,7 @@
 set -u
 these=$(mktemp) others=$(mktemp) && trap 'rm -f "$these" "$others"' EXIT
 "$1" "$2" >"$these" 2>&1 &
-"$1" "~$2" 2>&1 | tee "$others"
+"$1" "~[.]~$2" 2>&1 | tee "$others"  # ~[.]: without the hidden ones, which a filter would bring in
 code=${PIPESTATUS[0]}
 wait $! || code=1
 echo "the tests $2:"

@@ -12,7 +12,7 @@
 
 namespace {
 
-// A state dict's pickle takes some hundred bytes a tensor. What we build of one takes up to eighty times its own size.
+// A state dict's pickle takes some hundred bytes a tensor. What we build of a pickle can take eighty times its size.
 constexpr size_t longest_pickle = 4 << 20;
 constexpr size_t most_entries = 100'000;
 

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <map>
 #include <set>
 
 #include "error.h"
@@ -44,15 +45,16 @@ void copy_as_float(float* to, const TensorView& t) {
       to[r * columns + c] = as_float(from + (r * row_stride + c * stride) * size, t.dtype);
 }
 
+using Tensors = std::map<std::string, TensorView>;  // by name
+
 // The names that begin with `before` and go on with a number: one more than the largest of these. "blocks.0.ln1.weight"
 // and "blocks.1.ln1.weight" are 2 of "blocks.".
-int count_numbered(const std::vector<TensorView>& tensors, const std::string& before) {
+int count_numbered(const Tensors& tensors, const std::string& before) {
   int count = 0;
-  for (const TensorView& t : tensors) {
-    if (!t.name.starts_with(before)) continue;
+  for (auto at = tensors.lower_bound(before); at != tensors.end() && at->first.starts_with(before); ++at) {
     int number = -1;
-    for (size_t i = before.size(); i < t.name.size() && std::isdigit(static_cast<unsigned char>(t.name[i])); i++)
-      number = std::min(std::max(number, 0) * 10 + (t.name[i] - '0'), 1 << 20);
+    for (size_t i = before.size(); i < at->first.size() && std::isdigit(static_cast<unsigned char>(at->first[i])); i++)
+      number = std::min(std::max(number, 0) * 10 + (at->first[i] - '0'), 1 << 20);
     count = std::max(count, number + 1);
   }
   return count;
@@ -62,6 +64,54 @@ std::string list(const std::vector<std::string>& names) {
   std::string out;
   for (size_t i = 0; i < std::min<size_t>(names.size(), 3); i++) out += (i ? ", " : "") + names[i];
   return names.size() > 3 ? text(out, " and ", names.size() - 3, " more") : out;
+}
+
+// The model among the tensors of a file. Their names may have something before them, the same for all, which is left out
+// here: "module.", "_orig_mod.", "model.".
+Tensors model_in(const std::string& path, const std::vector<TensorView>& all) {
+  std::vector<std::string> prefixes, names;
+  for (const TensorView& t : all) {
+    names.push_back(t.name + " " + shape_text(t.shape));
+    if (t.name.ends_with(first_name)) prefixes.push_back(t.name.substr(0, t.name.size() - first_name.size()));
+  }
+  if (prefixes.empty())
+    fail(path, " has no ", first_name, ": it is not a model of the course's gpt.py. It has ",
+         names.empty() ? "no tensors at all" : list(names));
+  if (prefixes.size() > 1) fail(path, " has more than one model: ", list(prefixes));
+  Tensors model;
+  for (const TensorView& t : all) {
+    if (!t.name.starts_with(prefixes[0])) continue;
+    const std::string name = t.name.substr(prefixes[0].size());
+    model[name] = t;
+    model[name].name = name;
+  }
+  return model;
+}
+
+// Its shape, as far as the tensors that say it have one.
+ModelShape shape_of(const std::string& path, const Tensors& model) {
+  const auto extents = [&](std::string_view name) {
+    const auto t = model.find(std::string(name));
+    if (t == model.end()) fail(path, " has no ", name);
+    const std::vector<size_t>& shape = t->second.shape;
+    if (shape.size() != 2 || shape[0] < 1 || shape[1] < 1 || std::max(shape[0], shape[1]) > 1 << 20)
+      fail(path, ": ", name, " has the shape ", shape_text(shape), ", which is no table");
+    return shape;
+  };
+  ModelShape s;
+  s.V = int(extents(first_name)[0]);
+  s.C = int(extents(first_name)[1]);
+  s.T = int(extents("position_embedding_table.weight")[0]);
+  s.L = count_numbered(model, "blocks.");
+  s.NH = count_numbered(model, "blocks.0.sa.heads.");
+  if (s.V > Vocabulary::max_size) fail(path, " has ", s.V, " tokens, and ", Vocabulary::max_size, " is the most");
+  if (s.L < 1) fail(path, " has no blocks.0: it is not a model of the course's gpt.py");
+  if (s.NH < 1) fail(path, " has no blocks.0.sa.heads.0: its attention is not that of the course's gpt.py");
+  if (s.C % s.NH != 0) fail(path, " has ", s.NH, " heads, which do not divide its ", s.C, " channels");
+  // A number in a name is believed only if there are tensors for it.
+  if (double(s.L) * (3.0 * s.NH + 9) > 1000.0 + 4.0 * double(model.size()))
+    fail(path, " has ", model.size(), " tensors, too few for ", s.L, " layers with ", s.NH, " heads");
+  return s;
 }
 
 }  // namespace
@@ -87,68 +137,29 @@ ModelWeights::ModelWeights(const std::string& path, Verify what) : path_(path) {
   }
 }
 
-// Finds the model among the tensors of another program's file. Their names may have something before them, the same for
-// all: "module.", "_orig_mod.", "model.".
+// Takes the model out of another program's file, if it is one of ours.
 void ModelWeights::use(const std::vector<TensorView>& all) {
-  std::vector<std::string> prefixes, names;
-  for (const TensorView& t : all) {
-    names.push_back(t.name + " " + shape_text(t.shape));
-    if (t.name.ends_with(first_name)) prefixes.push_back(t.name.substr(0, t.name.size() - first_name.size()));
-  }
-  if (prefixes.empty())
-    fail(path_, " has no ", first_name, ": it is not a model of the course's gpt.py. It has ",
-         names.empty() ? "no tensors at all" : list(names));
-  if (prefixes.size() > 1) fail(path_, " has more than one model: ", list(prefixes));
-  std::vector<TensorView> found;
-  for (const TensorView& t : all)
-    if (t.name.starts_with(prefixes[0])) {
-      found.push_back(t);
-      found.back().name.erase(0, prefixes[0].size());
-    }
-  const auto find = [&](const std::string& name) -> const TensorView* {
-    const auto at = std::find_if(found.begin(), found.end(), [&](const TensorView& t) { return t.name == name; });
-    return at == found.end() ? nullptr : &*at;
-  };
-
-  // The tensors' shapes are the model's. Their size in the file bounds what we believe.
-  const auto extents = [&](std::string_view name) {
-    const TensorView* t = find(std::string(name));
-    if (!t) fail(path_, " has no ", name);
-    if (t->shape.size() != 2 || t->shape[0] < 1 || t->shape[1] < 1 || std::max(t->shape[0], t->shape[1]) > 1 << 20)
-      fail(path_, ": ", name, " has the shape ", shape_text(t->shape), ", which is no table");
-    return t->shape;
-  };
-  ModelShape& s = info_.shape;
-  s.V = int(extents(first_name)[0]);
-  s.C = int(extents(first_name)[1]);
-  s.T = int(extents("position_embedding_table.weight")[0]);
-  s.L = count_numbered(found, "blocks.");
-  s.NH = count_numbered(found, "blocks.0.sa.heads.");
-  if (s.V > Vocabulary::max_size) fail(path_, " has ", s.V, " tokens, and ", Vocabulary::max_size, " is the most");
-  if (s.L < 1) fail(path_, " has no blocks.0: it is not a model of the course's gpt.py");
-  if (s.NH < 1) fail(path_, " has no blocks.0.sa.heads.0: its attention is not that of the course's gpt.py");
-  if (s.C % s.NH != 0) fail(path_, " has ", s.NH, " heads, which do not divide its ", s.C, " channels");
-  if (double(s.L) * (3.0 * s.NH + 9) > 1000.0 + 4.0 * double(found.size()))
-    fail(path_, " has ", found.size(), " tensors, too few for ", s.L, " layers with ", s.NH, " heads");
-
+  const Tensors model = model_in(path_, all);
+  const ModelShape& s = info_.shape = shape_of(path_, model);
   std::set<std::string> known;
   std::vector<std::string> missing, others;
   for (const ExportTensor& wanted : export_table(s, parameter_layout(s))) {
     known.insert(wanted.name);
-    const TensorView* t = find(wanted.name);
-    if (!t) {
+    const auto found = model.find(wanted.name);
+    if (found == model.end()) {
       missing.push_back(wanted.name);
       continue;
     }
-    if (t->shape != wanted.shape)
-      fail(path_, ": tensor ", t->name, " has the shape ", shape_text(t->shape), "; with the others ",
+    const TensorView& t = found->second;
+    if (t.shape != wanted.shape)
+      fail(path_, ": tensor ", t.name, " has the shape ", shape_text(t.shape), "; with the others ",
            shape_text(wanted.shape), " is expected");
-    if (t->dtype != "F32" && t->dtype != "F16" && t->dtype != "BF16" && t->dtype != "F64")
-      fail(path_, ": tensor ", t->name, " is ", t->dtype, ", expected F32, F16, BF16 or F64");
-    tensors_.push_back(*t);
+    if (t.dtype != "F32" && t.dtype != "F16" && t.dtype != "BF16" && t.dtype != "F64")
+      fail(path_, ": tensor ", t.name, " is ", t.dtype, ", expected F32, F16, BF16 or F64");
+    tensors_.push_back(t);
   }
-  for (const TensorView& t : found)
-    if (!known.count(t.name) && !t.name.ends_with(".tril")) others.push_back(t.name);  // tril: a head's causal mask
+  for (const auto& [name, t] : model)
+    if (!known.count(name) && !name.ends_with(".tril")) others.push_back(name);  // tril: a head's causal mask
   if (!missing.empty()) fail(path_, " has no ", list(missing));
   if (!others.empty())
     fail(path_, " has ", list(others), others.size() > 1 ? ", which are no tensors" : ", which is no tensor",

@@ -32,6 +32,7 @@ KIND  := $(if $(filter-out native,$(MARCH)),-$(MARCH))$(if $(SANITIZE),-$(subst 
 BUILD := build/$(notdir $(COMPILER))$(KIND)
 ifdef SANITIZE
   COMMON += -fsanitize=$(SANITIZE) -fno-sanitize-recover=undefined -fno-omit-frame-pointer -g1 -D_GLIBCXX_ASSERTIONS
+  COMMON += $(if $(findstring clang,$(CXX)),,-Wno-maybe-uninitialized)  # with it g++ takes exception to its own library
   LIBS   += -fsanitize=$(SANITIZE)
 endif
 

@@ -114,6 +114,7 @@ struct GPT {
   int max_B;  // the activations have room for so many rows of shape.T tokens
 
   Layout param_layout = parameter_layout(shape);
+  std::vector<MuonMatrix> hidden = muon_matrices(param_layout, shape.NH);  // the matrices inside the layers
   Layout act_layout = layout_of<Activations<Real>>(shape, rows());
   Layout act_grad_layout = layout_of<ActivationGrads<Real>>(shape, rows());
   Buffer<Real> params_memory{param_layout}, acts_memory{act_layout};
@@ -288,7 +289,7 @@ void sum_over_ranks(GPT<Real, Factor>& m) {
 template <class Real, class Factor>
 void muon_and_adamw(GPT<Real, Factor>& m, const AdamW& optimizer) {
   const Muon muon = {optimizer.learning_rate, optimizer.weight_decay, optimizer.gradient_scale};
-  const std::vector<MuonMatrix> matrices = muon_matrices(m.param_layout, m.shape.NH);
+  const std::vector<MuonMatrix>& matrices = m.hidden;
   Real* const params = m.params_memory.data();
   const auto own_of = [&](const Buffer<Real>& moments, const Part& part) {  // m and v begin with the rank's share
     return moments.data() + (part.first - m.own.first);

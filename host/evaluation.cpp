@@ -86,8 +86,8 @@ double strided_loss(Scorer& model, Split split, uint64_t tokens, int batch_size,
   const int T = model.shape().T;
   const uint64_t targets = tokens - 1, S = uint64_t(stride);
   if (stride == T || targets <= uint64_t(T)) return exact_loss(model, split, tokens, batch_size);
-  // The last S losses of a window are those of the whole window without those of its first T - S tokens, which do not see
-  // what comes behind them.
+  // We want the losses of a window's last S tokens. They are the losses of the whole window minus those of a shorter one,
+  // its first T - S tokens: no token sees what comes after it, so these have the same losses in both.
   std::vector<Windows> whole = {{0, 1, T}}, first_parts;
   const auto score_last = [&](uint64_t first, int B, int count) {
     whole.push_back({first, B, T});

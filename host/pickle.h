@@ -1,6 +1,6 @@
-// Python's pickles, read without Python. A pickle is a program for a small stack machine that builds objects. Ours builds
-// values and executes nothing: the call of a function stays a value that says which function it was and with what.
-// The instructions are described in Python's pickletools.py.
+// Python's pickles, read without Python. A pickle is a program for a small stack machine that builds objects. We
+// run that program, but call no function: a call becomes a value that holds the function's name and its arguments.
+// Python's pickletools.py describes the instructions.
 // defines: Pickled, Unpickler
 #pragma once
 #include <cstdint>
@@ -39,7 +39,8 @@ class Unpickler {
 
   // Reads the pickle with which bytes begin and takes it off them. The value lives as long as this object.
   const Pickled& read(std::string_view& bytes);
-  const std::vector<const Pickled*>& outside() const { return outside_; }  // those of the last pickle
+  // The objects outside of the pickle that the last one to be read refers to.
+  const std::vector<const Pickled*>& outside() const { return outside_; }
 
  private:
   void make(Pickled::Kind kind, std::string text = "", std::vector<const Pickled*> items = {}, int64_t integer = 0);

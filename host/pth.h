@@ -14,9 +14,9 @@
 // do in torch. Equal input gives equal bytes.
 void write_pth(const std::string& path, const std::vector<TensorView>& tensors);
 
-// A file of torch.save, in the format of today or in that of PyTorch before 1.6: a state dict, or a dictionary with one in
-// it, such as {"model": state_dict, "optimizer": ...}. Nothing in it is executed, and everything that it says of itself
-// is checked before it is believed.
+// A file that torch.save has written, in today's format or in the one before PyTorch 1.6. It holds a state dict, or a
+// dictionary that has a state dict among its values, such as {"model": state_dict, "optimizer": ...}. Nothing in the file
+// is executed, and we check what it says of itself before we believe it.
 class PthFile {
  public:
   explicit PthFile(const std::string& path);

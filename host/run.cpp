@@ -160,7 +160,8 @@ void TrainingRun::prepare(const TrainerType& type) {
   }
 }
 
-// Random parameters, and over them those of --init_from. Says what remains random.
+// Makes the parameters that a run with --init_from FILE begins with: first random ones, then the file's in their place.
+// Says which ones stay random.
 void TrainingRun::load_first_params() {
   const Layout layout = parameter_layout(shape_);
   first_params_ = Buffer<float>(layout);
@@ -217,8 +218,10 @@ void TrainingRun::prepare_parameters() {
     resumed_.reset();
     std::fprintf(stderr, "going on at iteration %d\n", info_.iteration);
   } else {
-    init_parameters(start.params.data(), layout, config_.seed);
-    if (first_params_.data()) std::copy_n(first_params_.data(), layout.size(), start.params.data());
+    if (first_params_.data())
+      std::copy_n(first_params_.data(), layout.size(), start.params.data());
+    else
+      init_parameters(start.params.data(), layout, config_.seed);
     first_params_ = {};
   }
   trainer_->restore(start.params.data(), start.m.data(), start.v.data());

@@ -119,26 +119,28 @@ ModelShape shape_of(const std::string& path, const Tensors& model) {
 ModelWeights::ModelWeights(const std::string& path, Verify what) : path_(path) {
   const MappedFile file(path);
   const std::string_view bytes(reinterpret_cast<const char*>(file.data()), file.size());
-  if (PthFile::looks_like_one(bytes)) {
+  const bool is_pth = PthFile::looks_like_one(bytes);
+  if (!is_pth) {
+    refuse_other(path, bytes, "a safetensors file",
+                 "the weights of a model are needed: a checkpoint such as ckpt_last.safetensors, another safetensors "
+                 "file, or a .pth of PyTorch");
+    const Metadata metadata = SafetensorsFile(path, Verify::header).metadata();
+    if (const auto format = metadata.find("format");
+        format != metadata.end() && format->second.starts_with("microGPT")) {
+      checkpoint_.emplace(path, what);
+      return;
+    }
+  }
+  if (what == Verify::header) return;
+  if (is_pth)
     pth_ = std::make_unique<PthFile>(path);
-    use(pth_->tensors());
-    return;
-  }
-  refuse_other(path, bytes, "a safetensors file",
-               "the weights of a model are needed: a checkpoint such as ckpt_last.safetensors, another safetensors "
-               "file, or a .pth of PyTorch");
-  safetensors_ = std::make_unique<SafetensorsFile>(path, what);
-  const auto format = safetensors_->metadata().find("format");
-  if (format != safetensors_->metadata().end() && format->second.starts_with("microGPT")) {
-    safetensors_.reset();
-    checkpoint_.emplace(path, what);
-  } else {
-    use(safetensors_->tensors());
-  }
+  else
+    safetensors_ = std::make_unique<SafetensorsFile>(path);
+  use(is_pth ? pth_->tensors() : safetensors_->tensors(), file.size());
 }
 
 // Takes the model out of another program's file, if it is one of ours.
-void ModelWeights::use(const std::vector<TensorView>& all) {
+void ModelWeights::use(const std::vector<TensorView>& all, size_t file_bytes) {
   const Tensors model = model_in(path_, all);
   const ModelShape& s = info_.shape = shape_of(path_, model);
   std::set<std::string> known;
@@ -164,6 +166,10 @@ void ModelWeights::use(const std::vector<TensorView>& all) {
   if (!others.empty())
     fail(path_, " has ", list(others), others.size() > 1 ? ", which are no tensors" : ", which is no tensor",
          " of the course's model");
+  // The tensors of a .pth may share their bytes, and one number may stand for millions.
+  const size_t count = parameter_layout(s).count();
+  if (count > file_bytes / 2)
+    fail(path_, " describes ", count, " parameters, which its ", file_bytes, " bytes cannot hold");
   for (const auto& [name, value] : {std::pair{"n_layer", s.L}, {"n_head", s.NH}, {"n_embd", s.C}, {"block_size", s.T}})
     info_.settings[name] = std::to_string(value);
   info_.best_loss = std::numeric_limits<double>::infinity();

@@ -13,7 +13,8 @@
 
 class ModelWeights {
  public:
-  // Checks that all tensors are there and have the right shapes. Verify::header: of a checkpoint of ours only the info.
+  // Checks that all tensors are there and have the right shapes. Verify::header: only the info of a checkpoint of ours is
+  // there afterwards, and of another program's file nothing.
   explicit ModelWeights(const std::string& path, Verify what = Verify::all);
   // Of another program's file the info is the shape alone: it is at iteration 0.
   const CheckpointInfo& info() const { return checkpoint_ ? checkpoint_->info() : info_; }
@@ -25,7 +26,7 @@ class ModelWeights {
   void load_params(float* params, const Layout& layout) const;
 
  private:
-  void use(const std::vector<TensorView>& all);
+  void use(const std::vector<TensorView>& all, size_t file_bytes);
 
   std::string path_;
   std::optional<Checkpoint> checkpoint_;  // of ours; or else:

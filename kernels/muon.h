@@ -1,6 +1,6 @@
 // Muon, for the matrices inside the layers. AdamW divides each element of an update by that element's own size; Muon looks
-// at the matrix as a whole and makes all its singular values about 1. A gradient's are dominated by a few large ones, and
-// the many small directions, which matter as well, get as much of the step as they do.
+// at the matrix as a whole and makes all its singular values about 1. A few directions dominate a gradient; the many others,
+// in which it is small, matter as well, and here they get an equal share of the step.
 //   Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024: momentum, and the iteration below;
 //   Liu et al., "Muon is Scalable for LLM Training", 2025, equation 4: the scale, with which Muon takes AdamW's learning
 //   rate and weight decay.
@@ -40,8 +40,8 @@ inline std::vector<MuonMatrix> muon_matrices(const Layout& layout, int NH) {
   return matrices;
 }
 
-// m (count) = the running mean of the gradients, with grads (count) in it;  grads = the mean of m and grads, once more, as if
-// the next gradient were the same (Nesterov's momentum). This is what orthogonalize gets.
+// With g = grads (count) * gradient_scale:  m (count) = beta m + (1 - beta) g, the gradients' running mean;  then
+// grads = beta m + (1 - beta) g with the new m, Nesterov's momentum, which orthogonalize gets.
 template <class Real>
 void muon_momentum(Real* grads, Real* m, size_t count, const Muon& o) {
   const Real beta = Real(muon_beta), rest = Real(1 - muon_beta), scale = Real(o.gradient_scale);
@@ -53,7 +53,7 @@ void muon_momentum(Real* grads, Real* m, size_t count, const Muon& o) {
   }
 }
 
-// x (rows, columns), divided by its norm, so that no singular value is larger than 1.
+// x (count), a matrix, is divided by its norm, so that no singular value is larger than 1.
 template <class Real>
 void muon_normalize(Real* x, size_t count) {
   double squares = 0;

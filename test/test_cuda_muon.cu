@@ -142,7 +142,7 @@ TEST_CASE("Muon on the GPU: each rank updates its share, and no more", "[cuda][m
   check_share<float>({layout.size(), 0}, 1, 1e-4);
 }
 
-TEST_CASE("Muon on the GPU: a matrix is divided by the norm of all of it", "[cuda][muon]") {
+TEST_CASE("Muon on the GPU: every element of a matrix counts in its norm", "[cuda][muon]") {
   for (const auto& [rows, columns] : {std::pair{200, 208}, {208, 200}}) {
     TensorSpec spec;
     spec.layers = 2;

@@ -59,7 +59,7 @@ TEST_CASE("Muon: all singular values become about one, and their directions stay
   }
 }
 
-TEST_CASE("Muon: the blocked iteration is that of the plain loops", "[muon]") {
+TEST_CASE("Muon: orthogonalize computes what the plain loops compute", "[muon]") {
   const std::pair<int, int> shapes[] = {{1, 1},   {1, 9},   {9, 1},   {5, 7},    {7, 5},
                                         {16, 16}, {65, 31}, {31, 65}, {48, 192}, {144, 48}};
   for (const auto& [rows, columns] : shapes) {

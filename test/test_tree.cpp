@@ -33,6 +33,16 @@ Formula formula(int first, int count) {
 
 }  // namespace
 
+TEST_CASE("What two parts have in common, and where nothing begins", "[tree]") {
+  const auto is = [](const Part& a, const Part& b) { return a.first == b.first && a.count == b.count; };
+  CHECK(is(common({2, 5}, {4, 10}), {4, 3}));
+  CHECK(is(common({4, 10}, {2, 5}), {4, 3}));
+  CHECK(is(common({0, 20}, {3, 4}), {3, 4}));
+  CHECK(is(common({0, 3}, {3, 4}), {3, 0}));
+  CHECK(is(common({9, 1}, {3, 4}), {3, 0}));
+  CHECK(is(common({5, 0}, {3, 4}), {3, 0}));
+}
+
 TEST_CASE("Gradients are added as a tree of halves") {
   CHECK(formula(0, 1).text == "0");
   CHECK(formula(0, 2).text == "(0+1)");

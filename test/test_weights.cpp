@@ -224,6 +224,17 @@ TEST_CASE("weights: a file without a vocabulary takes the text's, if it has as m
       contains(error_of([&] { vocabulary_of(three, folder); }), "only 3 tokens, and " + folder + "/vocab.json has 2"));
 }
 
+TEST_CASE("weights: a file does not describe more parameters than it has bytes for", "[weights]") {
+  const ModelShape shape = {10, 4, 64, 3, 2};
+  const std::vector<float> shared(4 * 64 * 64, 0.5f);  // the largest tensor, whose bytes are those of all others, too
+  std::vector<TensorView> tensors;
+  for (const ExportTensor& t : export_table(shape, parameter_layout(shape)))
+    tensors.push_back({t.name, "F32", t.shape, shared.data()});
+  const std::string path = test_folder() + "/shared.pth";
+  write_pth(path, tensors);
+  CHECK(contains(error_of([&] { ModelWeights{path}; }), " bytes cannot hold"));
+}
+
 // A file that is cut off anywhere is refused. One with another byte may be refused or not, for many bytes do not matter,
 // but it does no harm.
 TEST_CASE("weights: damaged files of PyTorch's do no harm", "[weights]") {

@@ -497,11 +497,11 @@ class GpuModel final : public Trainer {
     sum_losses(gpt_.state->loss_sum + level, gpt_.acts.s.losses, B * T, stream_);
   }
 
-  // The random batch of this number goes into gpt_.x and gpt_.y.
+  // The batch of this number goes into gpt_.x and gpt_.y.
   void gather(Split split, uint32_t site, int number) {
     const DeviceTokens& from = tokens_[size_t(split)];
     gather_random(gpt_.x, gpt_.y, from.tokens.data(), from.count, config_.seed, gpt_.step(), site,
-                  uint64_t(number) * gpt_.B, gpt_.B, shape().T, stream_);
+                  uint64_t(number) * gpt_.B, gpt_.B, shape().T, stream_, rows_of_shuffled_step(config_));
   }
 
   void prepare_training() {

@@ -465,7 +465,8 @@ class CpuModel final : public Trainer {
   double one_batch(int iteration, int number, int level, double dloss) {
     const int B = config_.batch_size, T = shape().T, first_row = number * B;
     const Dropout drop = {config_.seed, uint32_t(iteration), 0, dropout_threshold(config_.dropout), first_row};
-    random_batch(x_.data(), y_.data(), data_->train, config_.seed, iteration, site::batch, first_row, B, T);
+    random_batch(x_.data(), y_.data(), data_->train, config_.seed, iteration, site::batch, first_row, B, T,
+                 rows_of_shuffled_step(config_));
     zero_gradients(gpt_, level);
     gpt_.use_gradients(level);
     forward(gpt_, x_.data(), B, T, drop);

@@ -1,18 +1,60 @@
-// Batches: B independent windows of the text, each begun at random. The seed, the step and the row decide where.
-// defines: random_batch
+// Batches: B windows of the text, T tokens each. The seed, the step and the row decide which, on the CPU and on the GPU.
+// defines: random_start, shuffled, shuffled_start, window_start, random_batch
 #pragma once
 #include <cstdint>
 
 #include "random.h"
 #include "shards.h"
 
-// x (B, T): windows of T tokens whose starts are uniform in [0, n - T); y (B, T): each token's successor. `first_row`
-// is the number of the first window: gradient accumulation, and the batches of one evaluation, go on counting.
+// Where a window begins in a text of n tokens: anywhere in [0, n - T), so that each token has a successor.
+HOST_DEVICE inline uint64_t random_start(uint64_t n, int T, uint64_t seed, uint32_t step, uint32_t site, uint64_t row) {
+  const Philox4 r = random4(seed, step, site, row);
+  return below(r.word[0], r.word[1], n - uint64_t(T));
+}
+
+// Element i of a random order of 0 ... n - 1, by a Feistel network, which permutes the numbers of an even count of bits
+// whatever its rounds compute. What lies outside of n goes through it again, until it does not.
+HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint32_t which) {
+  int half = 1;  // bits
+  while (half < 32 && (n - 1) >> (2 * half)) half++;
+  const uint32_t mask = uint32_t((uint64_t{1} << half) - 1);
+  do {
+    uint32_t left = uint32_t(i >> half), right = uint32_t(i) & mask;
+    for (uint32_t round = 0; round < 6; round++) {
+      const uint32_t next = left ^ (random4(seed, which, site::order, uint64_t{right} * 8 + round).word[0] & mask);
+      left = right;
+      right = next;
+    }
+    i = uint64_t{left} << half | right;
+  } while (i >= n);
+  return i;
+}
+
+// The same, without repetition: an epoch cuts the text into windows and takes each of them once, in random order. The next
+// epoch cuts elsewhere, and has another order. row: counted from the run's first step on
+HOST_DEVICE inline uint64_t shuffled_start(uint64_t n, int T, uint64_t seed, uint64_t row) {
+  const uint64_t length = uint64_t(T), windows = n < 2 * length ? 1 : n / length - 1;
+  const uint32_t epoch = uint32_t(row / windows);
+  const Philox4 r = random4(seed, epoch, site::cut, 0);
+  const uint64_t room = n - windows * length;  // for the cut
+  const uint64_t cut = below(r.word[0], r.word[1], room < length ? room : length);
+  return cut + shuffled(row % windows, windows, seed, epoch) * length;
+}
+
+// Where the window of a row begins. Training's are shuffled if the rows of its steps are counted; all others, which an
+// evaluation draws, are at random. The rows of a step are numbered over gradient accumulation, those of an evaluation over
+// its batches.
+HOST_DEVICE inline uint64_t window_start(uint64_t n, int T, uint64_t seed, uint32_t step, uint32_t site, uint64_t row,
+                                         uint64_t rows_of_step) {
+  if (site == site::batch && rows_of_step > 0) return shuffled_start(n, T, seed, step * rows_of_step + row);
+  return random_start(n, T, seed, step, site, row);
+}
+
+// x (B, T): windows of T tokens; y (B, T): each token's successor. `first_row` is the number of the first window.
 inline void random_batch(int* x, int* y, const Tokens& tokens, uint64_t seed, uint32_t step, uint32_t site,
-                         uint64_t first_row, int B, int T) {
+                         uint64_t first_row, int B, int T, uint64_t rows_of_step = 0) {
   for (int b = 0; b < B; b++) {
-    const Philox4 r = random4(seed, step, site, first_row + b);
-    const uint64_t start = below(r.word[0], r.word[1], tokens.size() - T);
+    const uint64_t start = window_start(tokens.size(), T, seed, step, site, first_row + b, rows_of_step);
     tokens.copy(start, T, x + size_t(b) * T);
     tokens.copy(start + 1, T, y + size_t(b) * T);
   }

@@ -48,6 +48,8 @@ std::vector<CommandFlag> flags(Config& c) {
       {train | eval | recorded, {"batch_size", &c.batch_size, 1, 2e9, {}, "sequences in a batch"}},
       {train | recorded, {"gradient_accumulation_steps", &c.gradient_accumulation_steps, 1, 2e9, {},
                           "batches whose gradients make one step"}},
+      {train | recorded | later, {"batches", &c.batches, 0, 0, {"random", "shuffled"},
+                                  "random windows of the text, or the whole text cut into windows and shuffled, again in each epoch"}},
       {train | recorded, {"max_iters", &c.max_iters, 1, 2e9, {}, "training steps in all"}},
       {train | recorded, {"eval_interval", &c.eval_interval, 1, 2e9, {}, "steps between evaluations"}},
       {train | eval | recorded, {"eval_iters", &c.eval_iters, 1, 1e6, {},

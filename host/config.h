@@ -1,5 +1,5 @@
 // The trainers' command line: their flags, by command.
-// defines: Config, parse_command_line, config_flag, apply_preset, help_text, print_config, recorded_flags, added_later, recorded_settings,
+// defines: Config, rows_of_shuffled_step, parse_command_line, config_flag, apply_preset, help_text, print_config, recorded_flags, added_later, recorded_settings,
 //          apply_settings, model_shape
 #pragma once
 #include <cstdint>
@@ -29,6 +29,7 @@ struct Config {
 
   int batch_size = 64;
   int gradient_accumulation_steps = 1;
+  std::string batches = "random";
   int max_iters = 5000;
   int eval_interval = 500;
   int eval_iters = 200;
@@ -65,6 +66,11 @@ struct Config {
   bool help = false, version = false;
   std::set<std::string> given;  // the flags that stood on the command line
 };
+
+// The rows of a step, over gradient accumulation, if --batches shuffled counts them; otherwise 0.
+inline uint64_t rows_of_shuffled_step(const Config& c) {
+  return c.batches == "shuffled" ? uint64_t(c.batch_size) * uint64_t(c.gradient_accumulation_steps) : 0;
+}
 
 // Fails on an unknown flag (with the nearest name), a value out of range, or a flag of another command. The
 // preset's values are still missing: the device decides which preset is taken.

@@ -57,6 +57,8 @@ constexpr uint32_t attention_dropout = 5u << 24;  // index: see kernels/dropout_
 constexpr uint32_t proj_dropout = 6u << 24;       // index: eight elements of the (B*T, C) tensor
 constexpr uint32_t fc_dropout = 7u << 24;         // index: as above
 constexpr uint32_t sampler = 8u << 24;            // step: position in the text, index: number of the sample
+constexpr uint32_t cut = 9u << 24;                // step: the epoch; where it cuts the text into windows
+constexpr uint32_t order = 10u << 24;             // step: the epoch, index: half of a window's number, and a round
 }  // namespace site
 
 // Four random words for one (seed, step, site, index).

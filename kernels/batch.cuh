@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <vector>
 
-#include "../host/random.h"
+#include "../host/batch.h"
 #include "../host/shards.h"
 #include "device.cuh"
 #include "launch.cuh"
@@ -31,29 +31,28 @@ struct DeviceTokens {
 
 constexpr int gather_threads = 256;
 
-// Launched with B blocks of 256 threads: a block has one window, whose start is one draw.
+// Launched with B blocks of 256 threads: a block has one window. Each of its threads finds out where it begins.
 static __global__ void __launch_bounds__(gather_threads)
     gather_random_kernel(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
-                         uint32_t site, uint64_t first_row, int T) {
+                         uint32_t site, uint64_t first_row, int T, uint64_t rows_of_step) {
   wait_for_inputs();
   const int b = blockIdx.x;
-  const Philox4 r = random4(seed, uint32_t(*step), site, first_row + b);
-  const uint16_t* window = tokens + below(r.word[0], r.word[1], count - T);
+  const uint16_t* window = tokens + window_start(count, T, seed, uint32_t(*step), site, first_row + b, rows_of_step);
   for (int t = threadIdx.x; t < T; t += gather_threads) {
     x[size_t(b) * T + t] = window[t];
     y[size_t(b) * T + t] = window[t + 1];
   }
 }
 
-// x (B, T) = windows of T tokens of tokens (count), whose starts are uniform in [0, count - T); y (B, T) = each token's
-// successor. `first_row` is the number of the first window in the whole batch: gradient accumulation goes on counting,
-// and so do the batches of one evaluation.
+// x (B, T) = windows of T tokens of tokens (count), which begin where window_start says; y (B, T) = each token's successor.
+// `first_row` is the number of the first window.
 inline void gather_random(int* x, int* y, const uint16_t* tokens, uint64_t count, uint64_t seed, const int* step,
-                          uint32_t site, uint64_t first_row, int B, int T, cudaStream_t stream) {
+                          uint32_t site, uint64_t first_row, int B, int T, cudaStream_t stream,
+                          uint64_t rows_of_step = 0) {
   require(B > 0 && T > 0 && count > uint64_t(T), "gather_random: B = ", B, " windows of T = ", T,
           " and a successor in ", count, " tokens");
   launch(gather_random_kernel, {unsigned(B), gather_threads, 0, stream}, x, y, tokens, count, seed, step, site,
-         first_row, T);
+         first_row, T, rows_of_step);
 }
 
 // A thread has one token.

@@ -87,7 +87,7 @@ void check_backward(const Shape& s) {
 
 }  // namespace
 
-TEST_CASE("Random batches on the device are the host's", "[cuda]") {
+TEST_CASE("Random and shuffled batches on the device are the host's", "[cuda]") {
   const std::vector<uint16_t> tokens = some_tokens(1000);
   const Tokens text = on_disk(tokens);
   const DeviceArray<uint16_t> on_device(tokens);
@@ -97,12 +97,14 @@ TEST_CASE("Random batches on the device are the host's", "[cuda]") {
   for (const int T : {1, 31, 256, 700, 999}) {  // with T = 999 there is only one window
     INFO("T " << T);
     std::vector<int> want_x(B * T), want_y(B * T);
-    random_batch(want_x.data(), want_y.data(), text, seed, step, site::eval_val, first_row, B, T);
-    const DeviceArray<int> x(B * T), y(B * T);
-    gather_random(x.data(), y.data(), on_device.data(), tokens.size(), seed, step_on_device.data(), site::eval_val,
-                  first_row, B, T, nullptr);
-    CHECK((x.read() == want_x));
-    CHECK((y.read() == want_y));
+    for (const uint64_t rows_of_step : {0, 12}) {
+      random_batch(want_x.data(), want_y.data(), text, seed, step, site::batch, first_row, B, T, rows_of_step);
+      const DeviceArray<int> x(B * T), y(B * T);
+      gather_random(x.data(), y.data(), on_device.data(), tokens.size(), seed, step_on_device.data(), site::batch,
+                    first_row, B, T, nullptr, rows_of_step);
+      CHECK((x.read() == want_x));
+      CHECK((y.read() == want_y));
+    }
   }
   const DeviceArray<int> x(1000), y(1000);
   CHECK_THROWS_AS(gather_random(x.data(), y.data(), on_device.data(), 1000, seed, step_on_device.data(), site::batch, 0,

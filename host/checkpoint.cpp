@@ -79,8 +79,9 @@ Checkpoint::Checkpoint(const std::string& path, Verify what) : path_(path), file
   info_.data = value("data");
   for (const auto& [name, state] : file_.metadata())
     if (name.rfind(state_prefix, 0) == 0) info_.state[name.substr(state_prefix.size())] = state;
+  info_.settings = settings_of_older_programs();
   for (const std::string& name : recorded_flags())
-    if (file_.metadata().count(name) || !added_later(name)) info_.settings[name] = value(name.c_str());
+    if (file_.metadata().count(name) || !info_.settings.count(name)) info_.settings[name] = value(name.c_str());
 
   // The sizes are believed only as far as the file has bytes for them: the largest tensors alone bound their product.
   constexpr int limit = 1 << 20;

@@ -67,7 +67,8 @@ std::vector<CommandFlag> flags(Config& c) {
       {train | recorded, {"learning_rate", &c.learning_rate, 0, 10, {},
                           "the optimizer's step size, after warm-up and before decay"}},
       {train | recorded, {"decay_lr", &c.decay_lr, 0, 0, {},
-                          "whether the learning rate falls to min_lr, along a cosine"}},
+                          "whether the learning rate falls to min_lr"}},
+      {train | recorded | later, {"lr_decay", &c.lr_decay, 0, 0, {"cosine", "linear"}, "along what the learning rate falls"}},
       {train | recorded, {"warmup_iters", &c.warmup_iters, 0, 2e9, {},
                           "first steps, over which the learning rate rises"}},
       {train | recorded, {"lr_decay_iters", &c.lr_decay_iters, 0, 2e9, {},
@@ -117,12 +118,14 @@ std::vector<Flag> flags_of(Config& config, const std::string& command) {
   return chosen;
 }
 
-// The preset `lecture` is Config's own values. `small` is what two CPU cores with AVX-512 train in three to four minutes.
+// The preset `lecture` is Config's own values. `small` is what two CPU cores with AVX-512 train in two to three minutes;
+// doc/leaderboard.md says what each of its settings brought.
 const std::vector<std::pair<std::string, std::string>> small_preset = {
-    {"n_layer", "4"},        {"n_head", "4"},         {"n_embd", "128"},         {"block_size", "128"},
-    {"dropout", "0"},        {"batch_size", "16"},    {"max_iters", "4000"},     {"eval_interval", "1000"},
-    {"eval_iters", "20"},    {"log_interval", "100"}, {"learning_rate", "3e-3"}, {"decay_lr", "true"},
-    {"warmup_iters", "100"}, {"beta2", "0.99"},       {"weight_decay", "0.1"},   {"grad_clip", "1"},
+    {"n_layer", "4"},     {"n_head", "4"},         {"n_embd", "128"},       {"block_size", "128"},
+    {"dropout", "0"},     {"batch_size", "16"},    {"batches", "shuffled"}, {"max_iters", "3000"},
+    {"eval_iters", "20"}, {"log_interval", "100"}, {"optimizer", "muon"},   {"learning_rate", "5e-3"},
+    {"decay_lr", "true"}, {"lr_decay", "linear"},  {"min_lr", "0"},         {"warmup_iters", "100"},
+    {"beta2", "0.99"},    {"weight_decay", "0.1"}, {"grad_clip", "1"},
 };
 
 [[noreturn]] void refuse_unknown(const std::string& name, Config& config) {
@@ -196,17 +199,19 @@ std::vector<std::string> recorded_flags() {
   return names;
 }
 
-bool added_later(const std::string& name) {
-  Config config;
-  const std::vector<CommandFlag> all = flags(config);
-  return std::any_of(all.begin(), all.end(), [&](const CommandFlag& f) { return f.flag.name == name && f.has(later); });
-}
-
 std::map<std::string, std::string> recorded_settings(const Config& config) {
   std::map<std::string, std::string> settings;
   Config copy = config;
   for (const CommandFlag& f : flags(copy))
     if (f.has(recorded)) settings[f.flag.name] = flag_value(f.flag);
+  return settings;
+}
+
+std::map<std::string, std::string> settings_of_older_programs() {
+  std::map<std::string, std::string> settings;
+  Config defaults;
+  for (const CommandFlag& f : flags(defaults))
+    if (f.has(later)) settings[f.flag.name] = flag_value(f.flag);
   return settings;
 }
 

@@ -1,6 +1,6 @@
 // The trainers' command line: their flags, by command.
-// defines: Config, rows_of_shuffled_step, parse_command_line, config_flag, apply_preset, help_text, print_config, recorded_flags, added_later, recorded_settings,
-//          apply_settings, model_shape
+// defines: Config, rows_of_shuffled_step, parse_command_line, config_flag, apply_preset, help_text, print_config,
+//          recorded_flags, recorded_settings, settings_of_older_programs, apply_settings, model_shape
 #pragma once
 #include <cstdint>
 #include <map>
@@ -42,6 +42,7 @@ struct Config {
   std::string optimizer = "adamw";
   double learning_rate = 3e-4;
   bool decay_lr = false;
+  std::string lr_decay = "cosine";
   int warmup_iters = 0;
   int lr_decay_iters = 0;  // 0: max_iters
   double min_lr = 3e-5;
@@ -87,8 +88,9 @@ std::string help_text(const std::string& command);
 // The flags on which a run's result depends, and their values: what a checkpoint records and a resumed run goes on
 // with.
 std::vector<std::string> recorded_flags();
-bool added_later(const std::string& name);  // checkpoints of older programs lack it; their runs had its default
 std::map<std::string, std::string> recorded_settings(const Config& config);
+// What checkpoints of older programs may lack, and how their runs went: the flags that were added later, at their defaults.
+std::map<std::string, std::string> settings_of_older_programs();
 // Takes over what was recorded. Flags given on the command line stay, and those that differ are returned as
 // "name: recorded -> given"; for the model's shape that is an Error.
 std::vector<std::string> apply_settings(Config& config, const std::map<std::string, std::string>& settings);

@@ -1,5 +1,6 @@
-// The learning rate by step: constant, or linear warm-up and then a cosine down to min_lr, which stays.
-// Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, equation 5, without restarts.
+// The learning rate by step: constant, or linear warm-up and then a cosine or a straight line down to min_lr, which stays.
+//   Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, equation 5, without restarts;
+//   Bergsma et al., "Straight to Zero: Why Linearly Decaying the Learning Rate to Zero Works Best for LLMs", 2025.
 // defines: learning_rate_at
 #pragma once
 #include <cmath>
@@ -12,5 +13,6 @@ inline double learning_rate_at(const Config& c, int iteration) {
   const int end = c.lr_decay_iters ? c.lr_decay_iters : c.max_iters;
   if (iteration >= end) return c.min_lr;
   const double share = double(iteration - c.warmup_iters) / (end - c.warmup_iters);
-  return c.min_lr + 0.5 * (1 + std::cos(M_PI * share)) * (c.learning_rate - c.min_lr);
+  const double left = c.lr_decay == "linear" ? 1 - share : 0.5 * (1 + std::cos(M_PI * share));
+  return c.min_lr + left * (c.learning_rate - c.min_lr);
 }

@@ -114,6 +114,12 @@ TEST_CASE("The learning rate warms up, decays and stays") {
   CHECK(learning_rate_at(c, 34) == Approx(0.1 + 0.45 * (1 + std::sqrt(0.5))));
   CHECK(learning_rate_at(c, 109) == 0.1);
   CHECK(learning_rate_at(c, 1000) == 0.1);
+  c.lr_decay = "linear";
+  CHECK(learning_rate_at(c, 9) == 1);
+  CHECK(learning_rate_at(c, 34) == Approx(0.1 + 0.75 * 0.9));
+  CHECK(learning_rate_at(c, 108) == Approx(0.1 + 0.01 * 0.9));
+  CHECK(learning_rate_at(c, 109) == 0.1);
+  c.lr_decay = "cosine";
   c.lr_decay_iters = 59;
   CHECK(learning_rate_at(c, 34) == Approx(0.55));
   CHECK(learning_rate_at(c, 59) == 0.1);

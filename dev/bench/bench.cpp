@@ -6,7 +6,8 @@
 //   bench products [dtype]        answers lines of stdin, "forward 2048 384 1152", with the time of that product
 // dtype: float32 or bfloat16. Without one, `point` and `products` take float32, and the others run every type that this
 // processor has.
-// sizes: T=256 C=384 L=6 V=65 B=8 threads=2, any of them; or small, the preset's. A head has 64 channels, small's 32.
+// sizes: T=256 C=384 L=6 V=65 B=8 threads=2, any of them; small, the preset's; muon, for an update by Muon. A head has 64
+// channels, small's 32.
 // Each figure is the median of several runs after a warm-up, with the fastest and the slowest: machines are noisy, and
 // a share is only as good as the peak that was measured beside it.
 #define MICROGPT_NO_MAIN
@@ -120,12 +121,14 @@ struct Sizes {
   int B = 8;
   double dropout = 0.2;
   std::string name = "lecture";
+  bool muon = false;  // the update's optimizer, else AdamW
 };
 const Sizes small_preset = {{65, 128, 128, 4, 4}, 16, 0, "small"};
 
-// Reads T=256 and the like, or small.
+// Reads T=256 and the like, small, or muon.
 void set_size(Sizes& sizes, const std::string& word) {
   if (word == "small") return void(sizes = small_preset);
+  if (word == "muon") return void(sizes.muon = true);
   const size_t equals = word.find('=');
   const std::string name = word.substr(0, equals);
   const int value = equals == std::string::npos ? 0 : std::atoi(word.c_str() + equals + 1);
@@ -253,7 +256,7 @@ class Step {
     forward(m_, x_.data(), B, T, drop);
     loss_sum(m_, y_.data(), B, T);
     backward(m_, x_.data(), y_.data(), B, T, 1.0 / (B * T), drop);
-    update(m_, {1e-4, 0.9, 0.99, 1e-8, 0.01, ++step_, 1}, 0);
+    update(m_, {1e-4, 0.9, 0.99, 1e-8, 0.01, ++step_, 1}, 0, sizes_.muon);
   }
   double tokens() const { return double(x_.size()); }
   double gflops() const { return tokens() * flops_per_token(sizes_.shape) / 1e9; }
@@ -272,9 +275,9 @@ double whole_step(Stopwatch& watch, const Sizes& sizes) {
   const Times t = watch.measure(step);
   const double rate = step.gflops() / t.median;
   std::printf(
-      "%s step, B = %d: median %.2f ms (%.2f .. %.2f), %.0f tokens/s, %.1f GFLOP/s, %.1f %% of the sustained peak\n",
-      sizes.name.c_str(), sizes.B, t.median * 1e3, t.min * 1e3, t.max * 1e3, step.tokens() / t.median, rate,
-      100 * rate / t.sustained);
+      "%s%s step, B = %d: median %.2f ms (%.2f .. %.2f), %.0f tokens/s, %.1f GFLOP/s, %.1f %% of the sustained peak\n",
+      sizes.name.c_str(), sizes.muon ? " (Muon)" : "", sizes.B, t.median * 1e3, t.min * 1e3, t.max * 1e3,
+      step.tokens() / t.median, rate, 100 * rate / t.sustained);
   std::fflush(stdout);
   return t.median;
 }
@@ -289,6 +292,9 @@ void bench(const char* dtype, const std::string& what, const Sizes& sizes) {
   if (what == "all") {
     whole_step<Factor>(watch, {.B = 64});
     whole_step<Factor>(watch, small_preset);
+    Sizes with_muon = small_preset;
+    with_muon.muon = true;
+    whole_step<Factor>(watch, with_muon);
   }
   std::printf("peak of %s: sustained %.0f GFLOP/s, the median of %zu loops between the runs; the fastest %.0f\n", dtype,
               watch.sustained(), watch.loops(), watch.fastest());

@@ -30,8 +30,8 @@ HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint
   return i;
 }
 
-// The same, without repetition: an epoch cuts the text into windows and takes each of them once, in random order. The next
-// epoch cuts elsewhere, and has another order. row: counted from the run's first step on
+// Where a window begins if none is to come twice: an epoch cuts the text into windows and takes each of them once, in random
+// order. The next epoch cuts elsewhere, and has another order. row: counted from the run's first step on
 HOST_DEVICE inline uint64_t shuffled_start(uint64_t n, int T, uint64_t seed, uint64_t row) {
   const uint64_t length = uint64_t(T), windows = n < 2 * length ? 1 : n / length - 1;
   const uint32_t epoch = uint32_t(row / windows);

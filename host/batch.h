@@ -13,7 +13,7 @@ HOST_DEVICE inline uint64_t random_start(uint64_t n, int T, uint64_t seed, uint3
 }
 
 // Element i of a random order of 0 ... n - 1, by a Feistel network, which permutes the numbers of an even count of bits
-// whatever its rounds compute. What lies outside of n goes through it again, until it does not.
+// whatever its rounds compute. If the result is n or more, it is permuted again, until it is below n.
 HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint32_t which) {
   int half = 1;  // bits
   while (half < 32 && (n - 1) >> (2 * half)) half++;
@@ -31,7 +31,8 @@ HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint
 }
 
 // Where a window begins if none is to come twice: an epoch cuts the text into windows and takes each of them once, in random
-// order. The next epoch cuts elsewhere, and has another order. row: counted from the run's first step on
+// order. The next epoch has another order and cuts elsewhere, up to T - 1 tokens further on; so it has one window fewer than
+// would fit. row: how many windows of the run came before, if all its steps took as many
 HOST_DEVICE inline uint64_t shuffled_start(uint64_t n, int T, uint64_t seed, uint64_t row) {
   const uint64_t length = uint64_t(T), windows = n < 2 * length ? 1 : n / length - 1;
   const uint32_t epoch = uint32_t(row / windows);

@@ -15,7 +15,7 @@ enum Mark : unsigned {
   export_ = 8,
   page = 16,
   recorded = 32,  // a checkpoint records its value
-  shape = 64,     // it belongs to the model's shape, which a resumed run cannot change
+  fixed = 64,     // a resumed run cannot change it: the model's shape, and the optimizer, whose moments the checkpoint has
   later = 128,    // checkpoints of older programs do not record it; their runs had its default
 };
 constexpr unsigned computing = train | sample | eval;
@@ -40,16 +40,16 @@ std::vector<CommandFlag> flags(Config& c) {
                "scratch, a new run; resume, go on with ckpt_last in out_dir; or a file, whose weights begin a new run"}},
       {sample | eval | export_ | page, {"checkpoint", &c.checkpoint, 0, 0, {},
                                         "which checkpoint of out_dir, last or best, or the path of one"}},
-      {train | recorded | shape, {"n_layer", &c.n_layer, 1, 2e9, {}, "transformer blocks, one after the other"}},
-      {train | recorded | shape, {"n_head", &c.n_head, 1, 2e9, {}, "attention heads in each block"}},
-      {train | recorded | shape, {"n_embd", &c.n_embd, 1, 2e9, {}, "channels of the residual stream"}},
-      {train | recorded | shape, {"block_size", &c.block_size, 1, 2e9, {}, "tokens of context that the model sees"}},
+      {train | recorded | fixed, {"n_layer", &c.n_layer, 1, 2e9, {}, "transformer blocks, one after the other"}},
+      {train | recorded | fixed, {"n_head", &c.n_head, 1, 2e9, {}, "attention heads in each block"}},
+      {train | recorded | fixed, {"n_embd", &c.n_embd, 1, 2e9, {}, "channels of the residual stream"}},
+      {train | recorded | fixed, {"block_size", &c.block_size, 1, 2e9, {}, "tokens of context that the model sees"}},
       {train | recorded, {"dropout", &c.dropout, 0, 0.99, {}, "probability that training drops an activation"}},
       {train | eval | recorded, {"batch_size", &c.batch_size, 1, 2e9, {}, "sequences in a batch"}},
       {train | recorded, {"gradient_accumulation_steps", &c.gradient_accumulation_steps, 1, 2e9, {},
                           "batches whose gradients make one step"}},
       {train | recorded | later, {"batches", &c.batches, 0, 0, {"random", "shuffled"},
-                                  "random windows of the text, or the whole text cut into windows and shuffled, again in each epoch"}},
+                                  "windows from anywhere in the text, or the text cut into windows and shuffled, anew in each epoch"}},
       {train | recorded, {"max_iters", &c.max_iters, 1, 2e9, {}, "training steps in all"}},
       {train | recorded, {"eval_interval", &c.eval_interval, 1, 2e9, {}, "steps between evaluations"}},
       {train | eval | recorded, {"eval_iters", &c.eval_iters, 1, 1e6, {},
@@ -62,13 +62,13 @@ std::vector<CommandFlag> flags(Config& c) {
       {train, {"page", &c.page, 0, 0, {}, "whether the run ends by writing microGPT.html"}},
       {train, {"checkpoint_secs", &c.checkpoint_secs, 0, no_limit, {},
                "seconds between checkpoints; 0: only at evaluations"}},
-      {train | recorded | later, {"optimizer", &c.optimizer, 0, 0, {"adamw", "muon"},
-                                  "what updates the matrices inside the layers; AdamW updates the rest"}},
+      {train | recorded | later | fixed, {"optimizer", &c.optimizer, 0, 0, {"adamw", "muon"},
+                                  "what updates the matrices inside the layers; AdamW updates the rest, at the same rate"}},
       {train | recorded, {"learning_rate", &c.learning_rate, 0, 10, {},
                           "the optimizer's step size, after warm-up and before decay"}},
       {train | recorded, {"decay_lr", &c.decay_lr, 0, 0, {},
                           "whether the learning rate falls to min_lr"}},
-      {train | recorded | later, {"lr_decay", &c.lr_decay, 0, 0, {"cosine", "linear"}, "along what the learning rate falls"}},
+      {train | recorded | later, {"lr_decay", &c.lr_decay, 0, 0, {"cosine", "linear"}, "how it falls: along half a cosine, or a straight line"}},
       {train | recorded, {"warmup_iters", &c.warmup_iters, 0, 2e9, {},
                           "first steps, over which the learning rate rises"}},
       {train | recorded, {"lr_decay_iters", &c.lr_decay_iters, 0, 2e9, {},
@@ -119,7 +119,7 @@ std::vector<Flag> flags_of(Config& config, const std::string& command) {
 }
 
 // The preset `lecture` is Config's own values. `small` is what two CPU cores with AVX-512 train in two to three minutes;
-// doc/leaderboard.md says what each of its settings brought.
+// doc/leaderboard.md says what its settings brought.
 const std::vector<std::pair<std::string, std::string>> small_preset = {
     {"n_layer", "4"},     {"n_head", "4"},         {"n_embd", "128"},       {"block_size", "128"},
     {"dropout", "0"},     {"batch_size", "16"},    {"batches", "shuffled"}, {"max_iters", "3000"},
@@ -224,9 +224,9 @@ std::vector<std::string> apply_settings(Config& config, const std::map<std::stri
     if (!config.given.count(name)) {
       set_flag(f.flag, before->second);
     } else if (value != before->second) {
-      if (f.has(shape))
-        fail("--", name, " is ", value, ", but the checkpoint's model has ", before->second,
-             "; leave the flag out to go on with that model, or choose another --out_dir for a new one");
+      if (f.has(fixed))
+        fail("--", name, " is ", value, ", but the checkpoint's run has ", before->second,
+             "; leave the flag out to go on with that run, or choose another --out_dir for a new one");
       differences.push_back(text(name, ": ", before->second, " -> ", value));
     }
   }

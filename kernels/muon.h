@@ -65,7 +65,7 @@ void muon_normalize(Real* x, size_t count) {
 
 namespace reference {
 
-// The same by plain loops: x = a x + b (x x^T) x + c (x x^T)^2 x, five times.
+// What orthogonalize, below, computes, by plain loops: x = a x + b (x x^T) x + c (x x^T)^2 x, five times.
 template <class Real>
 void orthogonalize(Real* x, int rows, int columns) {
   muon_normalize(x, size_t(rows) * columns);
@@ -96,7 +96,7 @@ void orthogonalize(Real* x, int rows, int columns) {
 }  // namespace reference
 
 // x (rows, columns) = u v^T, nearly, where x was u s v^T with the singular values s. The iteration is Newton and Schulz's
-// with the coefficients above. It squares the smaller side n of x:
+// with the coefficients in muon_law.h, by products with a square matrix of the smaller side n of x:
 //   A (n, n) = x x^T or, if x has more rows than columns, x^T x
 //   B (n, n) = a 1 + b A + c A A
 //   x = B x or x B

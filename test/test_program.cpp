@@ -423,7 +423,7 @@ TEST_CASE("Refusals: checkpoints and prompts") {
   const std::string last = folder + "/out/ckpt_last.safetensors", kept = read_file(last);
   check_refused(train_gpt + " --init_from=resume" + data + out, "has done its 20 iterations; raise --max_iters");
   check_refused(train_gpt + " --init_from=resume --max_iters=30 --n_embd=64" + data + out,
-                "--n_embd is 64, but the checkpoint's model has 32");
+                "--n_embd is 64, but the checkpoint's run has 32");
   check_refused(train_gpt + " sample --start=abc" + out, "c");
   check_refused(train_gpt + " sample --start=" + out, "--start is empty");
   check_refused(train_gpt + " sample --start=\uFEFF" + out, "--start is empty");  // a byte order mark alone

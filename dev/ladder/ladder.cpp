@@ -52,16 +52,18 @@ std::string usage() {
 // ---------------------------------------------------------------------------------------------------------------------
 // The top of the ladder is the trainer itself.
 
-// Whether a finished run of the preset small on this text lies in the folder.
+// Whether a finished run of the preset small on this text lies in the folder, and of the preset as it is today.
 bool holds_small(const std::string& folder, const Data& data) {
   const std::string last = folder + "/ckpt_last.safetensors";
   if (!fs::exists(last)) return false;
   const Checkpoint checkpoint(last);
   Config small;
   apply_preset(small, "small");
-  return checkpoint.info().shape == model_shape(small, data.vocabulary.size()) &&
-         checkpoint.info().data == data.fingerprint && checkpoint.info().iteration >= small.max_iters &&
-         has_final(folder + "/metrics.jsonl", checkpoint.info().iteration);
+  const CheckpointInfo& info = checkpoint.info();
+  for (const auto& [name, value] : recorded_settings(small))
+    if (name != "seed" && info.settings.at(name) != value) return false;
+  return info.data == data.fingerprint && info.iteration == small.max_iters &&
+         has_final(folder + "/metrics.jsonl", info.iteration);
 }
 
 void train_small(const Config& config, const std::string& folder) {

@@ -356,6 +356,13 @@ void Ranks::start(const Config& config, int expected) {
                  cores);
 }
 
+// Returns when all ranks have come so far, or are not to be waited for.
+static void wait_for_all() {
+  try {
+    the_ranks.all_texts("");
+  } catch (const std::exception&) {}
+}
+
 int with_ranks(const Config& config, const std::function<int()>& body) {
   const char* variable = "";
   const int size = launched_processes(variable);
@@ -368,11 +375,13 @@ int with_ranks(const Config& config, const std::function<int()>& body) {
     MPI_Finalize();
     return code;
   } catch (const std::exception& e) {
-    if (ending == Ending::lost) speak_up();
-    if (ending != Ending::own) throw;
-    speak_up();
-    the_ranks.greet(farewell_tag, 0.1);
-    fail(the_ranks.about(the_ranks.rank()), ": ", e.what());
+    // mpirun ends the other ranks as soon as one has ended, so whoever has something to say says it before any of them goes.
+    const std::string error = (ending == Ending::own ? the_ranks.about(the_ranks.rank()) + ": " : "") + e.what();
+    if (ending == Ending::own || ending == Ending::lost) speak_up();
+    std::fprintf(stderr, "error: %s\n", error.c_str());  // heard from ranks that speak, see keep_quiet
+    if (ending == Ending::own) the_ranks.greet(farewell_tag, 0.1);
+    if (ending == Ending::all) wait_for_all();
+    return 1;
   }
 }
 #endif

@@ -15,17 +15,17 @@ HOST_DEVICE inline uint64_t random_start(uint64_t n, int T, uint64_t seed, uint3
 // Element i of a random order of 0 ... n - 1, by a Feistel network, which permutes the numbers of an even count of bits
 // whatever its rounds compute. If the result is n or more, it is permuted again, until it is below n.
 HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint32_t which) {
-  int half = 1;  // bits
-  while (half < 32 && (n - 1) >> (2 * half)) half++;
-  const uint32_t mask = uint32_t((uint64_t{1} << half) - 1);
+  int bits = 1;  // of half a number
+  while (bits < 32 && (n - 1) >> (2 * bits)) bits++;
+  const uint32_t mask = uint32_t((uint64_t{1} << bits) - 1);
   do {
-    uint32_t left = uint32_t(i >> half), right = uint32_t(i) & mask;
+    uint32_t left = uint32_t(i >> bits), right = uint32_t(i) & mask;
     for (uint32_t round = 0; round < 6; round++) {
       const uint32_t next = left ^ (random4(seed, which, site::order, uint64_t{right} * 8 + round).word[0] & mask);
       left = right;
       right = next;
     }
-    i = uint64_t{left} << half | right;
+    i = uint64_t{left} << bits | right;
   } while (i >= n);
   return i;
 }

@@ -201,7 +201,7 @@ TEST_CASE("A second Ctrl-C ends the run at once, other signals do not, and what 
                            " --eval_iters=1 --max_iters=1000000 --out_dir " + folder;
   {
     Process process(train_gpt + slow + "/slow");
-    process.wait_for("step 0");
+    process.wait_for("iter 0");  // a step has begun: before the first, an evaluation may be over any moment
     process.signal(SIGINT);
     usleep(50'000);
     process.signal(SIGINT);

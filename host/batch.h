@@ -42,9 +42,8 @@ HOST_DEVICE inline uint64_t shuffled_start(uint64_t n, int T, uint64_t seed, uin
   return cut + shuffled(row % windows, windows, seed, epoch) * length;
 }
 
-// Where the window of a row begins. Training's are shuffled if the rows of its steps are counted; all others, which an
-// evaluation draws, are at random. The rows of a step are numbered over gradient accumulation, those of an evaluation over
-// its batches.
+// Where the window of a row begins. rows_of_step: for --batches shuffled, how many windows a step trains on; otherwise 0.
+// Evaluations always draw at random. Rows are counted through all batches of a step, and through all of an evaluation.
 HOST_DEVICE inline uint64_t window_start(uint64_t n, int T, uint64_t seed, uint32_t step, uint32_t site, uint64_t row,
                                          uint64_t rows_of_step) {
   if (site == site::batch && rows_of_step > 0) return shuffled_start(n, T, seed, step * rows_of_step + row);

@@ -31,14 +31,13 @@ HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint
 }
 
 // Where a window begins if none is to come twice: an epoch cuts the text into windows and takes each of them once, in random
-// order. The next epoch has another order and cuts elsewhere, up to T - 1 tokens further on; so it has one window fewer than
-// would fit. row: how many windows of the run came before, if all its steps took as many
+// order. The next epoch has another order and cuts elsewhere; it leaves out one window's worth of tokens, now at the start of
+// the text, now at its end. row: how many windows of the run came before, if all its steps took as many
 HOST_DEVICE inline uint64_t shuffled_start(uint64_t n, int T, uint64_t seed, uint64_t row) {
   const uint64_t length = uint64_t(T), windows = n < 2 * length ? 1 : n / length - 1;
   const uint32_t epoch = uint32_t(row / windows);
   const Philox4 r = random4(seed, epoch, site::cut, 0);
-  const uint64_t room = n - windows * length;  // for the cut
-  const uint64_t cut = below(r.word[0], r.word[1], room < length ? room : length);
+  const uint64_t cut = below(r.word[0], r.word[1], n - windows * length);  // the last token needs a successor
   return cut + shuffled(row % windows, windows, seed, epoch) * length;
 }
 

@@ -114,10 +114,10 @@ void orthogonalize(Real* x, int rows, int columns) {
   const product::View<Real> by_rows = {x, row, 1}, transposed = {x, 1, row};
   for (int round = 0; round < muon_rounds; round++) {
     if (tall)
-      product::multiply<Factor>(A, {}, transposed, by_rows, int(n), int(n), rows);
+      product::multiply_symmetric<Factor>(A, transposed, by_rows, int(n), rows);
     else
-      product::multiply<Factor>(A, {}, by_rows, transposed, int(n), int(n), columns);
-    product::multiply<Factor>(B, {}, {A, n, 1}, {A, n, 1}, int(n), int(n), int(n));
+      product::multiply_symmetric<Factor>(A, by_rows, transposed, int(n), columns);
+    product::multiply_symmetric<Factor>(B, {A, n, 1}, {A, n, 1}, int(n), int(n));
     for (size_t i = 0; i < n * n; i++) B[i] = Real(muon_b) * A[i] + Real(muon_c) * B[i];
     for (size_t i = 0; i < n; i++) B[i * n + i] += Real(muon_a);
     if (tall)

@@ -31,8 +31,8 @@
 // it for any number of other rows.
 //
 // Factor is the type that the operands are rounded to as they are copied: Real itself or bfloat16 (factors.h).
-// defines, in namespace product: View, Start, Nothing, multiply, multiply_by_columns, pack_blocks, for layers; pack_a,
-// pack_b, multiply_packed, Triangle, for attention
+// defines, in namespace product: View, Start, Nothing, multiply, multiply_by_columns, pack_blocks, for layers;
+// multiply_symmetric, for Muon; pack_a, pack_b, multiply_packed, Triangle, for attention
 #pragma once
 #include <omp.h>
 
@@ -595,10 +595,11 @@ void pack_blocks(Unit<Factor>* packed, const View<Sum<Factor>>& b, int K, int N)
 // been passed once.
 // sums (M), or nullptr: sums[m] += row m of a, added up; only for an `a` by columns
 // packed (packed_size(K, N)), or nullptr: b, copied before by pack_blocks
+// n_end: elements of c with n >= n_end + m are not wanted, see Triangle
 template <class Factor, class After = Nothing>
 void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b,
               int M, int N, int K, const After& after = {}, Sum<Factor>* sums = nullptr,
-              const Unit<Factor>* packed = nullptr) {
+              const Unit<Factor>* packed = nullptr, int n_end = Triangle::none) {
   struct MemoryA;  // tags for scratch(), see simd.h
   struct MemoryB;
   const bool tiles = tiles_taken<Factor>();
@@ -627,7 +628,7 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
       Sum<Factor>* target = c + size_t(m) * N + n;
       multiply_packed<Factor, ReadA::packed_ahead>(target, N, k0 == 0 ? first : Start<Sum<Factor>>{target, size_t(N)},
                                                    packed_a, packed_b + panel_size * (n / NR<Factor>), panel_size, rows,
-                                                   columns, kc);
+                                                   columns, kc, {.n_end = n_end - n + m});
       // 4. The last block of k: c's elements are complete.
       if (k0 + kc < K) continue;
       if (columns == N)
@@ -636,6 +637,27 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
         for (int i = m; i < m + rows; i++) after(size_t(i) * N + n, columns);
     }
   }
+}
+
+// c (N, N) = a (N, K) @ b (K, N), where a and b are such that c is symmetric: a times its transpose, or a symmetric matrix
+// times itself. Computes the lower half of c, and copies it to the upper half; the bits are those of multiply.
+template <class Factor>
+void multiply_symmetric(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int N, int K) {
+  multiply<Factor>(c, {}, a, b, N, N, K, Nothing{}, nullptr, nullptr, 1);
+  constexpr int W = lanes<Sum<Factor>>;
+  const size_t row = size_t(N);
+  for (int i0 = 0; i0 < N; i0 += W)
+    for (int j0 = 0; j0 <= i0; j0 += W) {
+      if (j0 < i0 && i0 + W <= N) {  // a square, in registers
+        Vec<Sum<Factor>> square[W];
+        for (int i = 0; i < W; i++) square[i] = load(c + (i0 + i) * row + j0);
+        transpose<Sum<Factor>>(square);
+        for (int j = 0; j < W; j++) store(c + (j0 + j) * row + i0, square[j]);
+      } else {
+        for (int i = i0; i < std::min(i0 + W, N); i++)
+          for (int j = j0; j < std::min(j0 + W, i); j++) c[j * row + i] = c[i * row + j];
+      }
+    }
 }
 
 // c (M, N) += a (M, K) @ b (K, N), for an `a` by columns that is no larger than b, M <= N. All threads copy all of a

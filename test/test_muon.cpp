@@ -79,6 +79,31 @@ TEST_CASE("Muon: orthogonalize computes what the plain loops compute", "[muon]")
   }
 }
 
+// The upper half of the result is a copy of the lower one.
+TEMPLATE_TEST_CASE("A symmetric product has the bits of the whole product", "[muon]", double, float, bfloat16) {
+  using Real = Sum<TestType>;
+  for (const int N : {1, 5, 16, 31, 48, 65, 130, 200})
+    for (const int K : {1, 7, 96, 500}) {
+      INFO("N " << N << ", K " << K);
+      const std::vector<double> numbers = random_matrix(N, K);
+      const std::vector<Real> x(numbers.begin(), numbers.end());
+      const size_t n = size_t(N), k = size_t(K);
+      const product::View<Real> rows = {x.data(), k, 1}, columns = {x.data(), 1, k};  // x (N, K), and its transpose
+      const product::View<Real> tall = {x.data(), 1, n}, wide = {x.data(), n, 1};     // x seen as (K, N)
+      for (const auto& [a, b] : {std::pair{rows, columns}, {tall, wide}}) {
+        std::vector<Real> want(n * n), got(n * n, NAN);
+        product::multiply<TestType>(want.data(), {}, a, b, N, N, K);
+        product::multiply_symmetric<TestType>(got.data(), a, b, N, K);
+        CHECK((got == want));
+        // A symmetric matrix times itself.
+        std::vector<Real> want2(n * n), got2(n * n, NAN);
+        product::multiply<TestType>(want2.data(), {}, {want.data(), n, 1}, {want.data(), n, 1}, N, N, N);
+        product::multiply_symmetric<TestType>(got2.data(), {want.data(), n, 1}, {want.data(), n, 1}, N, N);
+        CHECK((got2 == want2));
+      }
+    }
+}
+
 TEST_CASE("Muon: no gradient, no update; the gradient's size does not matter", "[muon]") {
   std::vector<float> zero(12, 0.f);
   orthogonalize<float>(zero.data(), 3, 4);

@@ -126,3 +126,21 @@ TEST_CASE("The learning rate warms up, decays and stays") {
   c.warmup_iters = 0;
   CHECK(learning_rate_at(c, 0) == 1);
 }
+
+TEST_CASE("A warm-up as long as the decay, or longer, ends at min_lr") {
+  for (const std::string decay : {"cosine", "linear"})
+    for (const int warmup : {100, 150}) {
+      Config c;
+      c.learning_rate = 1;
+      c.min_lr = 0.1;
+      c.decay_lr = true;
+      c.lr_decay = decay;
+      c.lr_decay_iters = 100;
+      c.warmup_iters = warmup;
+      INFO(decay << ", warm-up " << warmup);
+      CHECK(learning_rate_at(c, 0) == Approx(1.0 / (warmup + 1)));
+      CHECK(learning_rate_at(c, warmup - 1) == Approx(double(warmup) / (warmup + 1)));
+      CHECK(learning_rate_at(c, warmup) == 0.1);
+      CHECK(learning_rate_at(c, warmup + 1) == 0.1);
+    }
+}

@@ -12,8 +12,10 @@ HOST_DEVICE inline uint64_t random_start(uint64_t n, int T, uint64_t seed, uint3
   return below(r.word[0], r.word[1], n - uint64_t(T));
 }
 
-// Element i of a random order of 0 ... n - 1, by a Feistel network, which permutes the numbers of an even count of bits
-// whatever its rounds compute. If the result is n or more, it is permuted again, until it is below n.
+// Element i of a random order of 0 ... n - 1, computed from i alone: nobody keeps a list of n numbers, and a block of a GPU
+// or a resumed run finds its window by itself. A Feistel network permutes the numbers of an even count of bits, whatever its
+// rounds compute. A result of n or more is permuted again, until it is below n. Each number still comes once: a permutation
+// runs in cycles, and we go on along the cycle of i to its next number below n.
 HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint32_t which) {
   int bits = 1;  // of half a number
   while (bits < 32 && (n - 1) >> (2 * bits)) bits++;
@@ -31,18 +33,21 @@ HOST_DEVICE inline uint64_t shuffled(uint64_t i, uint64_t n, uint64_t seed, uint
 }
 
 // Where a window begins if none is to come twice: an epoch cuts the text into windows and takes each of them once, in random
-// order. The next epoch has another order and cuts elsewhere; it leaves out one window's worth of tokens, now at the start of
-// the text, now at its end. row: how many windows of the run came before, if all its steps took as many
-HOST_DEVICE inline uint64_t shuffled_start(uint64_t n, int T, uint64_t seed, uint64_t row) {
+// order. Each epoch has its own order and its own first token, `cut`. It leaves out T to 2 T - 1 tokens, `cut` of them at the
+// start of the text and the others at its end (more if the text is shorter than two windows); other epochs read those.
+// window: its number in the run, counted from 0
+HOST_DEVICE inline uint64_t shuffled_start(uint64_t n, int T, uint64_t seed, uint64_t window) {
   const uint64_t length = uint64_t(T), windows = n < 2 * length ? 1 : n / length - 1;
-  const uint32_t epoch = uint32_t(row / windows);
+  const uint32_t epoch = uint32_t(window / windows);
   const Philox4 r = random4(seed, epoch, site::cut, 0);
   const uint64_t cut = below(r.word[0], r.word[1], n - windows * length);  // the last token needs a successor
-  return cut + shuffled(row % windows, windows, seed, epoch) * length;
+  return cut + shuffled(window % windows, windows, seed, epoch) * length;
 }
 
-// Where the window of a row begins. rows_of_step: for --batches shuffled, how many windows a step trains on; otherwise 0.
-// Evaluations always draw at random. Rows are counted through all batches of a step, and through all of an evaluation.
+// Where the window of a row begins. Rows are counted through all batches of a step, and through all of an evaluation, which
+// always draws at random. rows_of_step: for --batches shuffled, how many windows a step trains on; otherwise 0. All earlier
+// steps are taken to have had as many: a run that goes on with another --batch_size jumps in the order, and some windows then
+// come twice in an epoch or not at all.
 HOST_DEVICE inline uint64_t window_start(uint64_t n, int T, uint64_t seed, uint32_t step, uint32_t site, uint64_t row,
                                          uint64_t rows_of_step) {
   if (site == site::batch && rows_of_step > 0) return shuffled_start(n, T, seed, step * rows_of_step + row);

@@ -1,4 +1,5 @@
-// The learning rate by step: constant, or linear warm-up and then a cosine or a straight line down to min_lr, which stays.
+// The learning rate by step: it rises along a straight line for warmup_iters. Then it stays, or it falls along half a cosine
+// or a straight line to min_lr, where it stays.
 //   Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", 2017, equation 5, without restarts;
 //   Bergsma et al., "Straight to Zero: Why Linearly Decaying the Learning Rate to Zero Works Best for LLMs", 2025.
 // defines: learning_rate_at

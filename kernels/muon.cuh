@@ -217,7 +217,8 @@ class MuonAndAdamW {
     return sizes;
   }
 
-  // The iteration of orthogonalize in muon.h, and the update, for one tensor.
+  // The iteration of orthogonalize in muon.h, and the update, for one tensor. `gram` is A there; `squared` is A A, and then
+  // the polynomial B.
   void update_matrices(float* params, Real* working, const float* grads, const MuonTensor& t, const Optimizer& o,
                        const TrainState* state, Matmul& matmul, cudaStream_t stream) {
     const int n = t.n(), k = t.k(), count = t.count();

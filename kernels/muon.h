@@ -100,7 +100,7 @@ void orthogonalize(Real* x, int rows, int columns) {
 //   A (n, n) = x x^T or, if x has more rows than columns, x^T x
 //   B (n, n) = a 1 + b A + c A A
 //   x = B x or x B
-// Call it for several matrices from several threads: it works with one.
+// Inside a parallel loop over matrices a call works with one thread, alone it takes all of them.
 template <class Factor, class Real>
 void orthogonalize(Real* x, int rows, int columns) {
   struct MemoryA;  // tags for scratch(), see simd.h

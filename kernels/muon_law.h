@@ -9,6 +9,6 @@ constexpr double muon_beta = 0.95;  // decay of the running mean of the gradient
 constexpr int muon_rounds = 5;
 constexpr double muon_a = 3.4445, muon_b = -4.7750, muon_c = 2.0315;
 
-// An orthogonal matrix has elements of about 1 / sqrt(its longer side); an update has elements of this size times the
-// learning rate, the usual size of AdamW's.
+// An orthogonal matrix has elements of about 1 / sqrt(its longer side). An update multiplies them by sqrt(longer side), by
+// this number and by the learning rate: they then have the usual size of AdamW's.
 constexpr double muon_size = 0.2;

@@ -640,10 +640,11 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
 }
 
 // c (N, N) = a (N, K) @ b (K, N), where a and b are such that c is symmetric: a times its transpose, or a symmetric matrix
-// times itself. Computes the lower half of c, and copies it to the upper half; the bits are those of multiply.
+// times itself. Computes the lower half of c, and copies it to the upper half. The bits are those of multiply, for element
+// (j, i) is the same chain of products as (i, j), with the factors exchanged.
 template <class Factor>
 void multiply_symmetric(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int N, int K) {
-  multiply<Factor>(c, {}, a, b, N, N, K, Nothing{}, nullptr, nullptr, 1);
+  multiply<Factor>(c, {}, a, b, N, N, K, Nothing{}, nullptr, nullptr, 1);  // n < 1 + m
   constexpr int W = lanes<Sum<Factor>>;
   const size_t row = size_t(N);
   for (int i0 = 0; i0 < N; i0 += W)

@@ -222,7 +222,7 @@ bool has_targets(const Config& config, const Data& data);
 std::string decimals(double value, int digits);
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Trains a network as the trainer trains its own: the same batches, evaluations, record and picture, then the exact
+// Trains a network as the trainer trains its own: random batches, the same evaluations, record and picture, then the exact
 // losses. Calls each_gradient(iteration) before every update. Without exact_train, the row's train loss is the last
 // evaluation's estimate.
 template <class Net>

@@ -298,8 +298,7 @@ constexpr size_t smem_bytes(int more = 0) {
 // Whether backward takes version 2: it is chosen, and the type, the sizes and the card's shared memory allow it.
 template <class Real>
 bool takes_once(int HS, int T) {
-  static const size_t smem = current_card().sharedMemPerBlockOptin;
-  return choices().attention_backward == 2 && sizeof(Real) == 2 && once::fits(HS, T, smem);
+  return choices().attention_backward == 2 && sizeof(Real) == 2 && once::fits(HS, T, shared_memory_of_block());
 }
 
 }  // namespace attention
@@ -330,7 +329,7 @@ void attention_forward(Real* out, float* lse, unsigned char* mask, const Real* q
              lse, qkv, drop, T, NH);
     } else {
       if constexpr (head_has_size(HS))
-        if (choices().attention_forward == 2 && whole_head_fits(HS, T))
+        if (choices().attention_forward == 2 && whole_head_fits(HS, T, shared_memory_of_block()))
           return launch(attention_forward_head_kernel<Real, HS, where>, {dim3(NH, B), threads, head_smem(HS), stream},
                         out, lse, masks, qkv, drop, T, NH);
       constexpr int rows = warps * 16 * query_squares<HS>;

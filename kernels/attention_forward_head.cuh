@@ -32,10 +32,10 @@ constexpr size_t head_smem(int HS) { return size_t(head_own + warps * 16) * HS *
 // memory would have to be twice as large.
 constexpr bool head_has_size(int HS) { return HS == 32 || HS == 64; }
 
-// Whether version 2 can run on this card, with heads of HS channels and T tokens. Turing's 64 KB are too small for 64.
-inline bool whole_head_fits(int HS, int T) {
-  static const size_t smem_of_card = current_card().sharedMemPerBlockOptin;
-  return head_has_size(HS) && T <= head_rows && head_smem(HS) <= smem_of_card;
+// Whether version 2 can run, with heads of HS channels and T tokens. smem: the bytes of shared memory that the card gives to
+// a block. Turing's 64 KB are too small for 64 channels.
+inline bool whole_head_fits(int HS, int T, size_t smem) {
+  return head_has_size(HS) && T <= head_rows && head_smem(HS) <= smem;
 }
 
 // Begins to copy keys and values BEGIN ... END - 1, as one group of copies, which is empty if T <= BEGIN. Rows from T

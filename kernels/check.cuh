@@ -1,5 +1,5 @@
 // What the CUDA runtime and the launchers are asked for is checked, and what is wrong is thrown.
-// defines: CudaError, CUDA_CHECK, current_card, require
+// defines: CudaError, CUDA_CHECK, current_card, shared_memory_of_block, require
 #pragma once
 #include <cuda_runtime.h>
 
@@ -28,6 +28,11 @@ inline cudaDeviceProp current_card() {
   CUDA_CHECK(cudaGetDevice(&device));
   CUDA_CHECK(cudaGetDeviceProperties(&card, device));
   return card;
+}
+// How many bytes of shared memory it gives to a block that asks for them.
+inline size_t shared_memory_of_block() {
+  static const size_t bytes = current_card().sharedMemPerBlockOptin;
+  return bytes;
 }
 
 // What a launcher asks of its arguments: require(C % 8 == 0, "layernorm_forward: C = ", C, " is not a multiple of 8").

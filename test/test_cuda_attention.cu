@@ -457,6 +457,25 @@ TEST_CASE("attention on the device: which version of forward runs", "[cuda]") {
     }
 }
 
+TEST_CASE("attention on the device: what fits the card's shared memory", "[cuda]") {
+  using namespace attention;
+  constexpr size_t turing = 64 << 10, ada = 99 << 10, hopper = 227 << 10;
+  CHECK(whole_head_fits(64, 256, ada));
+  CHECK(!whole_head_fits(64, 256, turing));
+  CHECK(whole_head_fits(64, 256, head_smem(64)));  // exactly
+  CHECK(!whole_head_fits(64, 256, head_smem(64) - 1));
+  CHECK(whole_head_fits(32, 256, turing));
+  CHECK(!whole_head_fits(32, 257, hopper));
+  CHECK(!whole_head_fits(16, 17, hopper));
+  CHECK(!whole_head_fits(128, 17, hopper));
+  constexpr size_t needed = once::smem_bytes + once::mask_bytes;
+  CHECK(once::fits(64, 256, hopper));
+  CHECK(once::fits(64, 256, needed));
+  CHECK(!once::fits(64, 256, needed - 1));
+  CHECK(!once::fits(64, 257, hopper));
+  CHECK(!once::fits(32, 256, hopper));
+}
+
 TEST_CASE("attention on the device refuses what it cannot do", "[cuda]") {
   const auto message = [](int B, int T, int C, int NH, const Dropout& drop) {
     try {

@@ -136,9 +136,9 @@ TEST_CASE("A run with Muon learns, repeats bit by bit for any number of threads,
   REQUIRE(train(folder, "--optimizer=muon --threads=3", "/three").code == 0);
   CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/three/ckpt_last.safetensors")));
   REQUIRE(train(folder, "--optimizer=muon --max_iters=11", "/resumed").code == 0);
-  REQUIRE(run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder +
-              "/resumed")
-              .code == 0);
+  REQUIRE(
+      run(train_gpt + " --init_from=resume --max_iters=20 --data " + folder + "/data --out_dir " + folder + "/resumed")
+          .code == 0);
   CHECK((read_file(folder + "/one/ckpt_last.safetensors") == read_file(folder + "/resumed/ckpt_last.safetensors")));
   REQUIRE(train(folder, "--threads=1", "/adamw").code == 0);
   CHECK((read_file(folder + "/one/ckpt_last.safetensors") != read_file(folder + "/adamw/ckpt_last.safetensors")));

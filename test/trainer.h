@@ -14,10 +14,11 @@
 namespace fs = std::filesystem;
 
 inline const std::string train_gpt = program("train_gpt_cpu");
-// The type is named. What --dtype auto measures may change from run to run where sanitizers make both types about as fast.
+// The type is named: what --dtype auto measures may change from run to run where sanitizers make both about as fast.
 inline const std::string small_run =
-    std::string(" --preset=lecture --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_iters=20 "
-                "--eval_interval=10 --eval_iters=2 --log_interval=5 --dropout=0.1 --learning_rate=1e-2 --threads=2") +
+    std::string(
+        " --preset=lecture --n_layer=1 --n_head=2 --n_embd=32 --block_size=16 --batch_size=4 --max_iters=20 "
+        "--eval_interval=10 --eval_iters=2 --log_interval=5 --dropout=0.1 --learning_rate=1e-2 --threads=2") +
     (built_for.avx512_bf16 ? " --dtype=bfloat16" : " --dtype=float32");
 
 // Makes a folder with data/ from `text`, by default "abab..." of 2000 letters, of which 1800 are for training.

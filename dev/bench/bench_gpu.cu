@@ -713,7 +713,7 @@ void time_kernels(GPT<Real>& m, const Config& config, KernelTable& table) {
   }
 
   // Both versions where the card can run both; its own choice stands in the row "attention_forward" above.
-  if (sizeof(Real) == 2 && attention::whole_head_fits(m.shape.HS(), T)) {
+  if (sizeof(Real) == 2 && attention::whole_head_fits(m.shape.HS(), T, shared_memory_of_block())) {
     const int chosen = choices().attention_forward;
     for (const int version : {1, 2}) {
       choices().attention_forward = version;

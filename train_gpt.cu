@@ -2,9 +2,9 @@
 // call, whose kernel stands in kernels/<layer>.cuh. A training step is captured once as a CUDA graph and then launched
 // again and again: all that changes from step to step (its number, the learning rate, the batch) is read on the device.
 //
-// The contract of every layer function: outputs, inputs, then sizes, and the stream last; gradients are written (=).
-// Real is the type of the products' operands: float, bf16 or fp16. Master weights, their gradients, moments and all
-// statistics are float.
+// The contract of every layer function: outputs, inputs, then sizes, then the stream (Matmul has its own). Gradients are
+// written (=), but for dstream, to which LayerNorm's backward pass adds (+=). Real is the type of the products' operands:
+// float, bf16 or fp16. Master weights, their gradients, moments and all statistics are float.
 
 #include <algorithm>
 #include <cmath>
@@ -183,7 +183,7 @@ struct GPT {
   int *x = x_memory.data(), *y = y_memory.data();  // (B, T)
   TrainState* state = state_memory.data();
   Matmul matmul{config.dtype == "tf32", stream};
-  MuonAndAdamW<Real> optimizer{shape, cards.own(), training && config.optimizer == "muon"};
+  MuonAndAdamW<Real> optimizer{shape, cards.own(), training && (config.optimizer == "muon")};
 
   GPT(const ModelShape& s, const Config& c, bool train, cudaStream_t on)
       : shape(s), config(c), training(train), stream(on) {}
@@ -275,6 +275,7 @@ void backward(GPT<Real>& m, int B, int T, float dloss, const DeviceDropout& drop
   residual_layernorm_backward(g.dstream, g.dbranch, gs.lnf_partials, g.dnorm, a.out, s.lnf_mean, s.lnf_rstd, p.lnfw,
                               true, drop.at(site::fc_dropout, L - 1), B, T, C, stream);
 
+  // unread(x) waits until products on a second stream, if there is one (matmul.cuh), have read x; join(), for all of them.
   for (int l = L - 1; l >= 0; l--) {
     m.matmul.backward_weight(dw.fcprojw[l], g.dbranch, a.fc[l], rows, 4 * C, C, C);
     m.matmul.backward_input_relu(m.matmul.unread(g.dfc), gs.fc_partials[l], g.dbranch, w.fcprojw[l], s.fc_mask.bytes(l),
@@ -344,7 +345,7 @@ class GpuModel final : public Trainer {
   }
 
   static MemoryPlan plan(const Config& config, const ModelShape& shape, const Data* data, bool training) {
-    require_kernels_for(shape.HS(), shape.C);
+    require_kernels_for(shape, config.batch_size);
     const double params = 4.0 * double(parameter_layout(shape).size());
     MemoryPlan plan;
     plan.add("parameters", params);
@@ -438,7 +439,6 @@ class GpuModel final : public Trainer {
   }
   double learning_rate(int iteration) const override { return learning_rate_at(config_, iteration); }
 
-  // Takes at most chunk() batches.
   std::vector<double> random_losses(Split split, int iteration, int first, int count) override {
     const int rows = gpt_.B * shape().T;
     set_step(iteration);
@@ -530,12 +530,12 @@ class GpuModel final : public Trainer {
   template <class Get>
   std::vector<double> losses_of(int count, int rows, Get get) {
     Range range("evaluate");
-    const int V = shape().V;
+    require(count <= ring_size, "losses_of: ", count, " batches at once");
     for (int k = 0; k < count; k++) {
       get(k);
       forward(gpt_, gpt_.B, shape().T, {}, false);
-      crossentropy_forward(gpt_.acts.s.losses, gpt_.forward_only.logits, gpt_.y, rows, V, padded_vocabulary(V),
-                           stream_);
+      crossentropy_forward(gpt_.acts.s.losses, gpt_.forward_only.logits, gpt_.y, rows, shape().V,
+                           padded_vocabulary(shape().V), stream_);
       sum_losses(batch_losses_.data() + k, gpt_.acts.s.losses, rows, stream_);
     }
     std::vector<double> losses(size_t(count), 0.0);

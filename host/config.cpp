@@ -15,7 +15,7 @@ enum Mark : unsigned {
   export_ = 8,
   page = 16,
   recorded = 32,  // a checkpoint records its value
-  fixed = 64,     // a resumed run cannot change it: the model's shape, and the optimizer, whose moments the checkpoint has
+  fixed = 64,     // a resumed run cannot change it: the model's shape; the optimizer, whose moments it goes on with
   later = 128,    // checkpoints of older programs do not record it; their runs had its default
 };
 constexpr unsigned computing = train | sample | eval;

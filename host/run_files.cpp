@@ -37,6 +37,9 @@ void set_aside_older_run(const std::string& out_dir) {
   std::string folder;
   for (int n = 1; folder.empty() || fs::exists(folder); n++) folder = text(out_dir, "/run_", n);
   make_folder(folder);
+  // The algorithms that a GPU's products were measured with stay, and go along: the older run needs them to go on exactly.
+  if (const std::string table = out_dir + "/matmul_algorithms.txt"; fs::exists(table))
+    write_file(folder + "/matmul_algorithms.txt", read_file(table));
   // The checkpoint goes last: after a crash on the way the next run moves the rest.
   for (const char* name : {"microGPT.html", "sample.txt", "metrics.jsonl", "training_plot.png", "microGPT_model.pth",
                            "ckpt_best.safetensors", "ckpt_last.safetensors"})

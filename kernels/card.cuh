@@ -2,11 +2,13 @@
 // card may be too old, or another program may have the card for itself.
 // defines: no_gpu, cards_text, card_text, dtype_on, require_kernels_for
 #pragma once
+#include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <string>
 
 #include "../host/error.h"
+#include "../host/tensors.h"
 #include "launch.cuh"
 #include "layernorm.cuh"
 #include "matmul_library.cuh"
@@ -158,11 +160,17 @@ inline std::string dtype_on(const cudaDeviceProp& card, std::string dtype, const
   return dtype;
 }
 
-// Refuses a model whose shapes no kernel was written for.
-inline void require_kernels_for(int HS, int C) {
+// Refuses a model or a batch whose shapes no kernel was written for. Attention's grids have B blocks along y and T / 4 along
+// z, those of column_partials B * T / 64 along y: a card allows 65,535 there.
+inline void require_kernels_for(const ModelShape& shape, int B) {
+  const int HS = shape.HS(), C = shape.C, T = shape.T, most = 65535;
   if (HS != 16 && HS != 32 && HS != 64 && HS != 128)
     fail("a head size (n_embd / n_head) of ", HS, ": the GPU's kernels have 16, 32, 64 and 128; --device cpu has any");
   if (C > layernorm_max_C)
     fail("n_embd ", C, ": the GPU's kernels keep a row in registers, of up to ", layernorm_max_C,
          " channels; --device cpu has any");
+  if (T > 4 * most) fail("block_size ", T, ": the GPU's kernels take windows of up to ", 4 * most, " tokens");
+  if (B > most || int64_t{B} * T > int64_t{64} * most)
+    fail("batch_size ", B, " with windows of ", T, " tokens: the GPU's kernels take up to ", most, " windows and ",
+         64 * most, " tokens at once; --gradient_accumulation_steps makes a step of several batches");
 }

@@ -9,7 +9,8 @@
 #include "check.cuh"
 
 struct Choices {
-  // These round differently, and so a training run has other bits with another version.
+  // A checkpoint records these: a training run may have other bits with another version. attention_forward's two had the same
+  // bits wherever we tested them, but a compiler may join a product and a sum in one of them and not in the other.
   int attention_forward = 1;   // 1: a block has 128 queries of a head; 2: a block has a whole head
   int attention_backward = 1;  // 1: two kernels, one for dq and one for dk and dv; 2: one kernel for all three
   int attention_float = 1;     // 1: a warp has one row; 2: tensor cores, by tf32 products
@@ -65,7 +66,8 @@ inline Choices& choices() {
   return of_device[device] = choices_of(10 * card.major + card.minor);
 }
 
-// Takes this version of an operation from now on.
+// Takes this version of an operation from now on. Call it before the model is made, which asks only then for attention_masks,
+// weight_gradients and sampling; the others count at every launch.
 inline void choose(const std::string& operation, int version) {
   bool found = false;
   Choices::each(choices(), [&](const char* name, int& chosen, bool) {

@@ -579,8 +579,9 @@ class MatmulLibrary {
       const int64_t next = int64_t(ld) * columns;
       check(cublasLt().MatrixLayoutSetAttribute(&matrix, CUBLASLT_MATRIX_LAYOUT_BATCH_COUNT, &count, sizeof count),
             "a matrix layout");
-      check(cublasLt().MatrixLayoutSetAttribute(&matrix, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &next, sizeof next),
-            "a matrix layout");
+      check(
+          cublasLt().MatrixLayoutSetAttribute(&matrix, CUBLASLT_MATRIX_LAYOUT_STRIDED_BATCH_OFFSET, &next, sizeof next),
+          "a matrix layout");
     };
     layout(plan.a, type, p.transpose_a ? p.k : p.m, p.transpose_a ? p.m : p.k, p.lda);  // as stored, before op
     layout(plan.b, type, p.transpose_b ? p.n : p.k, p.transpose_b ? p.k : p.n, p.ldb);

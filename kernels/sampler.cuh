@@ -245,5 +245,7 @@ class DeviceSampler {
   DeviceBuffer<int> tokens_;
   Texts texts_;
   std::map<int, std::array<Graph, 2>> graphs_;  // by the number of texts, and by Pass
-  std::vector<int> left_;  // the texts as the last call left them (samples, n); none if their windows have rolled
+  // The texts as the last call left them, (samples, n) with what it drew. If their windows have rolled they are longer than
+  // the next call's, and so they equal none.
+  std::vector<int> left_;
 };

@@ -101,8 +101,7 @@ TEST_CASE("What is recorded is read back, and what differs is said or refused") 
   CHECK(resumed.n_layer == 3);
   CHECK(resumed.decay_lr);
   Config other = parse({"--n_layer=4"});
-  CHECK(
-      contains(error_of([&] { apply_settings(other, settings); }), "--n_layer is 4, but the checkpoint's run has 3"));
+  CHECK(contains(error_of([&] { apply_settings(other, settings); }), "--n_layer is 4, but the checkpoint's run has 3"));
   // Muon's moments are not AdamW's.
   Config moments = parse({"--optimizer=muon"});
   CHECK(contains(error_of([&] { apply_settings(moments, settings); }),

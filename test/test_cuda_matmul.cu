@@ -419,7 +419,8 @@ TEMPLATE_TEST_CASE("a product that cuBLASLt has no algorithm for is computed all
       ContainsSubstring("cuBLASLt has no algorithm for " + std::string(name_of<Real>) + " drelu TN m 8"));
 }
 
-TEMPLATE_TEST_CASE("several matrices multiplied at once give the same as one by one", "[cuda][matmul]", float, bf16, fp16) {
+TEMPLATE_TEST_CASE("several matrices multiplied at once give the same as one by one", "[cuda][matmul]", float, bf16,
+                   fp16) {
   using Real = TestType;
   const int n = 24, k = 40, count = 3;
   const std::vector<float> x = noise(size_t(count) * n * k, 1), a = noise(size_t(count) * n * n, 2);

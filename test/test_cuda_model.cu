@@ -141,7 +141,8 @@ TEST_CASE("The GPU trainer takes the CPU trainer's steps, dropout on", "[cuda]")
   const std::vector<float> grads = gradients(*on_gpu);
   for (const TensorSpec& spec : layout.tensors())
     for (int l = 0; l < spec.layers; l++) {
-      if (config.optimizer == "muon" && hidden_matrices(spec, config.n_head)) continue;  // the CPU has made it orthogonal in place
+      if (config.optimizer == "muon" && hidden_matrices(spec, config.n_head))
+        continue;  // the CPU has made it orthogonal in place
       const size_t at = spec.offset + size_t(l) * spec.stride;
       const std::string message = mismatch(&grads[at], on_cpu->gpt().grads() + at, spec.slice, 2e-5);
       INFO(spec.name << ", layer " << l << ": " << message);

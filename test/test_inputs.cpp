@@ -147,7 +147,8 @@ TEST_CASE("Inputs: a file of another kind is called what it is", "[inputs]") {
   std::string zip = read_file(pth);
   for (size_t at; (at = zip.find("data.pkl")) != std::string::npos;) zip[at] = 'x';
   write_file(folder + "/zip", zip);
-  check_refused(sample + folder + "/zip", "/zip is a zip archive, but not one that torch.save wrote: it has no data.pkl");
+  check_refused(sample + folder + "/zip",
+                "/zip is a zip archive, but not one that torch.save wrote: it has no data.pkl");
   check_refused(sample + out, out + ": it is a folder");
   for (const std::string& path : {last, data + "/val_000000.bin", data + "/vocab.json", data + "/baselines.json"}) {
     const std::string kept = read_file(path);

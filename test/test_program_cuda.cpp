@@ -55,6 +55,11 @@ TEST_CASE("The GPU trainer trains, samples, saves and says on what") {
   CHECK(losses_of(eval.out).back() == Approx(got.back()).margin(1e-3));  // eval uses bfloat16 by default
   const Run sample = run(on_gpu + " sample --out_dir " + folder + "/gpu --start=ab --max_new_tokens=20");
   CHECK(contains(sample.out, "abababab"));
+
+  // The next run puts this one aside. The measured algorithms stay, and go along.
+  CHECK(contains(train_with(on_gpu, folder, "/gpu", tiny + " --dtype=float32").err, "/gpu/run_1 now"));
+  const std::string table = "/matmul_algorithms.txt";
+  CHECK(read_file(folder + "/gpu/run_1" + table) == read_file(folder + "/gpu" + table));
 }
 
 TEST_CASE("Every sample on a GPU is the CPU's, however many there are and however long they are") {
@@ -226,6 +231,9 @@ TEST_CASE("What a GPU cannot do is refused before it begins") {
   refused(on_gpu, " --n_head=1 --n_embd=48", "head size");
   refused(on_gpu, " --n_head=2 --n_embd=16", "head size");
   refused(on_gpu, " --n_head=32 --n_embd=4096", "n_embd");
+  refused(on_gpu, " --batch_size=65536",
+          "batch_size 65536 with windows of 16 tokens: the GPU's kernels take up to 65535");
+  refused(on_gpu, " --batch_size=64528 --block_size=65", "4194240 tokens at once; --gradient_accumulation_steps");
   refused("CUDA_ON_CPU_MEMORY=300000 " + on_gpu, "", "on this GPU there are free");
   for (const std::string dtype : {"bfloat16", "tf32"})
     refused("CUDA_ON_CPU_DEVICES=75 " + on_gpu, " --dtype=" + dtype,

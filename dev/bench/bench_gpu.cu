@@ -439,12 +439,13 @@ void step(const Config& config, const std::vector<std::string>& dtypes) {
         print_times(text("step ", dtype, graph ? " graph" : " eager"), time_steps(model, 5, steps), tokens, flops,
                     peak);
       }
+      const int batches = std::min(steps, model.chunk());
       std::vector<double> seconds;
       for (int i = -1; i < 5; i++) {
         const auto start = std::chrono::steady_clock::now();
-        model.random_losses(Split::val, 0, 0, steps);
+        model.random_losses(Split::val, 0, 0, batches);
         const std::chrono::duration<double> taken = std::chrono::steady_clock::now() - start;
-        if (i >= 0) seconds.push_back(taken.count() / steps);
+        if (i >= 0) seconds.push_back(taken.count() / batches);
       }
       print_times("evaluate " + dtype, of(seconds), double(config.batch_size) * config.block_size, flops / 3, peak);
     });

@@ -160,8 +160,9 @@ inline std::string dtype_on(const cudaDeviceProp& card, std::string dtype, const
   return dtype;
 }
 
-// Refuses a model or a batch whose shapes no kernel was written for. Attention's grids have B blocks along y and T / 4 along
-// z, those of column_partials B * T / 64 along y: a card allows 65,535 there.
+// Refuses a model or a batch whose shapes no kernel was written for. A launch may have 65,535 blocks along y, and as many
+// along z. Attention takes one along y for each window, and one along z for each four of its tokens; column_partials takes
+// one along y for each 64 tokens of the batch.
 inline void require_kernels_for(const ModelShape& shape, int B) {
   const int HS = shape.HS(), C = shape.C, T = shape.T, most = 65535;
   if (HS != 16 && HS != 32 && HS != 64 && HS != 128)

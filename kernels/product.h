@@ -640,8 +640,8 @@ void multiply(Sum<Factor>* c, const Start<Sum<Factor>>& start, const View<Sum<Fa
 }
 
 // c (N, N) = a (N, K) @ b (K, N), where a and b are such that c is symmetric: a times its transpose, or a symmetric matrix
-// times itself. Computes the lower half of c, and copies it to the upper half. The bits are those of multiply, for element
-// (j, i) is the same chain of products as (i, j), with the factors exchanged.
+// times itself. Computes the lower half of c, and copies it to the upper half. The result has the same bits as multiply's:
+// elements (i, j) and (j, i) add up the same products in the same order.
 template <class Factor>
 void multiply_symmetric(Sum<Factor>* c, const View<Sum<Factor>>& a, const View<Sum<Factor>>& b, int N, int K) {
   multiply<Factor>(c, {}, a, b, N, N, K, Nothing{}, nullptr, nullptr, 1);  // n < 1 + m

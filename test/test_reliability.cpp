@@ -211,7 +211,7 @@ TEST_CASE("A second Ctrl-C ends the run at once, other signals do not, and what 
   }
   {  // Slurm warns before it ends a job, and the system signals more than once that the time is over
     Process process(train_gpt + slow + "/warned");
-    process.wait_for("step 0");
+    process.wait_for("iter 0");
     for (const int number : {SIGUSR1, SIGXCPU, SIGXCPU, SIGTERM}) {
       process.signal(number);
       usleep(20'000);

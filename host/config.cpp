@@ -32,8 +32,8 @@ const std::vector<std::pair<std::string, Mark>> commands = {
 // clang-format off
 std::vector<CommandFlag> flags(Config& c) {
   return {
-      {train, {"preset", &c.preset, 0, 0, {"auto", "lecture", "small"},
-               "ready-made settings; auto: lecture on a GPU, small on a CPU"}},
+      {train, {"preset", &c.preset, 0, 0, {"auto", "lecture", "small", "best"},
+               "ready-made settings; auto: lecture on a GPU, small on a CPU; best: the lowest loss that we know"}},
       {computing | page, {"data", &c.data, 0, 0, {}, "folder with the token shards that data_prep wrote"}},
       {computing | export_ | page, {"out_dir", &c.out_dir, 0, 0, {}, "folder for checkpoints, samples, metrics and the plot"}},
       {train, {"init_from", &c.init_from, 0, 0, {},
@@ -118,15 +118,37 @@ std::vector<Flag> flags_of(Config& config, const std::string& command) {
   return chosen;
 }
 
+using Settings = std::vector<std::pair<std::string, std::string>>;  // a flag and its value
+
 // The preset `lecture` is Config's own values. `small` is what two CPU cores with AVX-512 train in two to three minutes;
 // doc/leaderboard.md says what its settings brought.
-const std::vector<std::pair<std::string, std::string>> small_preset = {
+const Settings small_preset = {
     {"n_layer", "4"},     {"n_head", "4"},         {"n_embd", "128"},       {"block_size", "128"},
     {"dropout", "0"},     {"batch_size", "16"},    {"batches", "shuffled"}, {"max_iters", "3000"},
     {"eval_iters", "20"}, {"log_interval", "100"}, {"optimizer", "muon"},   {"learning_rate", "5e-3"},
     {"decay_lr", "true"}, {"lr_decay", "linear"},  {"min_lr", "0"},         {"warmup_iters", "100"},
     {"beta2", "0.99"},    {"weight_decay", "0.1"}, {"grad_clip", "1"},
 };
+
+// `best` is the preset small but for these. It has the lowest loss that we know, at three times the price.
+const Settings best_preset = {{"n_layer", "6"}, {"n_head", "6"}, {"n_embd", "192"}, {"learning_rate", "3e-3"}};
+
+// What a preset says that Config's own values do not, in this order: the last value of a flag holds.
+Settings settings_of(const std::string& preset) {
+  if (preset != "small" && preset != "best") return {};
+  Settings settings = small_preset;
+  if (preset == "best") settings.insert(settings.end(), best_preset.begin(), best_preset.end());
+  return settings;
+}
+
+// " (small: 4, best: 6)" for the flag of a preset that says something else than the default.
+std::string values_in_presets(const std::string& flag) {
+  std::string values;
+  for (const auto& [preset, settings] : {std::pair("small", &small_preset), std::pair("best", &best_preset)})
+    for (const auto& [name, value] : *settings)
+      if (name == flag) values += text(values.empty() ? " (" : ", ", preset, ": ", value);
+  return values.empty() ? "" : values + ")";
+}
 
 [[noreturn]] void refuse_unknown(const std::string& name, Config& config) {
   std::vector<std::string> names = {"help", "version"};
@@ -170,8 +192,7 @@ Flag config_flag(Config& config, const std::string& name) {
 
 void apply_preset(Config& config, const std::string& preset) {
   config.preset = preset;
-  if (preset != "small") return;
-  for (const auto& [name, value] : small_preset)
+  for (const auto& [name, value] : settings_of(preset))
     if (!config.given.count(name)) set_flag(config_flag(config, name), value);
 }
 
@@ -180,12 +201,8 @@ std::string help_text(const std::string& command) {
       text("usage: ./train_gpt [train | sample | eval | export | page] [--flag value | --flag=value ...]\n\n",
            "flags of ", command, ", with their defaults:\n");
   Config defaults;
-  for (const Flag& flag : flags_of(defaults, command)) {
-    std::string small;
-    for (const auto& [name, value] : small_preset)
-      if (name == flag.name && command == "train") small = " (small: " + value + ")";
-    out += help_line(flag, small);
-  }
+  for (const Flag& flag : flags_of(defaults, command))
+    out += help_line(flag, command == "train" ? values_in_presets(flag.name) : "");
   return out +
          "\n  --help with another command shows that command's flags\n"
          "  --version says what to add to a report of a fault: versions, compilers, cards\n";

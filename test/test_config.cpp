@@ -85,9 +85,22 @@ TEST_CASE("A preset sets what was not given") {
   CHECK(c.batch_size == 5);
   CHECK(c.n_embd < 384);
   CHECK(c.decay_lr);
+  Config best = parse({"--n_head=2"});
+  apply_preset(best, "best");
+  CHECK(best.n_head == 2);
+  CHECK(best.n_embd > c.n_embd);
+  CHECK(best.learning_rate < c.learning_rate);
+  CHECK(best.optimizer == c.optimizer);  // as small, where it says nothing else
+  CHECK(best.block_size == c.block_size);
   Config lecture = parse({});
   apply_preset(lecture, "lecture");
   CHECK(lecture.n_embd == 384);
+
+  const std::string help = help_text("train");
+  CHECK(contains(help, text("--n_embd 384 (small: ", c.n_embd, ", best: ", best.n_embd, ") ")));
+  CHECK(contains(help, text("--block_size 256 (small: ", c.block_size, ") ")));
+  CHECK(contains(help, "--eval_interval 500  "));
+  CHECK(help_text("sample").find("small: ") == std::string::npos);
 }
 
 TEST_CASE("What is recorded is read back, and what differs is said or refused") {

@@ -157,6 +157,8 @@ TEST_CASE("The GPU trainer takes the CPU trainer's steps, dropout on", "[cuda]")
   const std::vector<float> late = on_gpu->train_steps(98, 4), cpu_late = on_cpu->train_steps(98, 4);
   for (size_t i = 0; i < 4; i++) CHECK(std::fabs(late[i] - cpu_late[i]) < 1e-4);
   CHECK_THROWS_WITH(on_gpu->train_steps(102, on_gpu->chunk() + 1), ContainsSubstring("51 at once"));
+  CHECK_THROWS_WITH(on_gpu->random_losses(Split::val, 0, 0, on_gpu->chunk() + 1),
+                    ContainsSubstring("51 batches at once"));
 }
 
 // With float32 three products of tensor cores, and close to the CPU; with tf32 one, and less close, going forward and

@@ -1,4 +1,6 @@
 // Attention's CUDA kernels against the plain loops on the CPU, which compute in double from inputs rounded to Real.
+#include <set>
+
 #include "../kernels/attention.cuh"
 #include "../kernels/attention.h"
 #include "cuda.h"
@@ -455,6 +457,22 @@ TEST_CASE("attention on the device: which version of forward runs", "[cuda]") {
       CAPTURE(T, HS);
       CHECK(ran(2, T, HS) == (T <= 256 && (HS == 32 || HS == 64) ? 2 : 1));
     }
+}
+
+// They add up in another order, and round otherwise. So we can tell from the bits which of them ran.
+TEST_CASE("attention on the device: which kernels of floats run", "[cuda]") {
+  if (current_card().major < 8) return skip("needs a card with TF32");
+  const Shape s{1, 40, 1, 32};
+  const std::vector<float> qkv = random_qkv(s), dout = random_dout(s);
+  const Results<float> given = forward<float>(s, qkv, {}, 1);
+  std::set<std::vector<float>> outs, gradients;
+  for (const FloatKernels kernels : {FloatKernels::simple, FloatKernels::three_products, FloatKernels::one_product}) {
+    const FloatVersion chosen(kernels);
+    outs.insert(forward<float>(s, qkv, {}, 1).out);
+    gradients.insert(backward<float>(s, qkv, dout, given.out, given.lse, {}).dqkv);
+  }
+  CHECK(outs.size() == 3);
+  CHECK(gradients.size() == 3);
 }
 
 TEST_CASE("attention on the device: what fits the card's shared memory", "[cuda]") {

@@ -27,9 +27,9 @@ struct LaunchConfig {
 
 // Whether this kernel may start before the one before it in the stream has ended (programmatic dependent launch, CUDA C++
 // Programming Guide). The GPU then prepares the start, and puts the first blocks onto multiprocessors that have become
-// free, while the last blocks of the other kernel still compute. All kernels of the trainer begin with wait_for_inputs (device.cuh),
-// without which they would read what is not yet written; but compiled for a card before Hopper they don't wait. The lab's own
-// kernels have no such call, so the lab sets kernel_starts to 1.
+// free, while the last blocks of the other kernel still compute. All kernels of the trainer begin with wait_for_inputs
+// (device.cuh), without which they would read what is not yet written; but compiled for a card before Hopper they don't
+// wait. The lab's own kernels have no such call, so the lab sets kernel_starts to 1.
 template <class... Params>
 bool may_start_early(void (*kernel)(Params...)) {
   if (choices().kernel_starts != 2) return false;
